@@ -1,0 +1,254 @@
+"""Settings: `Config` compiles, `Hyperparams` flows through the program and may be swept."""
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is static: sizes, and which details are on.
+
+    The defaults are CleanRL's for classic control. Raises ValueError at construction, in one sentence.
+    """
+
+    num_envs: int = 4
+    """Environments that step side by side (N)."""
+    num_steps: int = 128
+    """Steps of each environment in one rollout (T)."""
+    num_updates: int = 976
+    """Rollout-and-update cycles of the whole run (U); the horizon of every schedule."""
+    num_epochs: int = 4
+    """Passes over a rollout."""
+    num_minibatches: int = 4
+    """Minibatches, and so gradient steps, per pass."""
+    segment_length: int = 1
+    """Consecutive steps that stay together when minibatches are shuffled (L); more than 1 for a memory."""
+
+    normalize_advantage: Literal["minibatch", "batch", "off"] = "minibatch"
+    """Over what advantages are standardised."""
+    clip_value_loss: bool = True
+    """Whether the value loss is clipped to `value_clip` around the old value."""
+    stop_on_kl: bool = False
+    """Whether an update ends at the first minibatch whose approximate KL exceeds `target_kl`."""
+    bootstrap_on_truncation: bool = True
+    """Whether a truncated episode is worth the value of its last state; off where the horizon is the task."""
+
+    normalize_observation: bool = False
+    """Whether observations are standardised by their running mean and deviation."""
+    observation_clip: float = 10.0
+    """Bound of a standardised observation, in deviations."""
+    scale_reward: bool = False
+    """Whether rewards are divided by the running deviation of the discounted return."""
+    reward_clip: float = 10.0
+    """Bound of a scaled reward."""
+
+    bound_action: Literal["clip", "tanh"] = "clip"
+    """How a continuous action is kept within the bounds of its space."""
+    state_dependent_std: bool = False
+    """Whether the deviation of a continuous action is an output of the network."""
+    initial_std: float = 1.0
+    """Deviation of a continuous action before training, in units of the action (of its pre-squash for `tanh`)."""
+
+    encoder: Literal["mlp", "cnn"] = "mlp"
+    """What reads the observation; `cnn` wants grids [height, width, channels]."""
+    widths: tuple[int, ...] = (64, 64)
+    """Hidden widths of the actor, and of the critic."""
+    activation: Literal["tanh", "relu"] = "tanh"
+    """Nonlinearity of the hidden layers."""
+    share_encoder: bool = False
+    """Whether actor and critic share all but their last layer."""
+    gru_width: int = 0
+    """Width of a recurrent memory behind the encoder; 0 is none."""
+
+    resets_per_step: int = 0
+    """Fresh start states drawn per step and shared out among episodes that end; 0 is one for each environment."""
+
+    def __post_init__(self):
+        for name in ("num_envs", "num_steps", "num_updates", "num_epochs", "num_minibatches", "segment_length"):
+            _check_whole(name, getattr(self, name), at_least=1)
+        for name in ("gru_width", "resets_per_step"):
+            _check_whole(name, getattr(self, name), at_least=0)
+        for width in self.widths:
+            _check_whole("widths", width, at_least=1)
+        for field in fields(self):
+            _check_choice(field, getattr(self, field.name))
+        for name in ("observation_clip", "reward_clip", "initial_std"):
+            _check_range(name, getattr(self, name), 0, math.inf, open_low=True)
+        if self.num_steps % self.segment_length:
+            raise ValueError(
+                f"segment_length={self.segment_length} must divide num_steps={self.num_steps} "
+                f"({_nearest_divisors(self.num_steps, self.segment_length)})"
+            )
+        if self.num_segments % self.num_minibatches:
+            unit = "transitions" if self.segment_length == 1 else "segments"
+            raise ValueError(
+                f"num_minibatches={self.num_minibatches} must divide the {self.num_segments} {unit} of a rollout "
+                f"({_nearest_divisors(self.num_segments, self.num_minibatches)})"
+            )
+        if self.resets_per_step > self.num_envs:
+            raise ValueError(
+                f"resets_per_step={self.resets_per_step} must not exceed num_envs={self.num_envs} (try 0, which is as many)"
+            )
+
+    @property
+    def steps_per_update(self) -> int:
+        """Environment steps of one rollout, T x N."""
+        return self.num_steps * self.num_envs
+
+    @property
+    def total_steps(self) -> int:
+        """Environment steps of the whole run."""
+        return self.steps_per_update * self.num_updates
+
+    @property
+    def num_segments(self) -> int:
+        """Segments of a rollout, the things that are shuffled."""
+        return self.steps_per_update // self.segment_length
+
+    def with_total_steps(self, total_steps: int) -> "Config":
+        """The same settings with as many whole updates as fit into `total_steps` environment steps."""
+        _check_whole("total_steps", total_steps, at_least=1)
+        if total_steps < self.steps_per_update:
+            raise ValueError(
+                f"total_steps={total_steps} must be at least one rollout, num_envs x num_steps = {self.steps_per_update}"
+            )
+        return replace(self, num_updates=total_steps // self.steps_per_update)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclass(frozen=True, kw_only=True)
+class Hyperparams:
+    """What is traced: one number each, or an array with a leading axis R in a batch of runs.
+
+    `learning_rate`, `clip` and `entropy_coefficient` may also be schedules: callable pytrees of the progress,
+    from 0 at the first update towards 1, such as `linear(3e-4, 0)`. Raises ValueError at construction.
+    """
+
+    learning_rate: float = 2.5e-4
+    """Adam's step size, or a schedule."""
+    learning_rate_annealing: float = 1.0
+    """Share of a plain `learning_rate` that is annealed away linearly over the run: 1 ends at 0, 0 is constant."""
+    discount: float = 0.99
+    """Worth of the next step's return, in [0, 1]."""
+    gae_lambda: float = 0.95
+    """Trace decay of the advantage estimate, in [0, 1]."""
+    clip: float = 0.2
+    """How far the probability ratio may move from 1, or a schedule; inf is no clipping."""
+    value_clip: float = 0.2
+    """How far the value may move from the old value, where `clip_value_loss` is on."""
+    entropy_coefficient: float = 0.01
+    """Weight of the entropy bonus, or a schedule."""
+    value_coefficient: float = 0.5
+    """Weight of the value loss, which is half a mean square."""
+    max_grad_norm: float = 0.5
+    """Global gradient norm above which gradients are scaled down; inf is no bound."""
+    adam_eps: float = 1e-5
+    """Added to the denominator of Adam's step."""
+    adam_b1: float = 0.9
+    """Decay of Adam's first moment."""
+    adam_b2: float = 0.999
+    """Decay of Adam's second moment."""
+    target_kl: float = math.inf
+    """Approximate KL at which an update stops, where `stop_on_kl` is on; inf never stops."""
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if callable(value) and field.name not in SCHEDULABLE:
+                raise ValueError(f"{field.name} must be a number; only {', '.join(SCHEDULABLE)} may be schedules")
+            if not callable(value):
+                low, high = HYPERPARAM_RANGES[field.name]
+                _check_range(field.name, value, low, high, open_high=field.name in ("adam_b1", "adam_b2"))
+
+    def tree_flatten_with_keys(self):
+        return [(jax.tree_util.GetAttrKey(f.name), getattr(self, f.name)) for f in fields(self)], None
+
+    @classmethod
+    def tree_unflatten(cls, _, values):
+        # Without __post_init__: inside a transformation the leaves need not be numbers.
+        hyperparams = object.__new__(cls)
+        for field, value in zip(fields(cls), values):
+            object.__setattr__(hyperparams, field.name, value)
+        return hyperparams
+
+    def at(self, progress) -> "Hyperparams":
+        """The hyperparameters at a progress in [0, 1] of the run, every schedule evaluated to a number."""
+        rate = self.learning_rate
+        if not callable(rate):
+            rate = rate * (1 - self.learning_rate_annealing * progress)
+        values = {name: getattr(self, name) for name in SCHEDULABLE} | {"learning_rate": rate}
+        return replace(self, **{name: v(progress) if callable(v) else v for name, v in values.items()})
+
+
+SCHEDULABLE = ("learning_rate", "clip", "entropy_coefficient")
+
+HYPERPARAM_RANGES = {
+    "learning_rate": (0, math.inf),
+    "learning_rate_annealing": (0, 1),
+    "discount": (0, 1),
+    "gae_lambda": (0, 1),
+    "clip": (0, math.inf),
+    "value_clip": (0, math.inf),
+    "entropy_coefficient": (-math.inf, math.inf),
+    "value_coefficient": (0, math.inf),
+    "max_grad_norm": (0, math.inf),
+    "adam_eps": (0, math.inf),
+    "adam_b1": (0, 1),
+    "adam_b2": (0, 1),
+    "target_kl": (0, math.inf),
+}
+
+
+def linear(start, end) -> jax.tree_util.Partial:
+    """A schedule from `start` at the first update to `end` after the last; both are traced and may be swept."""
+    return jax.tree_util.Partial(_interpolate, start, end)
+
+
+def _interpolate(start, end, progress):
+    return start + (end - start) * progress
+
+
+def _check_whole(name: str, value: Any, at_least: int):
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ValueError(f"{name}={value!r} must be a whole number")
+    if value < at_least:
+        raise ValueError(f"{name}={value} must be at least {at_least}")
+
+
+def _check_choice(field, value: Any):
+    choices = getattr(field.type, "__args__", ()) if getattr(field.type, "__origin__", None) is Literal else ()
+    if choices and value not in choices:
+        raise ValueError(f"{field.name}={value!r} must be one of {', '.join(map(repr, choices))}")
+    if field.type is bool and not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{field.name}={value!r} must be True or False")
+
+
+def _check_range(name: str, value: Any, low: float, high: float, open_low: bool = False, open_high: bool = False):
+    if isinstance(value, jax.core.Tracer):
+        return
+    try:
+        values = np.asarray(value, np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={value!r} must be a number") from None
+    good = (values > low if open_low else values >= low) & (values < high if open_high else values <= high)
+    if not good.all():
+        bad = values[~good].flat[0]
+        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+        raise ValueError(f"{name}={bad:g} must be a number in {interval}")
+
+
+def _nearest_divisors(number: int, wanted: int) -> str:
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    below = [d for d in divisors if d < wanted][-1:]
+    above = [d for d in divisors if d > wanted][:1]
+    return "try " + " or ".join(map(str, below + above))
+
+
+def as_arrays(hyperparams: Hyperparams) -> Hyperparams:
+    """The same hyperparameters with every leaf a strongly typed float32 array."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), hyperparams)

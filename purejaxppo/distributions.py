@@ -1,0 +1,130 @@
+"""Action distributions: `sample`, `mode`, `log_prob`, `entropy`; batch axes lead, an action's own axis comes last."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+LOG_2PI = float(np.log(2 * np.pi))
+NODES, WEIGHTS = (x.astype(np.float32) for x in np.polynomial.hermite_e.hermegauss(20))
+WEIGHTS = WEIGHTS / WEIGHTS.sum()
+
+
+@struct.dataclass
+class Categorical:
+    """One of K choices; a logit of -inf masks its choice."""
+
+    logits: jax.Array  # [..., K]
+
+    def sample(self, key):
+        """Indices [...] int32."""
+        return jax.random.categorical(key, self.logits)
+
+    def mode(self):
+        """The likeliest index, [...] int32."""
+        return jnp.argmax(self.logits, axis=-1).astype(jnp.int32)
+
+    def log_prob(self, action):
+        """Log probability [...] of indices [...]."""
+        log_probs = jax.nn.log_softmax(self.logits)
+        return jnp.take_along_axis(log_probs, action[..., None].astype(jnp.int32), axis=-1)[..., 0]
+
+    def entropy(self):
+        """Entropy in nats, [...]."""
+        log_probs = jax.nn.log_softmax(self.logits)
+        probs = jnp.exp(log_probs)
+        return -jnp.where(probs > 0, probs * jnp.where(probs > 0, log_probs, 0), 0).sum(-1)
+
+
+@struct.dataclass
+class MultiCategorical:
+    """Independent choices, one of `sizes[i]` each; the logits of all of them in one row."""
+
+    logits: jax.Array  # [..., sum(sizes)]
+    sizes: tuple[int, ...] = struct.field(pytree_node=False)
+
+    def sample(self, key):
+        """Indices [..., len(sizes)] int32."""
+        keys = jax.random.split(key, len(self.sizes))
+        return jnp.stack([part.sample(k) for part, k in zip(self._parts(), keys)], axis=-1)
+
+    def mode(self):
+        """The likeliest indices, [..., len(sizes)] int32."""
+        return jnp.stack([part.mode() for part in self._parts()], axis=-1)
+
+    def log_prob(self, action):
+        """Joint log probability [...] of indices [..., len(sizes)]."""
+        return sum(part.log_prob(action[..., i]) for i, part in enumerate(self._parts()))
+
+    def entropy(self):
+        """Joint entropy in nats, [...]."""
+        return sum(part.entropy() for part in self._parts())
+
+    def _parts(self):
+        return [Categorical(x) for x in jnp.split(self.logits, np.cumsum(self.sizes)[:-1], axis=-1)]
+
+
+@struct.dataclass
+class Normal:
+    """Independent Gaussians, joint over the last axis."""
+
+    loc: jax.Array  # [..., A]
+    scale: jax.Array  # [..., A], positive
+
+    def sample(self, key):
+        """Actions [..., A], not bounded by any space."""
+        return self.loc + self.scale * jax.random.normal(key, self.loc.shape, self.loc.dtype)
+
+    def mode(self):
+        """The mean, [..., A]."""
+        return self.loc
+
+    def log_prob(self, action):
+        """Joint log density [...] of actions [..., A]."""
+        return self._log_density(action).sum(-1)
+
+    def entropy(self):
+        """Joint entropy in nats, [...]."""
+        return (0.5 * (1 + LOG_2PI) + jnp.log(self.scale)).sum(-1)
+
+    def _log_density(self, action):
+        return -0.5 * ((action - self.loc) / self.scale) ** 2 - jnp.log(self.scale) - 0.5 * LOG_2PI
+
+
+@struct.dataclass
+class TanhNormal:
+    """Gaussians squashed into (low, high) by tanh, joint over the last axis.
+
+    An action is named by its value before the squash: `sample` and `mode` return it, `log_prob` takes it and gives
+    the density of the squashed action. Nothing is ever inverted: in float32 tanh(10) is 1.
+    """
+
+    loc: jax.Array  # [..., A], before the squash
+    scale: jax.Array  # [..., A], before the squash
+    low: float | jax.Array = -1.0  # [] or [..., A]
+    high: float | jax.Array = 1.0  # [] or [..., A]
+
+    def sample(self, key):
+        """Actions before the squash, [..., A]."""
+        return self._normal().sample(key)
+
+    def mode(self):
+        """The mean before the squash, [..., A]; squashed, it is the median of the action."""
+        return self.loc
+
+    def log_prob(self, action):
+        """Joint log density [...] of the squashed actions, given before the squash [..., A]."""
+        return (self._normal()._log_density(action) - self._log_slope(action)).sum(-1)
+
+    def entropy(self):
+        """Joint entropy of the squashed actions in nats, [...]; Gauss-Hermite quadrature of the squash's part."""
+        slopes = jax.vmap(lambda node: self._log_slope(self.loc + self.scale * node))(jnp.asarray(NODES))
+        return self._normal().entropy() + jnp.tensordot(jnp.asarray(WEIGHTS), slopes.sum(-1), axes=1)
+
+    def _normal(self):
+        return Normal(self.loc, self.scale)
+
+    def _log_slope(self, action):
+        """log of the derivative of the squash, per dimension, without overflow for large actions."""
+        log_sech2 = 2 * (jnp.log(2.0) - action - jax.nn.softplus(-2 * action))
+        return log_sech2 + jnp.log((self.high - self.low) / 2)

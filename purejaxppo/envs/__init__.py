@@ -1,0 +1,41 @@
+"""Environments: `Env`, its spaces, adapters for suites, and the only registry of names."""
+
+import difflib
+
+from purejaxppo.envs.base import Box, Discrete, Env, MultiDiscrete, Step, time_limit
+from purejaxppo.envs.check import check_env
+from purejaxppo.envs.from_gymnax import from_gymnax, gymnax_names
+
+__all__ = [
+    "Box", "Discrete", "Env", "MultiDiscrete", "Step",
+    "check_env", "env_names", "from_gymnax", "make_env", "time_limit",
+]  # fmt: skip
+
+
+def env_names() -> list[str]:
+    """Every name that `make_env` takes."""
+    return gymnax_names()
+
+
+def make_env(env) -> Env:
+    """An `Env` of a name, a gymnax environment, a pair (gymnax environment, params), or an `Env` itself.
+
+    Raises ValueError for an unknown name, with the nearest ones, and for anything else that is no environment.
+    """
+    if isinstance(env, Env):
+        return env
+    if isinstance(env, str):
+        names = env_names()
+        if env not in names:
+            lower = {name.lower(): name for name in names}
+            near = difflib.get_close_matches(env.lower(), lower, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(lower[n] for n in near)}?" if near else "`purejaxppo envs` lists them"
+            raise ValueError(f"env={env!r} is not a known environment ({hint})")
+        return from_gymnax(env)
+    environment, params = env if isinstance(env, tuple) and len(env) == 2 else (env, None)
+    if not hasattr(environment, "step_env"):
+        raise ValueError(
+            f"env={env!r} is no environment: pass a name, a gymnax environment, "
+            "a pair (gymnax environment, params), or a purejaxppo.Env"
+        )
+    return from_gymnax(environment, params)

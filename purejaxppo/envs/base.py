@@ -1,0 +1,119 @@
+"""Environments as pairs of pure functions, and the spaces of what they take and show."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+
+class Step(NamedTuple):
+    """What one step of one environment gives; the state and observation are those reached, before any reset."""
+
+    state: Any
+    obs: Any
+    reward: jax.Array  # []
+    terminated: jax.Array  # [] bool: the task ended, nothing is worth anything after it
+    truncated: jax.Array  # [] bool: time ran out, the state still has a value
+
+
+class Env(NamedTuple):
+    """One environment; it never resets itself, and knows nothing of batches."""
+
+    reset: Callable  # key, params -> state, obs
+    step: Callable  # key, state, action, params -> Step
+    params: Any  # pytree of numbers, traced; () for none
+    action_space: Any  # a space, or params -> space where bounds follow the parameters
+    observation_space: Any = None  # a space or a dictionary of spaces; None reads it off `reset` as unbounded boxes
+    name: str = "environment"
+
+
+class Discrete:
+    """The integers 0 .. n - 1."""
+
+    def __init__(self, n: int):
+        if n < 1:
+            raise ValueError(f"a Discrete space of n={n} must have at least one value")
+        self.n, self.shape = int(n), ()
+
+    def __repr__(self):
+        return f"Discrete({self.n})"
+
+
+class MultiDiscrete:
+    """Vectors whose entry i is one of the integers 0 .. sizes[i] - 1."""
+
+    def __init__(self, sizes):
+        self.sizes = tuple(int(n) for n in np.asarray(sizes).reshape(-1))
+        if not self.sizes or min(self.sizes) < 1:
+            raise ValueError(f"a MultiDiscrete space of sizes={self.sizes} must have at least one value in each entry")
+        self.shape = (len(self.sizes),)
+
+    def __repr__(self):
+        return f"MultiDiscrete({list(self.sizes)})"
+
+
+class Box:
+    """Arrays of one shape between `low` and `high`: numbers or arrays, infinite or traced where need be."""
+
+    def __init__(self, low=-np.inf, high=np.inf, shape=(), dtype=jnp.float32):
+        self.low, self.high, self.shape, self.dtype = low, high, tuple(shape), jnp.dtype(dtype)
+
+    def __repr__(self):
+        return f"Box({self.low}, {self.high}, {self.shape}, {self.dtype.name})"
+
+
+def action_space(env: Env, params):
+    """The space of actions of `env` under `params`; its kind and shape are static, its bounds may be traced."""
+    return env.action_space(params) if callable(env.action_space) else env.action_space
+
+
+def observation_space(env: Env):
+    """The space of observations of `env`: a space, or nested dictionaries of spaces."""
+    if env.observation_space is not None:
+        return env.observation_space
+    _, obs = jax.eval_shape(env.reset, jax.random.key(0), env.params)
+    return jax.tree.map(lambda x: Box(shape=x.shape, dtype=x.dtype), obs)
+
+
+def bound_action(action, space, how: str):
+    """The action that one environment receives for the one that a distribution drew.
+
+    A Box action arrives flat, [A], and leaves in the shape of its space: cut off at the bounds (`how="clip"`), or
+    squashed between them (`how="tanh"`). What is stored and learned from is always the action as drawn.
+    """
+    if not isinstance(space, Box):
+        return action
+    low, high = (jnp.broadcast_to(jnp.asarray(b, action.dtype), space.shape) for b in (space.low, space.high))
+    action = action.reshape(space.shape)
+    if how == "tanh":
+        return low + (high - low) * (jnp.tanh(action) + 1) / 2
+    return jnp.clip(action, low, high).astype(space.dtype)
+
+
+@struct.dataclass
+class Timed:
+    """The state of an environment under `time_limit`."""
+
+    state: Any
+    time: jax.Array  # [] int32, steps taken
+
+
+def time_limit(env: Env, max_steps: int) -> Env:
+    """`env` with every episode truncated after `max_steps` steps, unless it ended before."""
+
+    def reset(key, params):
+        state, obs = env.reset(key, params)
+        return Timed(state=state, time=jnp.int32(0)), obs
+
+    def step(key, timed, action, params):
+        result = env.step(key, timed.state, action, params)
+        time = timed.time + 1
+        return result._replace(
+            state=Timed(state=result.state, time=time),
+            truncated=jnp.logical_or(result.truncated, time >= max_steps),
+        )
+
+    return env._replace(reset=reset, step=step)

@@ -1,0 +1,80 @@
+"""gymnax environments, through their raw step: no auto-reset, terminated and truncated apart."""
+
+import jax
+import jax.numpy as jnp
+
+from purejaxppo.envs.base import Box, Discrete, Env, MultiDiscrete, Step
+
+
+def from_gymnax(env, params=None) -> Env:
+    """An `Env` of a gymnax 1.0 environment, given by its registered name or as an instance with its own params.
+
+    Raises ValueError for an unknown name or a space that no network here can act in or read.
+    """
+    if isinstance(env, str):
+        import gymnax
+
+        env, default_params = gymnax.make(env)
+        params = default_params if params is None else params
+    params = env.default_params if params is None else params
+
+    def reset(key, params):
+        obs, state = env.reset_env(key, params)
+        return _strong(state), _strong(obs)
+
+    def step(key, state, action, params):
+        obs, state, reward, terminated, _ = env.step_env(key, state, action, params)
+        truncated = env.is_truncated(state, params)
+        return Step(
+            state=_strong(state),
+            obs=_strong(obs),
+            reward=jnp.asarray(reward, jnp.float32),
+            terminated=jnp.asarray(terminated, bool),
+            truncated=jnp.asarray(truncated, bool),
+        )
+
+    return Env(
+        reset=reset,
+        step=step,
+        params=params,
+        action_space=lambda params: _space(env.action_space(params)),
+        observation_space=_observation_space(env, params),
+        name=env.name,
+    )
+
+
+def gymnax_names() -> list[str]:
+    """The names that gymnax knows, less those that need data from elsewhere."""
+    import gymnax
+
+    return [name for name in gymnax.registered_envs if name != "MNISTBandit-bsuite"]
+
+
+def _strong(tree):
+    """Every leaf as an array of its own dtype: Python numbers in a state would change type after a step."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), tree)
+
+
+def _observation_space(env, params):
+    """Kinds as declared, shapes and dtypes as `reset` really shows them: the two differ at times in gymnax."""
+    obs, _ = jax.eval_shape(env.reset_env, jax.random.key(0), params)
+    try:
+        declared = _space(env.observation_space(params))
+    except NotImplementedError:
+        declared = jax.tree.map(lambda x: Box(), obs)
+    return jax.tree.map(
+        lambda space, x: Box(shape=x.shape, dtype=x.dtype) if isinstance(space, Box) else space, declared, obs
+    )
+
+
+def _space(space):
+    """A gymnax space (told by its attributes, so that a user's subclass fits) as one of ours."""
+    if hasattr(space, "spaces"):
+        if not hasattr(space.spaces, "items"):
+            raise ValueError(f"{space} is a tuple of spaces; make it a Dict, or a MultiDiscrete where all are discrete")
+        return {name: _space(child) for name, child in space.spaces.items()}
+    if hasattr(space, "nvec"):
+        return MultiDiscrete(space.nvec)
+    if hasattr(space, "n"):
+        return Discrete(space.n)
+    return Box(space.low, space.high, space.shape, space.dtype)

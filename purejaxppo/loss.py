@@ -1,0 +1,61 @@
+"""The losses of PPO; mathematics over bare arrays, and the one function that puts them together."""
+
+import jax
+import jax.numpy as jnp
+
+from purejaxppo.config import Config, Hyperparams
+
+
+def policy_loss(log_ratio, advantage, clip):
+    """Clipped surrogate, to be minimised; any shape (Schulman et al., 2017, eq. 7)."""
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.clip(ratio, 1 - clip, 1 + clip)
+    return -jnp.minimum(ratio * advantage, clipped * advantage).mean()
+
+
+def value_loss(value, old_value, target, clip):
+    """Half the mean square error, the value's change held within `clip` of the old one; inf does not clip; any shape.
+
+    The larger of the clipped and the plain error counts, as in OpenAI baselines' ppo2.
+    """
+    clipped = old_value + jnp.clip(value - old_value, -clip, clip)
+    return 0.5 * jnp.maximum((value - target) ** 2, (clipped - target) ** 2).mean()
+
+
+def approximate_kl(log_ratio):
+    """KL of the old from the new policy by samples of the old; any shape, never negative (Schulman, 2020, k3)."""
+    return (jnp.expm1(log_ratio) - log_ratio).mean()
+
+
+def standardize_advantage(advantage):
+    """Advantages less their mean, over their population deviation; any shape."""
+    centered = advantage - advantage.mean()
+    return centered * jax.lax.rsqrt((centered**2).mean() + 1e-8)
+
+
+def ppo_loss(params, minibatch, hyperparams: Hyperparams, *, network, config: Config):
+    """The loss of one minibatch [L, B] and what to report of it.
+
+    Any function of this signature can take its place (`make_ppo(..., loss=...)`); its report may hold other names,
+    but must hold `approx_kl` where `stop_on_kl` is on.
+    """
+    _, distribution, value = network.apply(params, minibatch.memory, minibatch.obs, minibatch.first)
+    log_ratio = distribution.log_prob(minibatch.action) - minibatch.log_prob
+    advantage = minibatch.advantage
+    if config.normalize_advantage == "minibatch":
+        advantage = standardize_advantage(advantage)
+    value_clip = hyperparams.value_clip if config.clip_value_loss else jnp.inf
+
+    actor = policy_loss(log_ratio, advantage, hyperparams.clip)
+    critic = value_loss(value, minibatch.value, minibatch.target, value_clip)
+    entropy = distribution.entropy().mean()
+    loss = actor + hyperparams.value_coefficient * critic - hyperparams.entropy_coefficient * entropy
+    report = {
+        "loss": loss,
+        "policy_loss": actor,
+        "value_loss": critic,
+        "entropy": entropy,
+        "approx_kl": approximate_kl(log_ratio),
+        "clip_fraction": (jnp.abs(jnp.expm1(log_ratio)) > hyperparams.clip).mean(dtype=jnp.float32),
+    }
+    return loss, report

@@ -1,0 +1,267 @@
+"""Actor-critic networks over sequences; the only module that knows flax.
+
+A network reads observations [T, B, ...] with flags `first` [T, B] that mark where an episode begins, from a memory
+that a feed-forward network leaves empty: one path for both.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from purejaxppo.config import Config
+from purejaxppo.distributions import Categorical, MultiCategorical, Normal, TanhNormal
+from purejaxppo.envs.base import Box, Discrete, MultiDiscrete
+
+MIN_LOG_STD, MAX_LOG_STD = -20.0, 2.0
+
+
+class Network(NamedTuple):
+    """Three pure functions; anything that offers them is a network."""
+
+    initial_memory: Callable  # batch -> memory, leaves [B, ...]; () for feed-forward
+    init: Callable  # key, memory, obs [T, B, ...], first [T, B] -> params
+    apply: Callable  # params, memory, obs [T, B, ...], first [T, B] -> memory, distribution, value [T, B]
+
+
+def make_network(config: Config, observation_space, action_space) -> Network:
+    """The network that `config` describes for these spaces.
+
+    Raises ValueError where they do not fit: a `cnn` on what is no grid, `tanh` on what has no bounds.
+    """
+    _check_fit(config, observation_space, action_space)
+    activation = {"tanh": nn.tanh, "relu": nn.relu}[config.activation]
+    module = ActorCritic(
+        observation_space=observation_space,
+        head=make_head(config, action_space),
+        encoder=lambda: {"mlp": MLP, "cnn": CNN}[config.encoder](config.widths, activation),
+        memory=(lambda: GRU(config.gru_width)) if config.gru_width else None,
+        share_encoder=config.share_encoder,
+    )
+    num_trunks = 1 if config.share_encoder else 2
+
+    def initial_memory(batch):
+        return (jnp.zeros((batch, config.gru_width)),) * num_trunks if config.gru_width else ()
+
+    return Network(initial_memory=initial_memory, init=module.init, apply=module.apply)
+
+
+def as_network(network) -> Network:
+    """A network as it is, or made of a flax linen module. Raises ValueError for anything else."""
+    if isinstance(network, nn.Module):
+        return from_linen(network)
+    if all(callable(getattr(network, name, None)) for name in Network._fields):
+        return network
+    raise ValueError(
+        f"network={network!r} must be a Network, a flax linen module, or from_nnx(...) of the function that builds an nnx module"
+    )
+
+
+def from_linen(module: nn.Module) -> Network:
+    """A network of a flax linen module that maps observations [T, B, ...] to (distribution, value [T, B])."""
+
+    def init(key, memory, obs, first):
+        return module.init(key, obs)
+
+    def apply(params, memory, obs, first):
+        return memory, *module.apply(params, obs)
+
+    # One run after another: a user's initialiser may call LAPACK, which must not run vmapped on a small thread pool.
+    return Network(initial_memory=lambda batch: (), init=jax.custom_batching.sequential_vmap(init), apply=apply)
+
+
+def from_nnx(build: Callable) -> Network:
+    """A network of a flax nnx module, given as the function from `nnx.Rngs` that builds it.
+
+    The module maps observations [T, B, ...] to (distribution, value [T, B]); only its `nnx.Param`s may change.
+    """
+    from flax import nnx
+
+    graph, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param)
+
+    def init(key, memory, obs, first):
+        return nnx.to_pure_dict(nnx.split(build(nnx.Rngs(key)), nnx.Param)[1])
+
+    def apply(params, memory, obs, first):
+        return memory, *nnx.merge(graph, nnx.State(params))(obs)
+
+    return Network(initial_memory=lambda batch: (), init=jax.custom_batching.sequential_vmap(init), apply=apply)
+
+
+class ActorCritic(nn.Module):
+    """Encoder, then memory if any, then heads; actor and critic apart unless `share_encoder`."""
+
+    observation_space: Any
+    head: Callable  # makes the module that turns features into a distribution
+    encoder: Callable  # makes a module from observations to features
+    memory: Callable | None = None  # makes a module (memory, features, first) -> memory, features
+    share_encoder: bool = False
+
+    @nn.compact
+    def __call__(self, memory, obs, first):
+        read = self.observation_space, obs, first
+        memories = memory or (None, None)
+        actor_memory, actor = Trunk(self.encoder, self.memory, name="actor")(memories[0], *read)
+        critic_memory, critic = actor_memory, actor
+        if not self.share_encoder:
+            critic_memory, critic = Trunk(self.encoder, self.memory, name="critic")(memories[1], *read)
+        value = nn.Dense(1, kernel_init=orthogonal(1.0), name="value")(critic)[..., 0]
+        if memory:
+            memory = (actor_memory,) if self.share_encoder else (actor_memory, critic_memory)
+        return memory, self.head()(actor), value
+
+
+class Trunk(nn.Module):
+    """From observations to features, with a memory on the way if there is one."""
+
+    encoder: Callable
+    memory: Callable | None
+
+    @nn.compact
+    def __call__(self, memory, space, obs, first):
+        features = self.encoder()(space, obs)
+        return (memory, features) if self.memory is None else self.memory()(memory, features, first)
+
+
+class MLP(nn.Module):
+    """Dense layers over the flattened observation."""
+
+    widths: tuple[int, ...]
+    activation: Callable = nn.tanh
+
+    @nn.compact
+    def __call__(self, space, obs):
+        x = flatten_observation(space, obs)
+        for width in self.widths:
+            x = self.activation(nn.Dense(width, kernel_init=orthogonal(np.sqrt(2)))(x))
+        return x
+
+
+class CNN(nn.Module):
+    """A 3 x 3 convolution of 16 channels, as in MinAtar (Young and Tian, 2019), then dense layers."""
+
+    widths: tuple[int, ...]
+    activation: Callable = nn.relu
+
+    @nn.compact
+    def __call__(self, space, obs):
+        grid = obs.astype(jnp.float32)
+        x = self.activation(nn.Conv(16, (3, 3), padding="VALID", kernel_init=orthogonal(np.sqrt(2)))(grid))
+        x = x.reshape(x.shape[:-3] + (-1,))
+        for width in self.widths:
+            x = self.activation(nn.Dense(width, kernel_init=orthogonal(np.sqrt(2)))(x))
+        return x
+
+
+class GRU(nn.Module):
+    """A gated recurrent unit (Cho et al., 2014) whose memory is emptied before every step that begins an episode."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, memory, features, first):
+        def step(cell, memory, inputs):
+            features, first = inputs
+            return cell(jnp.where(first[:, None], 0, memory), features)
+
+        cell = nn.GRUCell(self.width, recurrent_kernel_init=orthogonal(1.0))
+        return nn.scan(step, variable_broadcast="params", split_rngs={"params": False})(cell, memory, (features, first))
+
+
+def make_head(config: Config, space) -> Callable:
+    """Makes the module that turns features into a distribution over the actions of a space."""
+    if isinstance(space, Discrete):
+        return lambda: Logits(space.n, Categorical)
+    if isinstance(space, MultiDiscrete):
+        return lambda: Logits(sum(space.sizes), lambda logits: MultiCategorical(logits, space.sizes))
+    distribution = TanhNormal if config.bound_action == "tanh" else Normal
+    size = int(np.prod(space.shape))
+    return lambda: Gaussian(size, distribution, config.initial_std, config.state_dependent_std)
+
+
+class Logits(nn.Module):
+    """A last layer of small weights: the first policy is nearly uniform."""
+
+    size: int
+    distribution: Callable
+
+    @nn.compact
+    def __call__(self, features):
+        return self.distribution(nn.Dense(self.size, kernel_init=orthogonal(0.01), name="logits")(features))
+
+
+class Gaussian(nn.Module):
+    """Mean and deviation per dimension; the deviation is a parameter, or an output where it depends on the state."""
+
+    size: int
+    distribution: Callable
+    initial_std: float
+    state_dependent_std: bool
+
+    @nn.compact
+    def __call__(self, features):
+        loc = nn.Dense(self.size, kernel_init=orthogonal(0.01), name="loc")(features)
+        start = nn.initializers.constant(np.log(self.initial_std))
+        if self.state_dependent_std:
+            log_std = nn.Dense(self.size, kernel_init=orthogonal(0.01), bias_init=start, name="log_std")(features)
+        else:
+            log_std = jnp.broadcast_to(self.param("log_std", start, (self.size,)), loc.shape)
+        return self.distribution(loc, jnp.exp(jnp.clip(log_std, MIN_LOG_STD, MAX_LOG_STD)))
+
+
+def orthogonal(scale) -> Callable:
+    """Initialiser with orthogonal rows or columns, times `scale` (Saxe et al., 2013).
+
+    Gram-Schmidt, twice for accuracy, on a Gaussian matrix: the same law as a QR with positive diagonal. It is plain
+    matrix-vector products, because LAPACK's QR under `vmap` can deadlock a CPU with two threads.
+    """
+
+    def init(key, shape, dtype=jnp.float32):
+        rows, columns = int(np.prod(shape[:-1])), shape[-1]
+        small, large = sorted((rows, columns))
+        gaussian = jax.random.normal(key, (small, large), dtype)
+
+        def orthonormalize(i, vectors):
+            vector = vectors[i]
+            done = jnp.where(jnp.arange(small)[:, None] < i, vectors, 0)
+            for _ in range(2):
+                overlap = jnp.matmul(done, vector, precision="highest")
+                vector = vector - jnp.matmul(overlap, done, precision="highest")
+            return vectors.at[i].set(vector / jnp.linalg.norm(vector))
+
+        vectors = jax.lax.fori_loop(0, small, orthonormalize, gaussian)
+        return scale * (vectors if rows == small else vectors.T).reshape(shape)
+
+    return init
+
+
+def flatten_observation(space, obs):
+    """One vector of float32 [..., F] of an observation in a space: discrete parts one-hot, dictionaries joined."""
+    parts = [_flatten_part(part, x) for part, x in zip(jax.tree.leaves(space), jax.tree.leaves(obs), strict=True)]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+
+
+def _flatten_part(space, x):
+    if isinstance(space, Discrete):
+        return jax.nn.one_hot(x, space.n, dtype=jnp.float32)
+    if isinstance(space, MultiDiscrete):
+        return jnp.concatenate(
+            [jax.nn.one_hot(x[..., i], n, dtype=jnp.float32) for i, n in enumerate(space.sizes)], axis=-1
+        )
+    return x.reshape(x.shape[: x.ndim - len(space.shape)] + (-1,)).astype(jnp.float32)
+
+
+def _check_fit(config, observation_space, action_space):
+    if config.encoder == "cnn" and not (isinstance(observation_space, Box) and len(observation_space.shape) == 3):
+        raise ValueError(
+            f"encoder='cnn' reads grids [height, width, channels], not {observation_space!r} (try encoder='mlp')"
+        )
+    if config.encoder == "cnn" and min(observation_space.shape[:2]) < 3:
+        raise ValueError(f"encoder='cnn' needs grids of 3 x 3 or more, not {observation_space!r} (try encoder='mlp')")
+    if config.bound_action == "tanh" and isinstance(action_space, Box):
+        bounds = [b for b in (action_space.low, action_space.high) if not isinstance(b, jax.core.Tracer)]
+        if not all(np.isfinite(b).all() for b in map(np.asarray, bounds)):
+            raise ValueError(f"bound_action='tanh' needs finite bounds, not {action_space!r} (try bound_action='clip')")

@@ -1,0 +1,212 @@
+"""Proximal Policy Optimization as pure functions: `init` makes a run, `step` is one cycle, `train` is all of them."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from purejaxppo.advantages import gae
+from purejaxppo.config import Config, Hyperparams, as_arrays
+from purejaxppo.envs import make_env
+from purejaxppo.envs.base import Env, action_space, bound_action, observation_space
+from purejaxppo.envs.check import check_shapes
+from purejaxppo.evaluate import evaluate
+from purejaxppo.loss import ppo_loss, standardize_advantage
+from purejaxppo.networks import Network, as_network, make_network
+from purejaxppo.normalize import merge, merge_observations, no_moments, observation_moments, scale, standardize_observations
+from purejaxppo.rollout import Actors, Policy, add_time, apply_policy, collect, start, values
+from purejaxppo.update import Batch, adam, update
+
+
+@struct.dataclass
+class TrainState:
+    """A run: everything that the next step needs."""
+
+    key: jax.Array
+    hyperparams: Hyperparams  # float32 leaves []
+    env_params: Any
+    policy: Policy
+    opt_state: Any
+    actors: Actors
+    num_updates: jax.Array  # [] int32, done so far
+
+
+class PPO(NamedTuple):
+    """Pure functions with their static arguments bound, and those arguments themselves."""
+
+    init: Callable  # key, hyperparams=Hyperparams(), env_params=None -> TrainState
+    step: Callable  # state -> state, metrics: one rollout and the update from it
+    train: Callable  # state -> state, metrics [U]: `config.num_updates` steps
+    evaluate: Callable  # key, policy, env_params=None, *, num_episodes, greedy, max_steps -> Evaluation [E]
+    act: Callable  # policy, obs, key=None, memory=None, env_params=None -> action, memory
+    env: Env
+    network: Network
+    config: Config
+
+
+def make_ppo(
+    env, config: Config = Config(), *, network=None, loss: Callable = ppo_loss, optimizer: Callable = adam
+) -> PPO:
+    """PPO for an environment: a name, a gymnax environment, a pair (gymnax environment, params), or an `Env`.
+
+    What plugs in: `network`, a `Network` or a flax linen module (see `networks`); `loss`, a function like
+    `loss.ppo_loss`; `optimizer`, a function from `Hyperparams` to an optax transformation. Raises ValueError, before
+    anything compiles, where the environment, the network and the config do not fit together.
+    """
+    env = make_env(env)
+    problems = check_shapes(env)
+    if problems:
+        raise ValueError(f"{env.name} is no sound environment: {' '.join(problems)}")
+    spaces = observation_space(env), action_space(env, env.params)
+    network = make_network(config, *spaces) if network is None else as_network(network)
+    parts = {"env": env, "network": network, "config": config}
+    learning = parts | {"loss": partial(loss, network=network, config=config), "optimizer": optimizer}
+    ppo = PPO(
+        init=partial(init, **parts, optimizer=optimizer),
+        step=partial(step, **learning),
+        train=partial(train, **learning),
+        evaluate=partial(evaluate, **parts),
+        act=partial(act, **parts),
+        **parts,
+    )
+    _check_network(ppo)
+    return ppo
+
+
+def init(key, hyperparams: Hyperparams = Hyperparams(), env_params=None, *, env, network, config, optimizer) -> TrainState:
+    """A run that has not learned yet. `env_params` are those of the environment where none are given."""
+    key, network_key, actors_key = jax.random.split(key, 3)
+    hyperparams = as_arrays(hyperparams)
+    env_params = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), env.params if env_params is None else env_params)
+    actors = start(actors_key, env_params, env=env, network=network, num_envs=config.num_envs)
+    observation = observation_moments(observation_space(env)) if config.normalize_observation else ()
+    obs = standardize_observations(observation, add_time(actors.obs), config.observation_clip)
+    params = network.init(network_key, actors.memory, obs, actors.first[None])
+    return TrainState(
+        key=key,
+        hyperparams=hyperparams,
+        env_params=env_params,
+        policy=Policy(params=params, observation=observation, reward=no_moments() if config.scale_reward else ()),
+        opt_state=optimizer(hyperparams.at(0.0)).init(params),
+        actors=actors,
+        num_updates=jnp.int32(0),
+    )
+
+
+def step(state: TrainState, *, env, network, config, loss, optimizer):
+    """One cycle: act for T steps, estimate advantages, learn for some epochs. Returns the next state and metrics."""
+    key, rollout_key, update_key = jax.random.split(state.key, 3)
+    progress = jnp.minimum(state.num_updates / config.num_updates, 1.0).astype(jnp.float32)
+    hyperparams = state.hyperparams.at(progress)
+    policy = state.policy
+
+    actors, transitions = collect(
+        rollout_key, state.actors, policy, state.env_params, hyperparams.discount, env=env, network=network, config=config
+    )
+    policy, reward = scale_rewards(policy, transitions, config)
+    batch = estimate(policy, transitions, reward, actors.memory, hyperparams, network=network, config=config)
+    params, opt_state, learned = update(
+        update_key, policy.params, state.opt_state, batch, hyperparams, loss=loss, optimizer=optimizer, config=config
+    )
+
+    # The policy acted and learned under the old moments, so that its ratio began at 1; the next cycle has the new.
+    if config.normalize_observation:
+        policy = policy.replace(observation=merge_observations(policy.observation, transitions.obs))
+    next_state = state.replace(
+        key=key,
+        policy=policy.replace(params=params),
+        opt_state=opt_state,
+        actors=actors,
+        num_updates=state.num_updates + 1,
+    )
+    return next_state, learned | summarize(transitions, batch) | {"learning_rate": hyperparams.learning_rate}
+
+
+def train(state: TrainState, *, config, **parts):
+    """All `config.num_updates` cycles of a run in one program; metrics are stacked, [U]."""
+    return jax.lax.scan(
+        lambda state, _: step(state, config=config, **parts), state, length=config.num_updates
+    )
+
+
+def scale_rewards(policy: Policy, transitions, config: Config):
+    """The policy with this rollout's returns counted in, and the rewards to learn from, [T, N].
+
+    Unlike observations, rewards take no part in the ratio: the newest moments are the right ones for them.
+    """
+    if not config.scale_reward:
+        return policy, transitions.reward
+    moments = merge(policy.reward, transitions.discounted_return)
+    return policy.replace(reward=moments), scale(moments, transitions.reward, config.reward_clip)
+
+
+def estimate(policy: Policy, transitions, reward, last_memory, hyperparams: Hyperparams, *, network, config) -> Batch:
+    """What there is to learn from a rollout: advantages and value targets, [T, N]."""
+    value, next_value = values(policy, transitions, last_memory, network=network, config=config)
+    terminated = transitions.terminated if config.bootstrap_on_truncation else transitions.done
+    advantage = gae(
+        reward, value, next_value, terminated, transitions.done, hyperparams.discount, hyperparams.gae_lambda
+    )
+    return Batch(
+        obs=standardize_observations(policy.observation, transitions.obs, config.observation_clip),
+        first=transitions.first,
+        memory=transitions.memory,
+        action=transitions.action,
+        log_prob=transitions.log_prob,
+        value=value,
+        advantage=standardize_advantage(advantage) if config.normalize_advantage == "batch" else advantage,
+        target=advantage + value,
+    )
+
+
+def summarize(transitions, batch: Batch) -> dict:
+    """What a reader needs of a rollout, each one number; means over episodes are nan where none ended."""
+    done = transitions.done
+    num_episodes = done.sum(dtype=jnp.int32)
+    return {
+        "episode_return": jnp.where(done, transitions.episode_return, 0).sum() / num_episodes,
+        "episode_length": jnp.where(done, transitions.episode_length, 0).sum() / num_episodes,
+        "num_episodes": num_episodes,
+        "explained_variance": 1 - (batch.target - batch.value).var() / batch.target.var(),
+        "value_mean": batch.value.mean(),
+    }
+
+
+def act(policy: Policy, obs, key=None, memory=None, env_params=None, *, env, network, config):
+    """One action of a trained policy for one observation, ready for the environment, and the memory after it.
+
+    `key` draws a sample; without one, the mode. `memory` is what the last call of this episode returned; None begins
+    an episode. `env_params` hold the bounds of the action where they differ from the environment's own.
+    """
+    first = jnp.full((1, 1), memory is None)
+    memory = network.initial_memory(1) if memory is None else memory
+    obs = jax.tree.map(lambda x: jnp.asarray(x)[None, None], obs)
+    memory, distribution, _ = apply_policy(policy, memory, obs, first, network=network, config=config)
+    action = (distribution.mode() if key is None else distribution.sample(key))[0, 0]
+    space = action_space(env, env.params if env_params is None else env_params)
+    return bound_action(action, space, config.bound_action), memory
+
+
+def _check_network(ppo: PPO):
+    """Traces one cycle, so that whatever does not fit is found before anything compiles."""
+    def look(key):
+        state = ppo.init(key)
+        actors = state.actors
+        return apply_policy(
+            state.policy, actors.memory, add_time(actors.obs), actors.first[None], network=ppo.network, config=ppo.config
+        )
+
+    memory, distribution, value = jax.eval_shape(look, jax.random.key(0))
+    missing = [name for name in ("sample", "mode", "log_prob", "entropy") if not hasattr(distribution, name)]
+    if missing:
+        raise ValueError(f"network must give a distribution, but {type(distribution).__name__} has no {missing[0]}")
+    if value.shape != (1, ppo.config.num_envs):
+        raise ValueError(f"network must give values [T, B] = (1, {ppo.config.num_envs}), not {value.shape}")
+    action = jax.eval_shape(lambda d, key: d.sample(key)[0, 0], distribution, jax.random.key(0))
+    space = action_space(ppo.env, ppo.env.params)
+    size = () if space.shape == () and not hasattr(space, "low") else (int(jnp.prod(jnp.array(space.shape or (1,)))),)
+    if action.shape != size:
+        raise ValueError(f"network must give actions of shape {size} for {space!r}, not {action.shape}")

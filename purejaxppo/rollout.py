@@ -1,0 +1,183 @@
+"""Acting in environments: from a policy and actors that stand somewhere to T steps of N environments."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from purejaxppo.config import Config
+from purejaxppo.envs.base import Env, action_space, bound_action
+from purejaxppo.networks import Network
+from purejaxppo.normalize import standardize_observations
+
+
+@struct.dataclass
+class Policy:
+    """All that acting needs, and what scales the rewards that it learns from."""
+
+    params: Any  # of the network
+    observation: Any  # Moments per part of an observation; () where observations are not normalised
+    reward: Any  # Moments of the discounted return; () where rewards are not scaled
+
+
+@struct.dataclass
+class Actors:
+    """Where N environments stand between two rollouts."""
+
+    env_state: Any  # [N, ...]
+    obs: Any  # [N, ...], as the environment shows it
+    first: jax.Array  # [N] bool, whether `obs` begins an episode
+    memory: Any  # [N, ...] of the network, before `first` empties it
+    episode_return: jax.Array  # [N], raw rewards so far
+    episode_length: jax.Array  # [N] int32, steps so far
+    discounted_return: jax.Array  # [N], discounted sum of past rewards, for their scale
+
+
+@struct.dataclass
+class Transition:
+    """One step of every environment; a rollout stacks T of them in front, [T, N, ...]."""
+
+    obs: Any  # [N, ...] acted on, as the environment shows it
+    first: jax.Array  # [N] bool, whether `obs` begins an episode
+    memory: Any  # [N, ...] of the network, before `obs`
+    action: jax.Array  # [N, ...] as drawn, before any bound
+    log_prob: jax.Array  # [N] of `action` when it was drawn
+    reward: jax.Array  # [N] raw
+    next_obs: Any  # [N, ...] reached, before any reset
+    terminated: jax.Array  # [N] bool
+    truncated: jax.Array  # [N] bool
+    episode_return: jax.Array  # [N], raw, this reward included
+    episode_length: jax.Array  # [N] int32, this step included
+    discounted_return: jax.Array  # [N], this reward included
+
+    @property
+    def done(self):
+        """Whether the episode ended with this step, [N] or [T, N]."""
+        return self.terminated | self.truncated
+
+
+def start(key, env_params, *, env: Env, network: Network, num_envs: int) -> Actors:
+    """N environments at the beginning of their first episodes."""
+    env_state, obs = jax.vmap(env.reset, in_axes=(0, None))(jax.random.split(key, num_envs), env_params)
+    zeros = jnp.zeros(num_envs, jnp.float32)
+    return Actors(
+        env_state=jax.tree.map(_strong, env_state),
+        obs=jax.tree.map(_strong, obs),
+        first=jnp.ones(num_envs, bool),
+        memory=network.initial_memory(num_envs),
+        episode_return=zeros,
+        episode_length=zeros.astype(jnp.int32),
+        discounted_return=zeros,
+    )
+
+
+def collect(key, actors: Actors, policy: Policy, env_params, discount, *, env: Env, network: Network, config: Config):
+    """T steps of N environments under a fixed policy: the actors where they end, and Transition [T, N]."""
+
+    def step(actors, key):
+        return act_and_step(key, actors, policy, env_params, discount, env=env, network=network, config=config)
+
+    return jax.lax.scan(step, actors, jax.random.split(key, config.num_steps))
+
+
+def act_and_step(key, actors, policy, env_params, discount, *, env, network, config):
+    """One step of N environments, those that ended begun anew: the actors after it, and Transition [N]."""
+    act_key, env_key, reset_key = jax.random.split(key, 3)
+    memory, distribution, _ = apply_policy(
+        policy, actors.memory, add_time(actors.obs), actors.first[None], network=network, config=config
+    )
+    action = distribution.sample(act_key)
+    log_prob = distribution.log_prob(action)[0]
+    action = action[0]
+    result = step_envs(env_key, actors.env_state, action, env_params, env=env, config=config)
+    done = result.terminated | result.truncated
+    env_state, obs = reset_where(reset_key, done, result, env_params, env=env, num_resets=config.resets_per_step)
+
+    transition = Transition(
+        obs=actors.obs,
+        first=actors.first,
+        memory=actors.memory,
+        action=action,
+        log_prob=log_prob,
+        reward=result.reward,
+        next_obs=result.obs,
+        terminated=result.terminated,
+        truncated=result.truncated,
+        episode_return=actors.episode_return + result.reward,
+        episode_length=actors.episode_length + 1,
+        discounted_return=discount * actors.discounted_return + result.reward,
+    )
+    actors = Actors(
+        env_state=env_state,
+        obs=obs,
+        first=done,
+        memory=memory,
+        episode_return=jnp.where(done, 0, transition.episode_return),
+        episode_length=jnp.where(done, 0, transition.episode_length),
+        discounted_return=jnp.where(done, 0, transition.discounted_return),
+    )
+    return actors, transition
+
+
+def apply_policy(policy: Policy, memory, obs, first, *, network: Network, config: Config):
+    """The network on raw observations [T, B, ...], normalised as the policy says: memory, distribution, value."""
+    obs = standardize_observations(policy.observation, obs, config.observation_clip)
+    return network.apply(policy.params, memory, obs, first)
+
+
+def step_envs(key, env_state, action, env_params, *, env: Env, config: Config):
+    """One raw step of N environments with actions as drawn, [N, ...]: Step [N]."""
+    space = action_space(env, env_params)
+
+    def step(key, state, action):
+        return env.step(key, state, bound_action(action, space, config.bound_action), env_params)
+
+    result = jax.vmap(step)(jax.random.split(key, action.shape[0]), env_state, action)
+    return result._replace(
+        state=jax.tree.map(_strong, result.state),
+        obs=jax.tree.map(_strong, result.obs),
+        reward=result.reward.astype(jnp.float32),
+    )
+
+
+def reset_where(key, done, result, env_params, *, env: Env, num_resets: int):
+    """States and observations [N, ...] after a step, fresh ones where an episode ended.
+
+    `num_resets` start states are drawn (0: one for each environment) and dealt out in turn to those that ended.
+    """
+    num_envs = done.shape[0]
+    fresh = jax.vmap(env.reset, in_axes=(0, None))(jax.random.split(key, num_resets or num_envs), env_params)
+    if num_resets:
+        turn = (jnp.cumsum(done) - 1) % num_resets
+        fresh = jax.tree.map(lambda x: x[turn], fresh)
+    return jax.tree.map(
+        lambda new, old: jnp.where(done.reshape(done.shape + (1,) * (old.ndim - 1)), new.astype(old.dtype), old),
+        fresh,
+        (result.state, result.obs),
+    )
+
+
+def values(policy: Policy, transitions: Transition, last_memory, *, network: Network, config: Config):
+    """The value of every state acted on and of every state reached, [T, N] each, in one pass over each.
+
+    The state reached is valued before any reset, with the memory after the step, which the look does not advance.
+    """
+    first_memory = jax.tree.map(lambda x: x[0], transitions.memory)
+    _, _, value = apply_policy(
+        policy, first_memory, transitions.obs, transitions.first, network=network, config=config
+    )
+    next_memory = jax.tree.map(lambda x, last: jnp.concatenate([x[1:], last[None]]), transitions.memory, last_memory)
+    flat = jax.tree.map(lambda x: x.reshape((-1,) + x.shape[2:]), (next_memory, transitions.next_obs))
+    never_first = jnp.zeros((1, transitions.done.size), bool)
+    _, _, next_value = apply_policy(policy, flat[0], add_time(flat[1]), never_first, network=network, config=config)
+    return value, next_value.reshape(value.shape)
+
+
+def add_time(tree):
+    """Every leaf with a time axis of one step in front."""
+    return jax.tree.map(lambda x: x[None], tree)
+
+
+def _strong(x):
+    return jnp.asarray(x, jnp.result_type(x))

@@ -1,0 +1,94 @@
+"""Learning from one rollout: epochs of shuffled minibatches, one optimizer step each."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from purejaxppo.config import Config, Hyperparams
+
+
+@struct.dataclass
+class Batch:
+    """What is learned from: a rollout [T, N, ...], or a minibatch of it [L, B, ...]."""
+
+    obs: Any  # as the network reads it, normalised if at all
+    first: jax.Array  # bool, whether `obs` begins an episode
+    memory: Any  # of the network before `obs`; in a minibatch [B, ...], before the segment
+    action: jax.Array  # as drawn
+    log_prob: jax.Array  # of the policy that acted
+    value: jax.Array  # of the policy that acted
+    advantage: jax.Array
+    target: jax.Array  # of the value
+
+
+def adam(hyperparams: Hyperparams) -> optax.GradientTransformation:
+    """Adam behind a bound on the global gradient norm; `learning_rate` is a number by now."""
+    return optax.chain(
+        optax.clip_by_global_norm(hyperparams.max_grad_norm),
+        optax.adam(
+            hyperparams.learning_rate, b1=hyperparams.adam_b1, b2=hyperparams.adam_b2, eps=hyperparams.adam_eps
+        ),
+    )
+
+
+def update(
+    key, params, opt_state, batch: Batch, hyperparams: Hyperparams, *, loss: Callable, optimizer: Callable, config: Config
+):
+    """All epochs over one rollout: params, opt_state, and the means of what the minibatches reported.
+
+    Every epoch draws a permutation of its own. With `stop_on_kl`, the first minibatch whose KL exceeds the target
+    and all after it leave params and optimizer state as they are, and do not count in the means.
+    """
+    segments = to_segments(batch, config.segment_length)
+    transformation = optimizer(hyperparams)
+
+    def learn(carry, chosen):
+        params, opt_state, stopped = carry
+        minibatch = take(segments, chosen)
+        (_, report), grads = jax.value_and_grad(loss, has_aux=True)(params, minibatch, hyperparams)
+        updates, new_opt_state = transformation.update(grads, opt_state, params)
+        new_params = optax.apply_updates(params, updates)
+        if config.stop_on_kl:
+            stopped = stopped | (report["approx_kl"] > hyperparams.target_kl)
+            new_params, new_opt_state = jax.tree.map(
+                lambda old, new: jnp.where(stopped, old, new), (params, opt_state), (new_params, new_opt_state)
+            )
+        return (new_params, new_opt_state, stopped), (report | {"grad_norm": optax.global_norm(grads)}, ~stopped)
+
+    carry = params, opt_state, jnp.bool_(False)
+    (params, opt_state, _), (reports, counted) = jax.lax.scan(learn, carry, minibatches(key, config))
+    return params, opt_state, jax.tree.map(lambda x: _mean_where(counted, x), reports)
+
+
+def minibatches(key, config: Config):
+    """Indices of segments, [epochs * minibatches, segments of a minibatch]: every epoch shuffled anew."""
+    keys = jax.random.split(key, config.num_epochs)
+    shuffled = jax.vmap(lambda key: jax.random.permutation(key, config.num_segments))(keys)
+    return shuffled.reshape(config.num_epochs * config.num_minibatches, -1)
+
+
+def to_segments(batch: Batch, length: int) -> Batch:
+    """A rollout [T, N, ...] cut into segments [T / L * N, L, ...]; of the memory only what precedes each, [T / L * N, ...]."""
+
+    def cut(x):
+        num_steps, num_envs, *shape = x.shape
+        x = x.reshape(num_steps // length, length, num_envs, *shape)
+        return jnp.swapaxes(x, 1, 2).reshape(-1, length, *shape)
+
+    segments = jax.tree.map(cut, batch)
+    return segments.replace(memory=jax.tree.map(lambda x: x[:, 0], segments.memory))
+
+
+def take(segments: Batch, chosen) -> Batch:
+    """The minibatch [L, B, ...] of the segments with the indices `chosen` [B]."""
+    minibatch = jax.tree.map(lambda x: x[chosen], segments)
+    time_first = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), minibatch)
+    return time_first.replace(memory=minibatch.memory)
+
+
+def _mean_where(counted, values):
+    return jnp.where(counted, values, 0).sum() / jnp.maximum(counted.sum(), 1)
