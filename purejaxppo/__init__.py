@@ -6,3 +6,26 @@ from purejaxppo.envs import Box, Discrete, Env, MultiDiscrete, Step, check_env, 
 from purejaxppo.networks import Network, from_linen, from_nnx
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.sweep import batched, grid, runs
+
+__version__ = "0.1.0"
+
+LAZY = {
+    "fit": "purejaxppo.experiment.fit",
+    "load": "purejaxppo.experiment.folder",
+    "plot_learning_curve": "purejaxppo.experiment.plots",
+    "preset": "purejaxppo.experiment.presets",
+    "a2c": "purejaxppo.experiment.presets",
+}
+
+
+def __getattr__(name):
+    # The host's side brings xarray and matplotlib, which `import purejaxppo` should not cost.
+    if name in LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(LAZY[name]), name)
+    raise AttributeError(f"module 'purejaxppo' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *LAZY])

@@ -53,18 +53,17 @@ def observation_moments(space):
 
 def merge_observations(moments, obs):
     """The moments of every part of an observation [..., *shape], batched, with it counted in."""
-    return _map_parts(merge, moments, obs)
+    return jax.tree.map(lambda part, x: None if part is None else merge(part, x), moments, obs, is_leaf=_is_part)
 
 
 def standardize_observations(moments, obs, clip: float):
     """An observation, batched or not, with every part that has moments standardised; () stands for no moments."""
     if isinstance(moments, tuple) and not moments:
         return obs
-    return _map_parts(lambda part, x: standardize(part, x, clip), moments, obs)
+    return jax.tree.map(
+        lambda part, x: x if part is None else standardize(part, x, clip), moments, obs, is_leaf=_is_part
+    )
 
 
-def _map_parts(function, moments, obs):
-    def is_part(x):
-        return x is None or isinstance(x, Moments)
-
-    return jax.tree.map(lambda part, x: x if part is None else function(part, x), moments, obs, is_leaf=is_part)
+def _is_part(x):
+    return x is None or isinstance(x, Moments)

@@ -1,0 +1,1 @@
+"""The host: everything that a person needs around training. The core never imports it."""

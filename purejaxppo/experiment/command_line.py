@@ -1,0 +1,176 @@
+"""`purejaxppo train ENV`, `purejaxppo envs`: flags are made from `Config` and `Hyperparams`."""
+
+import datetime
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import tyro
+
+from purejaxppo.config import Config, Hyperparams
+
+USAGE = """usage: purejaxppo COMMAND ...
+
+  purejaxppo train ENV [flags]   train one agent or many, by the preset of the environment
+  purejaxppo envs                list what can be trained, with its preset
+  purejaxppo COMMAND --help      all flags of a command
+"""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train PPO on an environment. Flags that are not given come from its preset."""
+
+    env: tyro.conf.Positional[str]
+    """A name that `purejaxppo envs` lists."""
+    num_seeds: int = 1
+    """Agents, trained side by side in one program."""
+    seed: int = 0
+    """Where the random keys of all agents come from."""
+    total_steps: int | None = None
+    """Environment steps of each agent; sets num_updates to as many whole updates as fit."""
+    out: Path | None = None
+    """Folder for the results; runs/ENV-TIME if none is given."""
+    config: tyro.conf.OmitArgPrefixes[Config] = field(default_factory=Config)
+    hyperparams: tyro.conf.OmitArgPrefixes[Hyperparams] = field(default_factory=Hyperparams)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 2 with one sentence on standard error for bad input."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command in ("--help", "-h"):
+        print(USAGE, end="")
+        return 0
+    if command not in COMMANDS:
+        return _refuse(f"unknown command {command!r} (known: {', '.join(COMMANDS)})")
+    try:
+        return COMMANDS[command](rest)
+    except ValueError as error:
+        return _refuse(str(error))
+    except KeyboardInterrupt:
+        return _refuse("interrupted before anything was done", status=130)
+
+
+def train(arguments: list[str]) -> int:
+    """Trains, prints a table, and leaves a folder."""
+    options = _parse_train(arguments)
+
+    import jax
+
+    from purejaxppo.experiment import folder
+    from purejaxppo.experiment.fit import fit
+    from purejaxppo.ppo import make_ppo
+    from purejaxppo.sweep import batched, runs
+
+    config = options.config
+    ppo = batched(make_ppo(options.env, config))
+    keys, hyperparams = runs(jax.random.key(options.seed), num_seeds=options.num_seeds, hyperparams=options.hyperparams)
+    folder.prepare(options.out)
+    settings = folder.describe(
+        options.env, config, options.hyperparams, seed=options.seed, num_seeds=options.num_seeds
+    )
+    print(
+        f"{options.env}: {_count(options.num_seeds, 'agent')} x {config.total_steps:,} steps "
+        f"({config.num_updates} updates of {config.num_envs} environments x {config.num_steps} steps) "
+        f"on {jax.devices()[0].device_kind}",
+        flush=True,
+    )
+    result = fit(ppo, jax.jit(ppo.init)(keys, hyperparams))
+    metrics = result.metrics.rename(run="seed")
+    settings |= {
+        "num_updates_done": metrics.sizes["update"],
+        "compile_seconds": result.compile_seconds,
+        "run_seconds": result.run_seconds,
+        "steps_per_second": result.steps_per_second,
+    }
+    folder.save(options.out, settings, metrics, result.state.policy)
+    _draw(options, metrics)
+    evaluation = jax.jit(ppo.evaluate)(keys, result.state.policy, result.state.env_params)
+    print(_table(options, result, metrics, evaluation))
+    return 0
+
+
+def envs(arguments: list[str]) -> int:
+    """Lists every environment with its preset."""
+    tyro.cli(_print_envs, args=arguments, prog="purejaxppo envs")
+    return 0
+
+
+COMMANDS = {"train": train, "envs": envs}
+
+
+def _print_envs():
+    """List what can be trained: budget in steps, and the settings in which its preset differs from the defaults."""
+    from purejaxppo.envs import env_names
+    from purejaxppo.experiment.presets import changed_settings, preset
+
+    width = max(map(len, env_names()))
+    print(f"{'environment':{width}}  {'steps':>10}  preset, where it differs from the defaults")
+    for name in env_names():
+        config, hyperparams = preset(name)
+        changed = ", ".join(f"{key}={value}" for key, value in changed_settings(config, hyperparams).items())
+        print(f"{name:{width}}  {config.total_steps:>10,}  {changed}")
+
+
+def _parse_train(arguments: list[str]) -> Train:
+    """The flags on top of the preset of the environment, wherever its name stands among them."""
+    from purejaxppo.envs import env_names, make_env
+    from purejaxppo.experiment.presets import preset
+
+    known = [word for word in arguments if word in env_names()]
+    asks_help = "--help" in arguments or "-h" in arguments
+    if not known and not asks_help:
+        if not arguments or arguments[0].startswith("-"):
+            raise ValueError("name an environment first: purejaxppo train ENV [flags] (`purejaxppo envs` lists them)")
+        make_env(arguments[0])
+    env = known[0] if known else "CartPole-v1"
+    default = Train(env, **preset(env)._asdict())
+    options = tyro.cli(Train, args=arguments, default=default, prog="purejaxppo train")
+    if options.num_seeds < 1:
+        raise ValueError(f"num_seeds={options.num_seeds} must be at least 1")
+    if options.total_steps is not None:
+        options = replace(options, config=options.config.with_total_steps(options.total_steps))
+    time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return options if options.out else replace(options, out=Path("runs") / f"{env}-{time}")
+
+
+def _table(options: Train, result, metrics, evaluation) -> str:
+    from purejaxppo.experiment.results import last_episodes, mean_interval
+
+    played = evaluation.episode_return.shape[1]
+    rows = [
+        ("return, last 100 episodes", _interval(*mean_interval(last_episodes(metrics)))),
+        (f"return, {played} fresh episodes", _interval(*mean_interval(evaluation.episode_return.mean(1)))),
+        ("steps", f"{metrics.sizes['update'] * options.config.steps_per_update:,} x {_count(options.num_seeds, 'agent')}"),
+        ("steps per second", f"{result.steps_per_second:,.0f}"),
+        ("compile", f"{result.compile_seconds:.1f} s"),
+        ("run", f"{result.run_seconds:.1f} s"),
+        ("saved in", str(options.out)),
+    ]
+    return "\n".join(f"  {name:<28}{value}" for name, value in rows)
+
+
+def _interval(mean: float, low: float, high: float) -> str:
+    if mean != mean:
+        return "no episode ended"
+    return f"{mean:.2f}" + (f"  [{low:.2f}, {high:.2f}] 95 % over agents" if low == low else "  (one agent: no interval)")
+
+
+def _draw(options: Train, metrics):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from purejaxppo.experiment.plots import plot_learning_curve
+
+    ax = plot_learning_curve(metrics, title=options.env)
+    ax.figure.savefig(options.out / "learning_curve.png", dpi=150)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _refuse(sentence: str, status: int = 2) -> int:
+    print(f"purejaxppo: {sentence}", file=sys.stderr)
+    return status

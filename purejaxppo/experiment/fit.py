@@ -1,0 +1,114 @@
+"""The host loop over compiled chunks of a run: constant memory, progress, compile time told apart from run time."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray
+from tqdm.auto import tqdm
+
+from purejaxppo.experiment.results import label
+from purejaxppo.ppo import PPO, TrainState
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a host loop has done: the state it came to and what it saw on the way."""
+
+    ppo: PPO
+    state: TrainState
+    metrics: xarray.Dataset
+    """Dimensions (`run`,) `update`, with environment steps of one run as the coordinate `step`."""
+    compile_seconds: float
+    run_seconds: float
+
+    @property
+    def steps_per_second(self) -> float:
+        """Environment steps of all runs per second of run time."""
+        num_runs = self.metrics.sizes.get("run", 1)
+        return num_runs * self.metrics.sizes["update"] * self.ppo.config.steps_per_update / max(self.run_seconds, 1e-9)
+
+
+def fit(
+    ppo: PPO, state: TrainState, *, num_updates: int | None = None, updates_per_chunk: int | None = None, progress: bool = True
+) -> Fit:
+    """Trains from `state`, of one run or of a batch, to the end of the run or for `num_updates` updates.
+
+    The numbers are those of `ppo.train`, in chunks of `updates_per_chunk` (a hundredth of the whole by default), and
+    `state` stays usable. An interrupt (Ctrl-C) ends the loop after the chunk in flight; what was done is returned.
+    """
+    if num_updates is None:
+        num_updates = max(ppo.config.num_updates - int(np.max(state.num_updates)), 0)
+    if num_updates < 1:
+        raise ValueError(f"num_updates={num_updates}: this run is complete (pass num_updates=... to go on past its horizon)")
+    chunk = min(updates_per_chunk or -(-num_updates // 100), num_updates)
+    if chunk < 1:
+        raise ValueError(f"updates_per_chunk={updates_per_chunk} must be at least 1")
+    num_runs = int(np.prod(state.num_updates.shape))
+    done = int(np.max(state.num_updates))
+    steps_per_update = num_runs * ppo.config.steps_per_update
+
+    with tqdm(
+        total=num_updates * steps_per_update, unit=" steps", unit_scale=True, desc="compiling",
+        disable=None if progress else True, mininterval=0.2,
+    ) as bar:  # fmt: skip
+        start = time.perf_counter()
+        program = compile_chunk(ppo, state, chunk)
+        compile_seconds = time.perf_counter() - start
+        bar.set_description(f"compiled in {compile_seconds:.1f} s, training")
+        bar.unpause()
+        collected, last_return = [], np.full(num_runs, np.nan)
+        start = time.perf_counter()
+        try:
+            for state, metrics in chunks(program, state, num_updates, chunk):
+                collected.append(metrics)
+                last_return = _latest(metrics["episode_return"].reshape(num_runs, -1), last_return)
+                if not np.isnan(last_return).all():
+                    bar.set_postfix_str(f"return {np.nanmean(last_return):.1f}", refresh=False)
+                bar.update(metrics["learning_rate"].shape[-1] * steps_per_update)
+        except KeyboardInterrupt:
+            if not collected:
+                raise
+            bar.write("interrupted: the result holds what was done until here")
+        run_seconds = time.perf_counter() - start
+    metrics = {name: np.concatenate([m[name] for m in collected], axis=-1) for name in collected[0]}
+    return Fit(ppo, state, label(metrics, ppo.config, done), compile_seconds, run_seconds)
+
+
+def chunks(program, state: TrainState, num_updates: int, chunk: int) -> Iterator:
+    """States and metrics (as numpy, [..., updates of the chunk]) after every chunk, the last one perhaps shorter."""
+    state = jax.tree.map(jnp.copy, state)  # the program takes its argument's memory; the caller's stays
+    while num_updates:
+        length = min(chunk, num_updates)
+        state, metrics = program(state, np.int32(length))
+        yield state, {name: np.asarray(values)[..., :length] for name, values in metrics.items()}
+        num_updates -= length
+
+
+def compile_chunk(ppo: PPO, state: TrainState, chunk: int):
+    """The compiled function (state, length) -> state, metrics [..., chunk], for any length up to `chunk`.
+
+    The length is an argument, so that a last, shorter chunk needs no program of its own.
+    """
+
+    def run(state, length):
+        def one(i, carry):
+            state, stacked = carry
+            state, metrics = ppo.step(state)
+            return state, jax.tree.map(lambda s, m: s.at[..., i].set(m), stacked, metrics)
+
+        shapes = jax.eval_shape(ppo.step, state)[1]
+        stacked = jax.tree.map(lambda x: jnp.zeros((*x.shape, chunk), x.dtype), shapes)
+        return jax.lax.fori_loop(0, length, one, (state, stacked))
+
+    return jax.jit(run, donate_argnums=0).lower(state, np.int32(chunk)).compile()
+
+
+def _latest(returns, before):
+    """The last return of each run [R, updates] in which an episode ended, or the one from before."""
+    for column in returns.T:
+        before = np.where(np.isnan(column), before, column)
+    return before

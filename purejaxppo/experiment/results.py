@@ -1,0 +1,53 @@
+"""Metrics as labelled arrays, and what is read off them."""
+
+import numpy as np
+import xarray
+from scipy import stats
+
+from purejaxppo.config import Config
+
+
+def label(metrics: dict, config: Config, updates_before: int = 0) -> xarray.Dataset:
+    """Metrics [U] or [R, U] with names to their axes: (`run`,) `update` counted from 1, and `step` along it.
+
+    `step` counts the environment steps of one run, as a float64 that is exact up to 2**53.
+    """
+    shape = np.shape(metrics["learning_rate"])
+    dims = ("run", "update")[-len(shape) :]
+    update = np.arange(1, shape[-1] + 1) + updates_before
+    coords = {"update": update.astype(np.int32), "step": ("update", update * float(config.steps_per_update))}
+    if len(shape) == 2:
+        coords["run"] = np.arange(shape[0], dtype=np.int32)
+    return xarray.Dataset({name: (dims, np.asarray(x)) for name, x in metrics.items()}, coords)
+
+
+def last_episodes(metrics: xarray.Dataset, num_episodes: int = 100) -> xarray.DataArray:
+    """Mean return of the last `num_episodes` training episodes of each run; nan where none ended.
+
+    Episodes are known by their update: of the oldest update that is needed only a share counts.
+    """
+    count = metrics["num_episodes"].astype(np.float64)
+    newer = count.isel(update=slice(None, None, -1)).cumsum("update").isel(update=slice(None, None, -1)) - count
+    weight = np.clip(num_episodes - newer, 0, count)
+    total = weight.sum("update")
+    return (metrics["episode_return"].fillna(0) * weight).sum("update") / total.where(total > 0)
+
+
+def learning_curve(metrics: xarray.Dataset, num_points: int = 100) -> xarray.DataArray:
+    """Mean return per episode in about `num_points` equal spans of updates, each run apart; nan where none ended."""
+    span = max(metrics.sizes["update"] // num_points, 1)
+    sums = xarray.Dataset({"n": metrics["num_episodes"], "r": metrics["episode_return"].fillna(0) * metrics["num_episodes"]})
+    sums = sums.coarsen(update=span, boundary="trim", coord_func={"update": "max", "step": "max"}).sum()
+    return (sums["r"] / sums["n"].where(sums["n"] > 0)).rename("episode_return")
+
+
+def mean_interval(values, confidence: float = 0.95) -> tuple[float, float, float]:
+    """Mean over runs and its Student t interval; the interval is nan for fewer than two runs. Runs without a value drop."""
+    values = np.asarray(values, np.float64).reshape(-1)
+    values = values[~np.isnan(values)]
+    if not values.size:
+        return np.nan, np.nan, np.nan
+    if values.size == 1:
+        return float(values[0]), np.nan, np.nan
+    half = stats.sem(values) * stats.t.ppf((1 + confidence) / 2, values.size - 1)
+    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
