@@ -73,6 +73,9 @@ class Config:
             _check_whole(name, getattr(self, name), at_least=1)
         for name in ("gru_width", "resets_per_step"):
             _check_whole(name, getattr(self, name), at_least=0)
+        if not isinstance(self.widths, (tuple, list)):
+            raise ValueError(f"widths={self.widths!r} must be a sequence of whole numbers, such as (64, 64)")
+        object.__setattr__(self, "widths", tuple(self.widths))
         for width in self.widths:
             _check_whole("widths", width, at_least=1)
         for field in fields(self):
@@ -163,7 +166,7 @@ class Hyperparams:
                 raise ValueError(f"{field.name} must be a number; only {', '.join(SCHEDULABLE)} may be schedules")
             if not callable(value):
                 low, high = HYPERPARAM_RANGES[field.name]
-                _check_range(field.name, value, low, high, open_high=field.name in ("adam_b1", "adam_b2"))
+                _check_range(field.name, value, low, high, open_high=field.name in FINITE_OR_BELOW)
 
     def tree_flatten_with_keys(self):
         return [(jax.tree_util.GetAttrKey(f.name), getattr(self, f.name)) for f in fields(self)], None
@@ -194,7 +197,7 @@ HYPERPARAM_RANGES = {
     "gae_lambda": (0, 1),
     "clip": (0, math.inf),
     "value_clip": (0, math.inf),
-    "entropy_coefficient": (-math.inf, math.inf),
+    "entropy_coefficient": (0, math.inf),
     "value_coefficient": (0, math.inf),
     "max_grad_norm": (0, math.inf),
     "adam_eps": (0, math.inf),
@@ -202,6 +205,10 @@ HYPERPARAM_RANGES = {
     "adam_b2": (0, 1),
     "target_kl": (0, math.inf),
 }
+
+
+# Ranges whose upper end is not itself allowed.
+FINITE_OR_BELOW = ("learning_rate", "entropy_coefficient", "value_coefficient", "adam_eps", "adam_b1", "adam_b2")
 
 
 def linear(start, end) -> jax.tree_util.Partial:

@@ -4,6 +4,7 @@ A network reads observations [T, B, ...] with flags `first` [T, B] that mark whe
 that a feed-forward network leaves empty: one path for both.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -136,7 +137,7 @@ class MLP(nn.Module):
     def __call__(self, space, obs):
         x = flatten_observation(space, obs)
         for width in self.widths:
-            x = self.activation(nn.Dense(width, kernel_init=orthogonal(np.sqrt(2)))(x))
+            x = self.activation(nn.Dense(width, kernel_init=orthogonal(2**0.5))(x))
         return x
 
 
@@ -149,10 +150,10 @@ class CNN(nn.Module):
     @nn.compact
     def __call__(self, space, obs):
         grid = obs.astype(jnp.float32)
-        x = self.activation(nn.Conv(16, (3, 3), padding="VALID", kernel_init=orthogonal(np.sqrt(2)))(grid))
+        x = self.activation(nn.Conv(16, (3, 3), padding="VALID", kernel_init=orthogonal(2**0.5))(grid))
         x = x.reshape(x.shape[:-3] + (-1,))
         for width in self.widths:
-            x = self.activation(nn.Dense(width, kernel_init=orthogonal(np.sqrt(2)))(x))
+            x = self.activation(nn.Dense(width, kernel_init=orthogonal(2**0.5))(x))
         return x
 
 
@@ -204,11 +205,11 @@ class Gaussian(nn.Module):
     @nn.compact
     def __call__(self, features):
         loc = nn.Dense(self.size, kernel_init=orthogonal(0.01), name="loc")(features)
-        start = nn.initializers.constant(np.log(self.initial_std))
+        start = nn.initializers.constant(math.log(self.initial_std))
         if self.state_dependent_std:
             log_std = nn.Dense(self.size, kernel_init=orthogonal(0.01), bias_init=start, name="log_std")(features)
         else:
-            log_std = jnp.broadcast_to(self.param("log_std", start, (self.size,)), loc.shape)
+            log_std = jnp.broadcast_to(self.param("log_std", start, (self.size,), jnp.float32), loc.shape)
         return self.distribution(loc, jnp.exp(jnp.clip(log_std, MIN_LOG_STD, MAX_LOG_STD)))
 
 

@@ -57,7 +57,7 @@ def update(
             new_params, new_opt_state = jax.tree.map(
                 lambda old, new: jnp.where(stopped, old, new), (params, opt_state), (new_params, new_opt_state)
             )
-        return (new_params, new_opt_state, stopped), (report | {"grad_norm": optax.global_norm(grads)}, ~stopped)
+        return (new_params, new_opt_state, stopped), (report | {"grad_norm": optax.tree.norm(grads)}, ~stopped)
 
     carry = params, opt_state, jnp.bool_(False)
     (params, opt_state, _), (reports, counted) = jax.lax.scan(learn, carry, minibatches(key, config))

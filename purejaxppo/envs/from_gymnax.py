@@ -51,8 +51,10 @@ def gymnax_names() -> list[str]:
 
 
 def _strong(tree):
-    """Every leaf as an array of its own dtype: Python numbers in a state would change type after a step."""
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), tree)
+    """Every leaf as an array of a fixed 32-bit type: a Python number in a state would change type after a step, and
+    in double precision mode gymnax gives one leaf now this width, now that."""
+    narrow = {jnp.dtype("float64"): jnp.float32, jnp.dtype("int64"): jnp.int32}
+    return jax.tree.map(lambda x: jnp.asarray(x, narrow.get(jnp.result_type(x), jnp.result_type(x))), tree)
 
 
 def _observation_space(env, params):

@@ -1,0 +1,187 @@
+import dataclasses
+
+import gymnax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from probes import SMALL, copy_cue, counter
+
+from purejaxppo import Box, Discrete, Env, MultiDiscrete, Step, check_env, make_env, make_ppo, time_limit
+from purejaxppo.envs import env_names
+from purejaxppo.envs.base import action_space, observation_space
+
+
+@pytest.mark.parametrize("name", env_names())
+def test_every_environment_of_gymnax_makes_a_finite_update(name):
+    config = dataclasses.replace(SMALL, normalize_observation=True, scale_reward=True)
+    # gymnax's Swimmer itself subtracts a vector from a matrix.
+    with jax.numpy_rank_promotion("allow" if name == "Swimmer-misc" else "raise"):
+        ppo = make_ppo(name, config)
+        state, metrics = jax.jit(ppo.step)(jax.jit(ppo.init)(jax.random.key(0)))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((state.policy, state.opt_state)))
+    assert np.isfinite([metrics[k] for k in ("loss", "entropy", "approx_kl", "grad_norm")]).all()
+    assert metrics["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("name", ["CartPole-v1", "DeepSea-bsuite", "UmbrellaChain-bsuite", "FrozenLake-misc"])
+def test_steps_are_those_of_gymnax_to_the_bit(name, key):
+    """Along a random episode through gymnax's own `step`, whose auto-reset ours leaves out."""
+    theirs, params = gymnax.make(name)
+    ours = make_env(name)
+    step, our_step = jax.jit(theirs.step), jax.jit(ours.step)
+    obs, state = theirs.reset(key, params)
+    our_state, our_obs = ours.reset(key, ours.params)
+    np.testing.assert_array_equal(obs, our_obs)
+    for i in range(100):
+        step_key = jax.random.fold_in(key, i)
+        action = theirs.action_space(params).sample(step_key)
+        obs, state, reward, terminated, truncated, info = step(step_key, state, action, params)
+        result = our_step(jax.random.split(step_key)[0], our_state, action, ours.params)
+        np.testing.assert_array_equal(result.obs, info["final_observation"])
+        assert (result.reward, result.terminated, result.truncated) == (reward, terminated, truncated)
+        our_state = result.state
+        if terminated or truncated:
+            return
+    pytest.fail("no episode ended")
+
+
+def test_an_environment_is_given_by_name_instance_pair_or_as_it_is():
+    instance, params = gymnax.make("Pendulum-v1")
+    own = dataclasses.replace(params, max_torque=7.0)
+    assert make_env("Pendulum-v1").params == make_env(instance).params == params
+    paired = make_env((instance, own))
+    assert paired.params.max_torque == 7 and action_space(paired, own).high == 7
+    env = copy_cue()
+    assert make_env(env) is env
+
+
+def test_an_instance_may_be_built_with_arguments_of_its_own():
+    env = make_env(gymnax.environments.bsuite.deep_sea.DeepSea(size=5))
+    assert observation_space(env).shape == (5, 5)
+
+
+def test_action_bounds_follow_parameters_that_are_traced(key):
+    env = make_env("Pendulum-v1")
+    ppo = make_ppo(env, dataclasses.replace(SMALL, bound_action="tanh"))
+    policy = ppo.init(key).policy
+
+    def largest(max_torque):
+        params = dataclasses.replace(env.params, max_torque=max_torque)
+        act = lambda key: ppo.act(policy, jnp.zeros(3), key, env_params=params)[0]
+        return jnp.abs(jax.vmap(act)(jax.random.split(key, 500))).max()
+
+    small, large = jax.jit(jax.vmap(largest))(jnp.array([0.5, 8.0]))
+    assert 0.4 < small <= 0.5 and 6.4 < large <= 8
+
+
+@pytest.mark.parametrize(
+    "name, hint", [("Cartpole", "CartPole-v1"), ("Breakout", "Breakout-MinAtar"), ("zzzzz", "purejaxppo envs")]
+)
+def test_an_unknown_name_is_answered_with_the_nearest(name, hint):
+    with pytest.raises(ValueError, match=f"env='{name}' is not a known environment.*{hint}"):
+        make_env(name)
+
+
+def test_what_is_no_environment_is_refused():
+    with pytest.raises(ValueError, match="is no environment: pass a name"):
+        make_env(42)
+
+
+def test_a_time_limit_truncates_and_terminates_nothing(key):
+    env = time_limit(counter(5, truncate=False), 3)
+    state, _ = env.reset(key, ())
+    flags = []
+    for _ in range(5):
+        result = env.step(key, state, 0, ())
+        state = result.state
+        flags.append((bool(result.terminated), bool(result.truncated)))
+    assert flags == [(False, False), (False, False), (False, True), (False, True), (True, True)]
+
+
+def dictionary_env():
+    def observe(time):
+        return {"where": jnp.zeros((2, 3)), "kind": time % 3, "on": time > 1, "grid": jnp.ones((2, 2), jnp.uint8)}
+
+    def step(key, time, action, params):
+        return Step(time + 1, observe(time + 1), jnp.float32(action[0]), time > 2, jnp.bool_(False))
+
+    space = {
+        "where": Box(-1.0, 1.0, (2, 3)), "kind": Discrete(3), "on": Box(0, 1, (), bool), "grid": Box(0, 255, (2, 2), jnp.uint8),
+    }  # fmt: skip
+    return Env(lambda key, params: (jnp.int32(0), observe(jnp.int32(0))), step, (), MultiDiscrete([2, 3]), space)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_dictionaries_of_every_kind_of_observation_are_learned_from(normalize, key):
+    env = dictionary_env()
+    assert check_env(env) == []
+    ppo = make_ppo(env, dataclasses.replace(SMALL, normalize_observation=normalize))
+    state, metrics = jax.jit(ppo.train)(ppo.init(key))
+    assert np.isfinite(metrics["loss"]).all()
+    assert state.policy.params["params"]["actor"]["MLP_0"]["Dense_0"]["kernel"].shape == (6 + 3 + 1 + 4, 8)
+
+
+def broken(**changes):
+    """A sound environment with its step's result changed."""
+    env = counter(3)
+
+    def step(*args):
+        result = env.step(*args)
+        return result._replace(**{name: change(result) for name, change in changes.items()})
+
+    return env._replace(step=step)
+
+
+@pytest.mark.parametrize(
+    "env, sentence",
+    [
+        (broken(reward=lambda r: jnp.ones(3)), "reward has shape (3,)"),
+        (broken(terminated=lambda r: r.terminated * 1.0), "terminated is float32; it must be a bool"),
+        (broken(obs=lambda r: r.obs.astype(jnp.int32)), "obs is float32 from reset and int32 from step"),
+        (broken(obs=lambda r: jnp.zeros(2)), "obs has shape (1,) from reset and (2,) from step"),
+        (broken(state=lambda r: (r.state[0] * 1.0, r.state[1])), "state[0] is int32 from reset and float32 from step"),
+        (broken(state=lambda r: r.state[0]), "state from step is built differently"),
+        (broken(obs=lambda r: r.obs * jnp.nan), "step 1 of random play shows an observation that is nan"),
+        (broken(reward=lambda r: r.reward / (r.reward - 2)), "step 2 of random play gives a reward that is nan"),
+        (broken(truncated=lambda r: jnp.bool_(False)), "no episode ended within 200 random steps"),
+        (counter(3)._replace(action_space=3), "action_space is 3; it must be a Discrete"),
+        (counter(3)._replace(observation_space=Box(0, 11, (1,))), "shows an observation outside observation_space"),
+        (counter(3)._replace(observation_space=Discrete(4)), "shows an observation of shape (1,)"),
+        (counter(3)._replace(reset=lambda key, params: jnp.zeros(1)), "reset(key, params) must return the pair"),
+        (counter(3)._replace(reset=lambda key: 1), "reset(key, params) failed when traced: TypeError"),
+        (counter(3)._replace(step=lambda *args: (1, 2)), "step must return a Step"),
+    ],
+)
+def test_an_author_is_told_what_is_wrong(env, sentence):
+    problems = check_env(env)
+    assert len(problems) >= 1 and any(sentence in problem for problem in problems), problems
+
+
+def test_a_sound_environment_has_no_problems():
+    assert check_env(counter(3)) == check_env(make_env("CartPole-v1")) == []
+
+
+def test_an_unsound_environment_is_refused_before_anything_compiles():
+    with pytest.raises(ValueError, match="probe is no sound environment: reward has shape"):
+        make_ppo(broken(reward=lambda r: jnp.ones(3)), SMALL)
+
+
+def test_a_policy_trained_on_gymnax_acts_in_gymnasium_as_well():
+    """The same CartPole by other hands: what one learns in the one must hold in the other."""
+    gymnasium = pytest.importorskip("gymnasium")
+    config = dataclasses.replace(SMALL, num_envs=8, num_steps=128, num_updates=100, num_epochs=4, num_minibatches=4, widths=(64, 64))
+    from purejaxppo import Hyperparams
+
+    ppo = make_ppo("CartPole-v1", config)
+    state, _ = jax.jit(ppo.train)(ppo.init(jax.random.key(0), Hyperparams(learning_rate=1e-3)))
+    act = jax.jit(lambda obs: ppo.act(state.policy, obs)[0])
+    env, returns = gymnasium.make("CartPole-v1"), []
+    for seed in range(5):
+        obs, _ = env.reset(seed=seed)
+        total, done = 0.0, False
+        while not done:
+            obs, reward, terminated, truncated, _ = env.step(int(act(obs)))
+            total, done = total + reward, terminated or truncated
+        returns.append(total)
+    assert np.mean(returns) > 350

@@ -1,0 +1,173 @@
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from probes import SMALL, copy_cue
+
+from purejaxppo import Box, Categorical, Config, Discrete, MultiDiscrete, Network, batched, from_nnx, make_ppo
+from purejaxppo.networks import flatten_observation, make_network, orthogonal
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (4, 64), (64, 2), (1, 1), (3, 3, 4, 16)])
+def test_orthogonal_matrices_are_orthogonal(shape, key):
+    matrix = np.asarray(orthogonal(3.0)(key, shape)).reshape(-1, shape[-1])
+    gram = matrix.T @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.T
+    np.testing.assert_allclose(gram, 9 * np.eye(len(gram)), atol=2e-5)
+
+
+def test_orthogonal_matrices_are_uniform():
+    """The first entry of a uniform 3 x 3 rotation or reflection is uniform on [-1, 1] (Archimedes), in every place."""
+    drawn = jax.vmap(lambda key: orthogonal(1.0)(key, (3, 3)))(jax.random.split(jax.random.key(0), 20_000))
+    ordered = np.sort(np.asarray(drawn).reshape(-1, 9), axis=0)
+    uniform = np.linspace(-1, 1, len(ordered))[:, None]
+    assert np.abs(ordered - uniform).max() < 2 * 1.95 / np.sqrt(len(ordered))  # Kolmogorov-Smirnov at 0.1 %
+
+
+def test_initialisation_under_vmap_does_not_deadlock():
+    """In a process of its own with a time limit: LAPACK's QR in its place hangs two threads with jax 0.10.2."""
+    program = (
+        "import jax, purejaxppo as pjp;"
+        "ppo = pjp.batched(pjp.make_ppo('CartPole-v1', pjp.Config()));"
+        "init = jax.jit(ppo.init);"
+        "[jax.block_until_ready(init(jax.random.split(jax.random.key(i), 8))) for i in range(30)]"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+class Shared(nn.Module):
+    """A user's network, initialised by LAPACK's QR on purpose."""
+
+    @nn.compact
+    def __call__(self, obs):
+        x = nn.relu(nn.Dense(32, kernel_init=nn.initializers.orthogonal())(obs))
+        x = nn.relu(nn.Dense(32, kernel_init=nn.initializers.orthogonal())(x))
+        return Categorical(nn.Dense(2)(x)), nn.Dense(1)(x)[..., 0]
+
+
+def test_a_linen_module_of_a_user_trains_alone_and_in_a_batch():
+    many = batched(make_ppo("CartPole-v1", SMALL, network=Shared()))
+    state = jax.jit(many.init)(jax.random.split(jax.random.key(0), 8))
+    after, metrics = jax.jit(many.step)(state)
+    assert np.isfinite(metrics["loss"]).all()
+    assert after.policy.params["params"]["Dense_0"]["kernel"].shape == (8, 4, 32)
+
+
+class Small(nnx.Module):
+    """A user's nnx network."""
+
+    def __init__(self, rngs):
+        self.hidden = nnx.Linear(2, 16, rngs=rngs)
+        self.logits = nnx.Linear(16, 2, rngs=rngs)
+        self.value = nnx.Linear(16, 1, rngs=rngs)
+
+    def __call__(self, obs):
+        x = nnx.tanh(self.hidden(obs))
+        return Categorical(self.logits(x)), self.value(x)[..., 0]
+
+
+def test_an_nnx_module_of_a_user_trains_and_starts_differently_for_every_key():
+    many = batched(make_ppo(copy_cue(), SMALL, network=from_nnx(Small)))
+    state = jax.jit(many.init)(jax.random.split(jax.random.key(0), 2))
+    kernels = state.policy.params["hidden"]["kernel"]
+    assert (kernels[0] != kernels[1]).any()
+    after, metrics = jax.jit(many.train)(state)
+    assert (after.policy.params["hidden"]["kernel"] != kernels).any()
+    assert np.isfinite(metrics["loss"]).all()
+
+
+def test_a_network_may_be_three_plain_functions():
+    def apply(params, memory, obs, first):
+        return memory, Categorical(obs @ params["w"]), obs @ params["v"]
+
+    network = Network(
+        initial_memory=lambda batch: (),
+        init=lambda key, memory, obs, first: {"w": jnp.zeros((2, 2)), "v": jnp.zeros(2)},
+        apply=apply,
+    )
+    ppo = make_ppo(copy_cue(), SMALL, network=network)
+    state, _ = jax.jit(ppo.train)(ppo.init(jax.random.key(0)))
+    assert (state.policy.params["w"] != 0).all()
+
+
+def test_a_network_that_does_not_fit_is_named_before_anything_compiles():
+    class WrongValue(nn.Module):
+        @nn.compact
+        def __call__(self, obs):
+            return Categorical(nn.Dense(2)(obs)), nn.Dense(1)(obs)
+
+    class WrongActions(nn.Module):
+        @nn.compact
+        def __call__(self, obs):
+            return Categorical(nn.Dense(2)(obs)[..., None, :]), obs.sum(-1)
+
+    for network, words in ((WrongValue(), "values"), (WrongActions(), "actions"), (42, "must be a Network")):
+        with pytest.raises(ValueError, match=words):
+            make_ppo("CartPole-v1", SMALL, network=network)
+
+
+def test_a_cnn_reads_grids_and_refuses_vectors(key):
+    ppo = make_ppo("Breakout-MinAtar", Config(**vars(SMALL) | {"encoder": "cnn", "activation": "relu"}))
+    shapes = jax.tree.map(lambda x: x.shape, jax.eval_shape(ppo.init, key).policy.params["params"])
+    assert shapes["actor"]["CNN_0"]["Conv_0"]["kernel"] == (3, 3, 4, 16)
+    with pytest.raises(ValueError, match="cnn.*grids"):
+        make_ppo("CartPole-v1", Config(encoder="cnn"))
+
+
+def test_the_first_policy_is_nearly_uniform_and_the_first_value_is_not_degenerate(key):
+    network = make_network(Config(), Box(shape=(4,)), Discrete(3))
+    obs, first = jax.random.normal(key, (1, 500, 4)), jnp.zeros((1, 500), bool)
+    _, distribution, value = network.apply(network.init(key, (), obs, first), (), obs, first)
+    assert jnp.abs(jax.nn.softmax(distribution.logits) - 1 / 3).max() < 0.02
+    assert 0.1 < value.std() < 3
+
+
+def test_actor_and_critic_are_apart_unless_shared(key):
+    obs, first = jnp.zeros((1, 1, 4)), jnp.zeros((1, 1), bool)
+    for shared, parts in ((False, {"actor", "critic", "value", "Logits_0"}), (True, {"actor", "value", "Logits_0"})):
+        network = make_network(Config(share_encoder=shared), Box(shape=(4,)), Discrete(2))
+        assert set(network.init(key, (), obs, first)["params"]) == parts
+
+
+def test_a_memory_carries_over_pieces_of_a_sequence_as_over_the_whole(key):
+    network = make_network(Config(gru_width=8), Box(shape=(3,)), Discrete(2))
+    obs = jax.random.normal(key, (6, 2, 3))
+    first = jnp.zeros((6, 2), bool).at[0].set(True).at[3, 1].set(True)
+    params = network.init(key, network.initial_memory(2), obs, first)
+    _, _, whole = network.apply(params, network.initial_memory(2), obs, first)
+    memory, _, start = network.apply(params, network.initial_memory(2), obs[:2], first[:2])
+    _, _, end = network.apply(params, memory, obs[2:], first[2:])
+    np.testing.assert_allclose(jnp.concatenate([start, end]), whole, rtol=1e-5, atol=1e-6)
+    _, _, fresh = network.apply(params, network.initial_memory(2), obs[3:], jnp.zeros((3, 2), bool))
+    np.testing.assert_allclose(fresh[:, 1], whole[3:, 1], rtol=1e-5, atol=1e-6)
+    assert (jnp.abs(fresh[:, 0] - whole[3:, 0]) > 1e-4).any()
+
+
+def test_observations_of_every_kind_become_one_vector():
+    space = {
+        "box": Box(shape=(2, 2)), "kind": Discrete(3), "many": MultiDiscrete([2, 2]), "on": Box(shape=(), dtype=bool),
+    }  # fmt: skip
+    obs = {
+        "box": jnp.arange(4).reshape(1, 2, 2), "kind": jnp.array([2]), "many": jnp.array([[0, 1]]), "on": jnp.array([True]),
+    }  # fmt: skip
+    np.testing.assert_array_equal(flatten_observation(space, obs), [[0, 1, 2, 3, 0, 0, 1, 1, 0, 0, 1, 1]])
+
+
+def test_the_deviation_may_depend_on_the_state_and_starts_where_it_is_told(key):
+    obs, first = jax.random.normal(key, (1, 5, 4)), jnp.zeros((1, 5), bool)
+    for depends in (False, True):
+        config = Config(state_dependent_std=depends, initial_std=0.5)
+        network = make_network(config, Box(shape=(4,)), Box(-1.0, 1.0, (2,)))
+        params = network.init(key, (), obs, first)
+        scale = network.apply(params, (), obs, first)[1].scale
+        np.testing.assert_allclose(scale, 0.5, rtol=0.05)
+        assert (jnp.ptp(scale, axis=1) > 0).any() == depends
+
+
+def test_tanh_refuses_a_space_without_bounds():
+    with pytest.raises(ValueError, match="finite bounds"):
+        make_network(Config(bound_action="tanh"), Box(shape=(4,)), Box(shape=(2,)))

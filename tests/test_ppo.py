@@ -1,0 +1,220 @@
+"""The contracts of a run, and the probes whose values are known."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from probes import SMALL, constant_reward, copy_cue, delayed_reward, endless_reward, recall_cue
+
+from purejaxppo import Config, Hyperparams, linear, make_ppo
+from purejaxppo.loss import ppo_loss
+
+
+def same_leaves(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_array_equal(x, y)
+
+
+DETAILS = [
+    {},
+    {"normalize_observation": True, "scale_reward": True, "normalize_advantage": "batch", "stop_on_kl": True},
+    {"gru_width": 4, "segment_length": 4, "normalize_observation": True},
+    {"gru_width": 4, "segment_length": 8, "share_encoder": True, "clip_value_loss": False},
+]
+
+
+@pytest.mark.parametrize("details", DETAILS)
+def test_a_step_keeps_the_form_of_the_state_and_compiles_once(details):
+    ppo = make_ppo("CartPole-v1", dataclasses.replace(SMALL, **details))
+    state = ppo.init(jax.random.key(0))
+    step = jax.jit(ppo.step)
+    before = jax.tree.map(lambda x: (x.shape, x.dtype, x.aval.weak_type), state)
+    for learning_rate in (1e-3, 1e-4):
+        state = ppo.init(jax.random.key(1), Hyperparams(learning_rate=learning_rate, discount=0.9))
+        for _ in range(3):
+            state, metrics = step(state)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.aval.weak_type), state) == before
+    assert step._cache_size() == 1
+    assert state.num_updates == 3
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.policy))
+    assert all(np.shape(x) == () for x in metrics.values())
+
+
+def test_every_metric_that_is_promised_is_there():
+    ppo = make_ppo("CartPole-v1", SMALL)
+    _, metrics = jax.jit(ppo.step)(ppo.init(jax.random.key(0)))
+    promised = (
+        "episode_return episode_length num_episodes policy_loss value_loss loss entropy approx_kl clip_fraction "
+        "explained_variance grad_norm learning_rate value_mean"
+    )
+    assert set(metrics) == set(promised.split())
+
+
+@pytest.mark.parametrize("details", DETAILS)
+def test_the_ratio_is_one_on_the_first_minibatch(details):
+    """After a few updates, so that normalisers have moved and memories are not empty."""
+
+    def ratio_only(params, minibatch, hyperparams, *, network, config):
+        loss, _ = ppo_loss(params, minibatch, hyperparams, network=network, config=config)
+        _, distribution, _ = network.apply(params, minibatch.memory, minibatch.obs, minibatch.first)
+        log_ratio = distribution.log_prob(minibatch.action) - minibatch.log_prob
+        return loss, {"approx_kl": jnp.abs(log_ratio).max()}
+
+    config = dataclasses.replace(SMALL, num_epochs=1, num_minibatches=1, **details)
+    ppo = make_ppo(recall_cue(), config, loss=ratio_only)
+    state = ppo.init(jax.random.key(0), Hyperparams(learning_rate=0.01, learning_rate_annealing=0.0))
+    step = jax.jit(ppo.step)
+    for _ in range(4):
+        state, metrics = step(state)
+        assert metrics["approx_kl"] < 2e-6
+
+
+def test_nothing_is_reported_of_episodes_that_have_not_ended():
+    ppo = make_ppo("Pendulum-v1", SMALL)
+    _, metrics = jax.jit(ppo.step)(ppo.init(jax.random.key(0)))
+    assert metrics["num_episodes"] == 0
+    assert np.isnan(metrics["episode_return"]) and np.isnan(metrics["episode_length"])
+    assert np.isfinite([v for name, v in metrics.items() if not name.startswith("episode_")]).all()
+
+
+def test_returns_are_of_raw_rewards_whatever_is_scaled():
+    ppo = make_ppo(constant_reward(), dataclasses.replace(SMALL, scale_reward=True))
+    state = ppo.init(jax.random.key(0))
+    for _ in range(3):
+        state, metrics = jax.jit(ppo.step)(state)
+    assert metrics["episode_return"] == 1 and metrics["episode_length"] == 1 and metrics["num_episodes"] == 32
+
+
+def test_rewards_are_scaled_by_the_deviation_of_the_discounted_return():
+    config = dataclasses.replace(SMALL, scale_reward=True)
+    ppo = make_ppo(delayed_reward(), config)
+    state, _ = jax.jit(ppo.step)(ppo.init(jax.random.key(0), Hyperparams(discount=0.5)))
+    # Of four environments over eight steps, the return is 1 at every third step: 2 in 8, a variance of 3 / 16.
+    np.testing.assert_allclose(state.policy.reward.variance, 3 / 16, rtol=1e-5)
+
+
+def test_train_is_the_same_as_single_steps_to_the_bit():
+    ppo = make_ppo("CartPole-v1", SMALL)
+    state = ppo.init(jax.random.key(0))
+    whole, metrics = jax.jit(ppo.train)(state)
+    step = jax.jit(ppo.step)
+    for i in range(3):
+        state, one = step(state)
+        same_leaves(one, jax.tree.map(lambda x: x[i], metrics))
+    same_leaves(state, whole)
+
+
+def test_the_same_key_gives_the_same_run_and_another_key_another():
+    ppo = make_ppo("CartPole-v1", SMALL)
+    train = jax.jit(ppo.train)
+    first, again, other = (train(ppo.init(jax.random.key(i)))[0] for i in (0, 0, 1))
+    same_leaves(first, again)
+    assert (first.actors.obs != other.actors.obs).any()
+
+
+def test_no_random_key_is_used_twice():
+    with jax.debug_key_reuse(True):
+        ppo = make_ppo(copy_cue(), SMALL)
+        state, _ = jax.jit(ppo.step)(jax.jit(ppo.init)(jax.random.key(0)))
+        jax.jit(lambda key, policy: ppo.evaluate(key, policy, num_episodes=4))(jax.random.key(1), state.policy)
+
+
+def test_memory_does_not_grow_with_the_number_of_steps():
+    def temporary_bytes(num_updates):
+        ppo = make_ppo("CartPole-v1", dataclasses.replace(SMALL, num_updates=num_updates))
+        compiled = jax.jit(ppo.train).lower(ppo.init(jax.random.key(0))).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # What may grow is what is returned: a number per metric and update, and XLA's working copy of it.
+    assert temporary_bytes(2000) - temporary_bytes(20) < 1980 * 13 * 4 * 2
+
+
+def test_training_can_be_differentiated_through():
+    config = dataclasses.replace(SMALL, num_updates=2, normalize_observation=True, scale_reward=True)
+    ppo = make_ppo(copy_cue(), config)
+
+    def final_value_loss(learning_rate):
+        state = ppo.init(jax.random.key(0), Hyperparams(learning_rate=0.01, learning_rate_annealing=0.0))
+        rate = dataclasses.replace(state.hyperparams, learning_rate=learning_rate)
+        return ppo.train(state.replace(hyperparams=rate))[1]["value_loss"][-1]
+
+    rate, step = jnp.float32(0.01), jnp.float32(1e-4)  # so small that no sampled action changes
+    slope = jax.jit(jax.grad(final_value_loss))(rate)
+    after, before = map(jax.jit(final_value_loss), (rate + step, rate - step))
+    np.testing.assert_allclose(slope, (after - before) / (2 * step), rtol=0.01)
+
+
+def test_schedules_may_be_batched_like_numbers():
+    ppo = make_ppo(copy_cue(), SMALL)
+    hyperparams = Hyperparams(learning_rate=linear(jnp.array([0.1, 0.2]), jnp.zeros(2)))
+    init = jax.vmap(lambda key, rate: ppo.init(key, dataclasses.replace(Hyperparams(), learning_rate=rate)))
+    states = init(jax.random.split(jax.random.key(0)), hyperparams.learning_rate)
+    _, metrics = jax.jit(jax.vmap(ppo.train))(states)
+    np.testing.assert_allclose(metrics["learning_rate"][:, 0], [0.1, 0.2], rtol=1e-6)
+
+
+def test_double_precision_mode_trains_too():
+    with jax.enable_x64(True):
+        ppo = make_ppo("Pendulum-v1", dataclasses.replace(SMALL, normalize_observation=True, scale_reward=True))
+        state, metrics = jax.jit(ppo.step)(ppo.init(jax.random.key(0)))
+        assert np.isfinite(metrics["loss"])
+        assert {x.dtype for x in jax.tree.leaves(state.policy)} == {jnp.dtype(jnp.float32)}
+
+
+VALUES = Config(num_envs=16, num_steps=16, num_updates=300, widths=(32,), num_minibatches=4, clip_value_loss=False)
+FAST = Hyperparams(learning_rate=3e-3, discount=0.98, gae_lambda=0.9, max_grad_norm=10.0)
+
+
+def learned_values(env, observations, hyperparams=FAST, **config):
+    """Values of observations [K, ...] after training on `env`, over three seeds: [3, K]."""
+    ppo = make_ppo(env, dataclasses.replace(VALUES, **config))
+
+    def values(key):
+        state, _ = ppo.train(ppo.init(key, hyperparams))
+        first = jnp.zeros((1, len(observations)), bool)
+        return ppo.network.apply(state.policy.params, (), observations[None], first)[2][0]
+
+    return jax.jit(jax.vmap(values))(jax.random.split(jax.random.key(0), 3))
+
+
+def test_probe_a_constant_reward_is_worth_itself():
+    np.testing.assert_allclose(learned_values(constant_reward(), jnp.zeros((1, 1))), 1, atol=0.02)
+
+
+def test_probe_a_delayed_reward_is_worth_its_discount():
+    values = learned_values(delayed_reward(3), jnp.eye(4)[:3], dataclasses.replace(FAST, discount=0.5))
+    np.testing.assert_allclose(values, np.tile([0.25, 0.5, 1.0], (3, 1)), atol=0.03)
+
+
+def test_probe_a_reward_truncated_for_ever_is_worth_the_whole_future():
+    """Reward 1, truncated every 8 steps, discount 0.98: 50."""
+    np.testing.assert_allclose(learned_values(endless_reward(8), jnp.eye(9)[:1]), 50, rtol=0.03)
+
+
+def test_probe_a_horizon_that_is_the_task_is_worth_what_is_left_of_it():
+    """Reward 1, eight steps, discount 0.98: 7.46 at the start, 1 at the last step."""
+    values = learned_values(endless_reward(8, shows_time=True), jnp.eye(9)[:8], bootstrap_on_truncation=False)
+    expected = (1 - 0.98 ** np.arange(8, 0, -1)) / 0.02
+    np.testing.assert_allclose(expected[0], 7.46, atol=0.01)
+    np.testing.assert_allclose(values, np.tile(expected, (3, 1)), rtol=0.05)
+
+
+def test_probe_the_action_that_the_observation_names_is_found():
+    ppo = make_ppo(copy_cue(), dataclasses.replace(VALUES, num_updates=60))
+    _, metrics = jax.jit(jax.vmap(ppo.train))(jax.vmap(lambda k: ppo.init(k, FAST))(jax.random.split(jax.random.key(0), 3)))
+    assert (metrics["episode_return"][:, -10:].mean(1) > 0.97).all()
+
+
+def test_probe_a_cue_is_recalled_with_a_memory_and_only_with_one():
+    def last_return(**config):
+        ppo = make_ppo(recall_cue(), dataclasses.replace(VALUES, num_updates=100, **config))
+        train = jax.jit(jax.vmap(lambda key: ppo.train(ppo.init(key, FAST))[1]["episode_return"][-10:].mean()))
+        return train(jax.random.split(jax.random.key(0), 3))
+
+    assert (last_return(gru_width=16, segment_length=16) > 0.95).all()
+    np.testing.assert_allclose(last_return(), 0.5, atol=0.1)

@@ -1,0 +1,108 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from probes import SMALL
+
+from purejaxppo import Hyperparams, batched, grid, make_ppo, runs
+
+
+@pytest.fixture(scope="module")
+def ppo():
+    return make_ppo("CartPole-v1", SMALL)
+
+
+def test_a_grid_holds_every_combination_once():
+    columns = grid(learning_rate=[1e-3, 1e-4], discount=[0.9, 0.95, 0.99])
+    np.testing.assert_allclose(columns["learning_rate"], np.repeat([1e-3, 1e-4], 3))
+    np.testing.assert_allclose(columns["discount"], np.tile([0.9, 0.95, 0.99], 2))
+
+
+def test_runs_cross_settings_with_seeds_and_pair_their_draws(key):
+    keys, hyperparams = runs(key, grid(learning_rate=[1e-3, 1e-4]), num_seeds=3)
+    np.testing.assert_allclose(hyperparams.learning_rate, np.repeat([1e-3, 1e-4], 3))
+    assert hyperparams.discount.shape == (6,)
+    data = jax.random.key_data(keys)
+    np.testing.assert_array_equal(data[:3], data[3:])
+    assert len(np.unique(data, axis=0)) == 3
+    np.testing.assert_array_equal(jax.random.key_data(runs(key, num_seeds=2)[0]), data[:2])
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda key: grid(learning_rate=[]), "learning_rate=.*one number"),
+        (lambda key: runs(key, grid(learning_rat=[1e-3])), "learning_rat is not a hyperparameter"),
+        (lambda key: runs(key, grid(discount=[0.9, 1.5])), "discount=1.5"),
+        (lambda key: runs(key, num_seeds=0), "num_seeds=0"),
+    ],
+)
+def test_what_cannot_be_swept_is_named(call, words, key):
+    with pytest.raises(ValueError, match=words):
+        call(key)
+
+
+def test_a_batch_equals_a_loop_over_its_runs(ppo, key):
+    """After the first update, to rounding; learning amplifies rounding beyond that."""
+    keys, hyperparams = runs(key, grid(learning_rate=[1e-3, 1e-4], discount=[0.9, 0.99]), num_seeds=2)
+    many = batched(ppo)
+    states, metrics = jax.jit(many.step)(jax.jit(many.init)(keys, hyperparams))
+    step, init = jax.jit(ppo.step), jax.jit(ppo.init)
+    for i in range(8):
+        state, one = step(init(keys[i], jax.tree.map(lambda x: x[i], hyperparams)))
+        mine = jax.tree.map(lambda x: x[i], (states.policy.params, metrics))
+        for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves((state.policy.params, one))):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_identical_lanes_are_identical_to_the_bit_whatever_else_is_in_the_batch(ppo, key):
+    many = batched(ppo)
+    keys = jnp.stack([key, jax.random.key(7), key, jax.random.key(8)])
+    rates = Hyperparams(learning_rate=jnp.array([1e-3, 1e30, 1e-3, 1e-2]))
+    states, _ = jax.jit(many.train)(jax.jit(many.init)(keys, rates))
+    for x in jax.tree.leaves(states.policy.params):
+        np.testing.assert_array_equal(x[0], x[2])
+        assert np.isfinite(x[0]).all()
+
+
+def test_a_poisoned_lane_changes_no_other(ppo, key):
+    many = batched(ppo)
+    keys = jnp.stack([key, jax.random.key(7)])
+
+    def first_lane(other_rate):
+        rates = Hyperparams(learning_rate=jnp.array([1e-3, other_rate]))
+        states, _ = jax.jit(many.train)(jax.jit(many.init)(keys, rates))
+        return jax.tree.leaves(jax.tree.map(lambda x: x[0], states.policy))
+
+    for a, b in zip(first_lane(1e-3), first_lane(1e30)):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_runs_may_differ_in_their_environment(key):
+    ppo = make_ppo("Pendulum-v1", dataclasses.replace(SMALL, num_steps=200))
+    params = dataclasses.replace(ppo.env.params, g=jnp.array([10.0, 0.0]))
+    many = batched(ppo)
+    states = jax.jit(many.init)(jnp.stack([key, key]), Hyperparams(), params)
+    states, metrics = jax.jit(many.step)(states)
+    assert states.env_params.g.tolist() == [10, 0] and states.env_params.m.tolist() == [1, 1]
+    assert metrics["episode_return"][0] != metrics["episode_return"][1]
+
+
+def test_a_sweep_over_any_hyperparameter_does_not_compile_again(ppo, key):
+    many = batched(ppo)
+    init, step = jax.jit(many.init), jax.jit(many.step)
+    for field in dataclasses.fields(Hyperparams):
+        keys, hyperparams = runs(key, grid(**{field.name: [0.5, 0.6]}))
+        step(init(keys, hyperparams))
+    assert init._cache_size() == step._cache_size() == 1
+
+
+def test_a_batch_evaluates_and_acts_run_by_run(ppo, key):
+    many = batched(ppo)
+    states = jax.jit(many.init)(jax.random.split(key, 3))
+    evaluation = many.evaluate(jax.random.split(key, 3), states.policy, num_episodes=4)
+    assert evaluation.episode_return.shape == (3, 4)
+    action, _ = many.act(states.policy, jnp.zeros((3, 4)))
+    assert action.shape == (3,)
