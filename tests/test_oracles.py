@@ -139,10 +139,7 @@ def test_normal_is_that_of_torch(method):
         ("tanh_normal", "log_prob"),
         ("tanh_normal", "entropy"),
         ("wide_tanh_normal", "log_prob"),
-        pytest.param(
-            *("wide_tanh_normal", "entropy"),
-            marks=pytest.mark.xfail(strict=True, reason="20 nodes miss 1e-2 of the entropy at a deviation of 3"),
-        ),
+        ("wide_tanh_normal", "entropy"),
     ],
 )
 def test_tanh_normal_between_bounds_is_that_of_torch_and_its_entropy_the_integral(topic, method):

@@ -127,8 +127,9 @@ def _parse_train(arguments: list[str]) -> Train:
     env = known[0] if known else "CartPole-v1"
     default = Train(env, **preset(env)._asdict())
     options = tyro.cli(Train, args=arguments, default=default, prog="purejaxppo train")
-    if options.num_seeds < 1:
-        raise ValueError(f"num_seeds={options.num_seeds} must be at least 1")
+    for name, least in (("num_seeds", 1), ("seed", 0)):
+        if getattr(options, name) < least:
+            raise ValueError(f"{name}={getattr(options, name)} must be at least {least}")
     if options.total_steps is not None:
         options = replace(options, config=options.config.with_total_steps(options.total_steps))
     time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")

@@ -1,5 +1,8 @@
 """The host loop over compiled chunks of a run: constant memory, progress, compile time told apart from run time."""
 
+import contextlib
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,17 +65,16 @@ def fit(
         bar.unpause()
         collected, last_return = [], np.full(num_runs, np.nan)
         start = time.perf_counter()
-        try:
+        with noted_interrupt() as interrupt:
             for state, metrics in chunks(program, state, num_updates, chunk):
                 collected.append(metrics)
                 last_return = _latest(metrics["episode_return"].reshape(num_runs, -1), last_return)
                 if not np.isnan(last_return).all():
                     bar.set_postfix_str(f"return {np.nanmean(last_return):.1f}", refresh=False)
                 bar.update(metrics["learning_rate"].shape[-1] * steps_per_update)
-        except KeyboardInterrupt:
-            if not collected:
-                raise
-            bar.write("interrupted: the result holds what was done until here")
+                if interrupt.is_set():
+                    bar.write("interrupted: the result holds what was done until here")
+                    break
         run_seconds = time.perf_counter() - start
     metrics = {name: np.concatenate([m[name] for m in collected], axis=-1) for name in collected[0]}
     return Fit(ppo, state, label(metrics, ppo.config, done), compile_seconds, run_seconds)
@@ -86,6 +88,26 @@ def chunks(program, state: TrainState, num_updates: int, chunk: int) -> Iterator
         state, metrics = program(state, np.int32(length))
         yield state, {name: np.asarray(values)[..., :length] for name, values in metrics.items()}
         num_updates -= length
+
+
+@contextlib.contextmanager
+def noted_interrupt():
+    """An event that Ctrl-C sets, instead of raising in the middle of a chunk; the second Ctrl-C raises as ever."""
+    interrupt = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupt
+        return
+    before = signal.getsignal(signal.SIGINT) or signal.default_int_handler
+
+    def note(*_):
+        interrupt.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def compile_chunk(ppo: PPO, state: TrainState, chunk: int):

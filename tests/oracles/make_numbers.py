@@ -48,7 +48,7 @@ def all_numbers():
         "multi_categorical": multi_categorical(0),
         "normal": normal(0),
         "tanh_normal": tanh_normal(0, 0.1, 0.8),
-        "wide_tanh_normal": tanh_normal(1, 1.0, 4.0),
+        "wide_tanh_normal": tanh_normal(1, 1.0, 3.0),
         "moments": moments(0),
         "reward_scaling": [reward_scaling(0, 0.9), reward_scaling(1, 0.99)],
         "adam": [adam(0, 0.5), adam(1, 2.0)],

@@ -1,0 +1,122 @@
+"""The command line, in this process but for one run that proves the installed command."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import xarray
+
+from purejaxppo import load
+from purejaxppo.experiment.command_line import main
+
+TINY = "--num-envs 4 --num-steps 16 --num-updates 6 --num-minibatches 2 --num-epochs 1 --widths 8".split()
+
+
+def run(capsys, *arguments):
+    """Exit status, standard output and standard error of a command."""
+    try:
+        status = main(list(arguments))
+    except SystemExit as stop:
+        status = stop.code
+    return status, *capsys.readouterr()
+
+
+def test_train_leaves_a_table_and_a_folder_that_loads_again(tmp_path, capsys):
+    folder = tmp_path / "run"
+    status, printed, _ = run(capsys, "train", "CartPole-v1", *TINY, "--num-seeds", "3", "--out", str(folder))
+    assert status == 0
+    for words in ("3 agents x 384 steps", "return, 128 fresh episodes", "95 % over agents", "steps per second", "compile"):
+        assert words in printed
+    assert {path.name for path in folder.iterdir()} == {
+        "settings.json", "metrics.nc", "policy.npz", "learning_curve.png",
+    }  # fmt: skip
+    settings = json.loads((folder / "settings.json").read_text())
+    assert settings["config"]["num_envs"] == 4 and settings["hyperparams"]["target_kl"] == "inf"
+    assert settings["versions"]["jax"] and settings["device"]["platform"]
+    metrics = xarray.load_dataset(folder / "metrics.nc", engine="scipy")
+    assert metrics["loss"].dims == ("seed", "update") and metrics.sizes == {"seed": 3, "update": 6}
+
+    saved = load(folder)
+    action, _ = saved.ppo.act(saved.policy, np.zeros((3, 4), np.float32))
+    assert action.shape == (3,)
+    with np.load(folder / "policy.npz", allow_pickle=False) as arrays:
+        assert arrays["params/params/value/kernel"].shape == (3, 8, 1)
+
+
+def test_the_same_seed_gives_the_same_numbers(tmp_path, capsys):
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        run(capsys, "train", "CartPole-v1", *TINY, "--seed", seed, "--out", str(tmp_path / name))
+    a, b, c = (xarray.load_dataset(tmp_path / name / "metrics.nc", engine="scipy") for name in "abc")
+    xarray.testing.assert_identical(a, b)
+    assert not a.equals(c)
+
+
+def test_flags_may_stand_before_the_environment_and_steps_are_rounded_to_updates(tmp_path, capsys):
+    out = str(tmp_path / "run")
+    status, printed, _ = run(capsys, "train", "--total-steps", "200", "CartPole-v1", *TINY, "--out", out)
+    assert status == 0 and "1 agent x 192 steps (3 updates" in printed and "one agent: no interval" in printed
+
+
+REFUSALS = [
+    (["train", "Cartpole-v1"], "did you mean CartPole-v1"),
+    (["train"], "name an environment"),
+    (["fly"], "unknown command 'fly'"),
+    (["train", "CartPole-v1", "--num-minibatches", "6", "--num-envs", "4", "--num-steps", "128"], "try 4 or 8"),
+    (["train", "CartPole-v1", "--num-envs", "0"], "num_envs=0 must be at least 1"),
+    (["train", "CartPole-v1", "--num-seeds", "0"], "num_seeds=0 must be at least 1"),
+    (["train", "CartPole-v1", "--discount", "1.5"], "discount=1.5 must be a number in"),
+    (["train", "CartPole-v1", "--learning-rate", "nan"], "learning_rate=nan must be a number in"),
+    (["train", "CartPole-v1", "--learning-rate", "fast"], "fast"),
+    (["train", "CartPole-v1", "--learning-rat", "1e-3"], "--learning-rate"),
+    (["train", "CartPole-v1", "--total-steps", "3"], "total_steps=3 must be at least one rollout"),
+    (["train", "CartPole-v1", "--encoder", "cnn"], "encoder='cnn' reads grids"),
+    (["train", "CartPole-v1", "--seed", "-1"], "seed=-1"),
+    (["envs", "--all"], "--all"),
+]
+
+
+@pytest.mark.parametrize("arguments, words", REFUSALS)
+def test_bad_input_is_answered_in_a_sentence_with_status_2(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    status, printed, complaint = run(capsys, *arguments)
+    assert status == 2
+    assert words in printed + complaint and "Traceback" not in printed + complaint
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(tmp_path, capsys):
+    (tmp_path / "settings.json").write_text("mine")
+    status, _, complaint = run(capsys, "train", "CartPole-v1", *TINY, "--out", str(tmp_path))
+    assert status == 2 and "already holds a run" in complaint
+    assert (tmp_path / "settings.json").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    status, _, complaint = run(capsys, "train", "CartPole-v1", *TINY, "--out", str(tmp_path / "file" / "run"))
+    assert status == 2 and "cannot be written" in complaint
+
+
+def test_a_folder_without_a_run_cannot_be_loaded(tmp_path):
+    with pytest.raises(ValueError, match="holds no run"):
+        load(tmp_path)
+
+
+def test_envs_lists_every_environment_with_its_preset(capsys):
+    status, printed, _ = run(capsys, "envs")
+    assert status == 0 and len(printed.splitlines()) == 26
+    assert "Breakout-MinAtar" in printed and "MNISTBandit" not in printed
+
+
+def test_help_names_every_setting(capsys):
+    _, printed, _ = run(capsys, "train", "--help")
+    for flag in ("--num-seeds", "--learning-rate", "--target-kl", "--bootstrap-on-truncation", "--out"):
+        assert flag in printed
+
+
+def test_the_module_runs_as_a_command():
+    done = subprocess.run([sys.executable, "-m", "purejaxppo", "train", "nothing"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("purejaxppo: env='nothing'")

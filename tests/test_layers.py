@@ -1,0 +1,52 @@
+"""The layout: who imports whom, and what importing costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import purejaxppo
+
+ROOT = Path(purejaxppo.__file__).parent
+ORDER = [
+    "config", "envs.base", "envs.check", "envs.from_gymnax", "envs", "distributions", "normalize", "networks", "rollout",
+    "advantages", "loss", "update", "evaluate", "ppo", "sweep",
+]  # fmt: skip
+
+
+def imports(path):
+    """What a module of ours imports of ours, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("purejaxppo"):
+            yield node.module.removeprefix("purejaxppo").removeprefix(".")
+        if isinstance(node, ast.Import):
+            yield from (a.name.removeprefix("purejaxppo.") for a in node.names if a.name.startswith("purejaxppo."))
+
+
+@pytest.mark.parametrize("index, module", list(enumerate(ORDER)))
+def test_the_core_imports_only_what_stands_before(index, module):
+    path = ROOT / (module.replace(".", "/") + ".py")
+    path = path if path.exists() else ROOT / module / "__init__.py"
+    assert set(imports(path)) <= set(ORDER[:index])
+
+
+def test_every_module_of_the_core_is_in_the_order():
+    found = {p.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for p in ROOT.rglob("*.py")}
+    found = {name.removesuffix(".__init__") for name in found if not name.startswith("experiment")}
+    assert found - {"__init__", "__main__"} == set(ORDER)
+
+
+def test_importing_brings_no_suite_and_no_host_library():
+    heavy = ["gymnax", "gymnasium", "matplotlib", "xarray", "pandas", "tqdm", "tyro"]
+    program = f"import sys, purejaxppo; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_only_networks_know_flax_modules():
+    for module in ORDER:
+        path = ROOT / (module.replace(".", "/") + ".py")
+        text = path.read_text() if path.exists() else ""
+        assert module == "networks" or not any(word in text for word in ("flax.linen", "import nnx"))
