@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from purejaxppo.config import Hyperparams
+from purejaxppo.config import Hyperparams, as_arrays
 from purejaxppo.ppo import PPO
 
 
@@ -62,8 +62,8 @@ def runs(key, values: dict | None = None, num_seeds: int = 1, hyperparams: Hyper
     num_settings = len(next(iter(values.values()))) if values else 1
     seeds = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_seeds))
     keys = seeds[jnp.tile(jnp.arange(num_seeds), num_settings)]
-    columns = {name: jnp.repeat(jnp.asarray(column, jnp.float32), num_seeds) for name, column in values.items()}
-    swept = replace(hyperparams, **columns)
+    columns = {name: jnp.repeat(jnp.asarray(column), num_seeds) for name, column in values.items()}
+    swept = as_arrays(replace(hyperparams, **columns))
     return keys, _per_run(swept, jax.tree.map(lambda _: 0.0, swept), keys.shape[0])
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -86,8 +87,7 @@ def test_the_gradient_of_a2c_is_the_plain_one():
 
     ours = jax.grad(lambda params: ppo_loss(params, batch, hyperparams, **parts)[0])(state.policy.params)
     plain = jax.grad(plain_loss)(state.policy.params)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain)):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(ours, plain, rtol=1e-4, atol=1e-6)
     assert max(jnp.abs(x).max() for x in jax.tree.leaves(plain)) > 0.01
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,8 +54,7 @@ def test_a_batch_equals_a_loop_over_its_runs(ppo, key):
     for i in range(8):
         state, one = step(init(keys[i], jax.tree.map(lambda x: x[i], hyperparams)))
         mine = jax.tree.map(lambda x: x[i], (states.policy.params, metrics))
-        for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves((state.policy.params, one))):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        chex.assert_trees_all_close(mine, (state.policy.params, one), rtol=1e-5, atol=1e-5)
 
 
 def test_identical_lanes_are_identical_to_the_bit_whatever_else_is_in_the_batch(ppo, key):
@@ -74,10 +74,9 @@ def test_a_poisoned_lane_changes_no_other(ppo, key):
     def first_lane(other_rate):
         rates = Hyperparams(learning_rate=jnp.array([1e-3, other_rate]))
         states, _ = jax.jit(many.train)(jax.jit(many.init)(keys, rates))
-        return jax.tree.leaves(jax.tree.map(lambda x: x[0], states.policy))
+        return jax.tree.map(lambda x: x[0], states.policy)
 
-    for a, b in zip(first_lane(1e-3), first_lane(1e30)):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(first_lane(1e-3), first_lane(1e30))
 
 
 def test_runs_may_differ_in_their_environment(key):

@@ -1,5 +1,6 @@
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,12 +70,10 @@ def test_the_kl_stop_freezes_parameters_and_optimizer_from_the_first_minibatch_b
     stopping = Config(**vars(plain) | {"stop_on_kl": True})
     # The first minibatch has a KL of 0 and is applied; the second is beyond a target of next to nothing.
     _, _, stopped, metrics = learn(stopping, Hyperparams(learning_rate=0.05, target_kl=1e-5))
-    for a, b in zip(jax.tree.leaves(stopped.opt_state), jax.tree.leaves(one.opt_state)):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+    chex.assert_trees_all_close(stopped.opt_state, one.opt_state, rtol=1e-4, atol=1e-7)
     assert metrics["approx_kl"] < 1e-5
     never = learn(stopping, Hyperparams(learning_rate=0.05))[2]
-    for a, b in zip(jax.tree.leaves(never.policy.params), jax.tree.leaves(full_state.policy.params)):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(never.policy.params, full_state.policy.params, rtol=1e-4, atol=1e-6)
 
 
 def test_the_kl_stop_acts_on_each_run_of_a_batch_alone():
@@ -87,8 +86,7 @@ def test_the_kl_stop_acts_on_each_run_of_a_batch_alone():
     for lane, target in enumerate((1e-4, float("inf"))):
         alone, _ = jax.jit(ppo.step)(ppo.init(jax.random.key(0), Hyperparams(learning_rate=0.05, target_kl=target)))
         mine = jax.tree.map(lambda x: x[lane], together.policy.params)
-        for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(alone.policy.params)):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+        chex.assert_trees_all_close(mine, alone.policy.params, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,64 @@ def _preset(total_steps: int, config: dict = {}, **hyperparams) -> Preset:
     return Preset(Config(**config).with_total_steps(total_steps), Hyperparams(**hyperparams))
 
 
-MINATAR = {"num_envs": 64, "num_minibatches": 8, "widths": (128,), "encoder": "cnn", "activation": "relu"}
+NORMALIZED = {"normalize_observation": True, "scale_reward": True}
+# The horizon is the task there: nothing is worth anything after it.
+FINITE = {"bootstrap_on_truncation": False}
+CONTROL = NORMALIZED | {"num_envs": 32, "num_steps": 100, "num_epochs": 10, "num_minibatches": 32}
+MINATAR = {"num_envs": 64, "num_steps": 128, "num_minibatches": 8, "widths": (128, 128), "activation": "relu"}
+BSUITE = {"num_envs": 8, "num_steps": 32}
+BANDIT = FINITE | {"num_envs": 16, "num_steps": 100}
 
 PRESETS = {
-    "CartPole-v1": _preset(500_000),
+    "CartPole-v1": _preset(
+        150_000, {"num_envs": 8, "num_steps": 32}, learning_rate=2e-3, discount=0.98, gae_lambda=0.9
+    ),
     "Acrobot-v1": _preset(500_000),
-}
+    "Pendulum-v1": _preset(
+        300_000,
+        NORMALIZED | {"num_envs": 16, "num_epochs": 10, "num_minibatches": 32},
+        learning_rate=1e-3, discount=0.95, entropy_coefficient=0.0,
+    ),
+    "MountainCar-v0": _preset(
+        250_000,
+        NORMALIZED | {"num_envs": 16, "num_steps": 32, "num_epochs": 10},
+        learning_rate=1e-3, discount=0.995, entropy_coefficient=0.003,
+    ),
+    "MountainCarContinuous-v0": _preset(
+        500_000,
+        NORMALIZED | {"num_envs": 16, "num_steps": 256, "num_epochs": 10, "num_minibatches": 16},
+        learning_rate=3e-4, gae_lambda=0.9, entropy_coefficient=0.0,
+    ),
+    "Asterix-MinAtar": _preset(10_000_000, MINATAR, learning_rate=1e-3),
+    "Breakout-MinAtar": _preset(10_000_000, MINATAR, learning_rate=1e-3),
+    "Freeway-MinAtar": _preset(10_000_000, MINATAR | FINITE, learning_rate=1e-3),
+    "Seaquest-MinAtar": _preset(10_000_000, MINATAR, learning_rate=1e-3),
+    "SpaceInvaders-MinAtar": _preset(10_000_000, MINATAR, learning_rate=1e-3),
+    "Catch-bsuite": _preset(100_000, {"num_envs": 16, "num_steps": 32}, learning_rate=5e-4),
+    "DeepSea-bsuite": _preset(150_000, BSUITE, learning_rate=5e-4),
+    "MemoryChain-bsuite": _preset(
+        150_000, {"num_envs": 16, "num_steps": 32, "segment_length": 16, "gru_width": 32}, learning_rate=1e-3
+    ),
+    "UmbrellaChain-bsuite": _preset(150_000, BSUITE, learning_rate=5e-4),
+    "DiscountingChain-bsuite": _preset(150_000, FINITE | {"num_envs": 32, "num_steps": 16}, learning_rate=5e-4),
+    "SimpleBandit-bsuite": _preset(50_000, FINITE | BSUITE, learning_rate=5e-4),
+    "FourRooms-misc": _preset(
+        500_000, {"num_envs": 16, "num_steps": 64, "normalize_observation": True}, learning_rate=1e-3
+    ),
+    "MetaMaze-misc": _preset(
+        500_000,
+        FINITE | {"num_envs": 32, "num_steps": 100, "num_minibatches": 8, "normalize_observation": True},
+        learning_rate=1e-3,
+    ),
+    "PointRobot-misc": _preset(
+        500_000, BANDIT | {"normalize_observation": True, "bound_action": "tanh"}, learning_rate=1e-3, entropy_coefficient=0.0
+    ),
+    "BernoulliBandit-misc": _preset(500_000, BANDIT, learning_rate=1e-3),
+    "GaussianBandit-misc": _preset(500_000, BANDIT, learning_rate=1e-3),
+    "Reacher-misc": _preset(1_000_000, CONTROL, learning_rate=1e-3, discount=0.95, entropy_coefficient=0.0),
+    "Swimmer-misc": _preset(1_000_000, CONTROL | {"bound_action": "tanh"}, learning_rate=1e-3, entropy_coefficient=0.0),
+    "Pong-misc": _preset(2_000_000, {"num_envs": 64, "num_minibatches": 8}, learning_rate=1e-3),
+    "FrozenLake-misc": _preset(
+        300_000, {"num_envs": 16, "num_steps": 64}, learning_rate=1e-3, entropy_coefficient=0.02
+    ),
+}  # fmt: skip
