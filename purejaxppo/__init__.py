@@ -9,6 +9,12 @@ from purejaxppo.sweep import batched, grid, runs
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "Box", "Categorical", "Config", "Discrete", "Env", "Hyperparams", "MultiCategorical", "MultiDiscrete", "Network",
+    "Normal", "PPO", "Step", "TanhNormal", "TrainState", "a2c", "batched", "check_env", "fit", "from_linen", "from_nnx",
+    "grid", "linear", "load", "make_env", "make_ppo", "plot_learning_curve", "preset", "runs", "time_limit",
+]  # fmt: skip
+
 LAZY = {
     "fit": "purejaxppo.experiment.fit",
     "load": "purejaxppo.experiment.folder",
@@ -28,4 +34,4 @@ def __getattr__(name):
 
 
 def __dir__():
-    return sorted([*globals(), *LAZY])
+    return sorted({*globals(), *LAZY})

@@ -95,7 +95,7 @@ class Config:
             )
         if self.resets_per_step > self.num_envs:
             raise ValueError(
-                f"resets_per_step={self.resets_per_step} must not exceed num_envs={self.num_envs} (try 0, which is as many)"
+                f"resets_per_step={self.resets_per_step} must not exceed num_envs={self.num_envs} (try 0: as many)"
             )
 
     @property
@@ -118,7 +118,8 @@ class Config:
         _check_whole("total_steps", total_steps, at_least=1)
         if total_steps < self.steps_per_update:
             raise ValueError(
-                f"total_steps={total_steps} must be at least one rollout, num_envs x num_steps = {self.steps_per_update}"
+                f"total_steps={total_steps} must be at least one rollout, num_envs x num_steps = "
+                f"{self.steps_per_update}"
             )
         return replace(self, num_updates=total_steps // self.steps_per_update)
 

@@ -119,7 +119,7 @@ class TanhNormal:
         return (self._normal()._log_density(action) - self._log_slope(action)).sum(-1)
 
     def entropy(self):
-        """Joint entropy of the squashed actions in nats, [...]; quadrature of the squash's part, good to 2e-4 up to scale 5."""
+        """Joint entropy of the squashed actions in nats, [...]; by quadrature, within 2e-4 up to a scale of 5."""
         slopes = jax.vmap(lambda node: self._log_slope(self.loc + self.scale * node))(jnp.asarray(NODES))
         return self._normal().entropy() + jnp.tensordot(jnp.asarray(WEIGHTS), slopes.sum(-1), axes=1)
 

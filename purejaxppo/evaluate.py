@@ -16,7 +16,9 @@ class Evaluation:
     finished: jax.Array  # [E] bool, whether the episode ended within the bound on steps
 
 
-def evaluate(key, policy: Policy, env_params=None, *, env, network, config, num_episodes=128, greedy=False, max_steps=10_000):
+def evaluate(
+    key, policy: Policy, env_params=None, *, env, network, config, num_episodes=128, greedy=False, max_steps=10_000
+):
     """Plays E = `num_episodes` episodes side by side, each to its end, and counts the first of each environment.
 
     Counting whatever ends first would favour short episodes. `greedy` takes the mode instead of a sample. Episodes
@@ -32,7 +34,9 @@ def evaluate(key, policy: Policy, env_params=None, *, env, network, config, num_
     def step(carry):
         time, (env_state, obs, first, memory), seen = carry
         act_key, env_key = jax.random.split(jax.random.fold_in(play_key, time))
-        memory, distribution, _ = apply_policy(policy, memory, add_time(obs), first[None], network=network, config=config)
+        memory, distribution, _ = apply_policy(
+            policy, memory, add_time(obs), first[None], network=network, config=config
+        )
         action = (distribution.mode() if greedy else distribution.sample(act_key))[0]
         result = step_envs(env_key, env_state, action, env_params, env=env, config=config)
         seen = Evaluation(

@@ -57,7 +57,8 @@ def as_network(network) -> Network:
     if all(callable(getattr(network, name, None)) for name in Network._fields):
         return network
     raise ValueError(
-        f"network={network!r} must be a Network, a flax linen module, or from_nnx(...) of the function that builds an nnx module"
+        f"network={network!r} must be a Network, a flax linen module, or from_nnx(build) of a function that builds "
+        "an nnx module"
     )
 
 

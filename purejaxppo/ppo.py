@@ -16,7 +16,14 @@ from purejaxppo.envs.check import check_shapes
 from purejaxppo.evaluate import evaluate
 from purejaxppo.loss import ppo_loss, standardize_advantage
 from purejaxppo.networks import Network, as_network, make_network
-from purejaxppo.normalize import merge, merge_observations, no_moments, observation_moments, scale, standardize_observations
+from purejaxppo.normalize import (
+    merge,
+    merge_observations,
+    no_moments,
+    observation_moments,
+    scale,
+    standardize_observations,
+)
 from purejaxppo.rollout import Actors, Policy, add_time, apply_policy, collect, start, values
 from purejaxppo.update import Batch, adam, update
 
@@ -76,11 +83,15 @@ def make_ppo(
     return ppo
 
 
-def init(key, hyperparams: Hyperparams = Hyperparams(), env_params=None, *, env, network, config, optimizer) -> TrainState:
+def init(
+    key, hyperparams: Hyperparams = Hyperparams(), env_params=None, *, env, network, config, optimizer
+) -> TrainState:
     """A run that has not learned yet. `env_params` are those of the environment where none are given."""
     key, network_key, actors_key = jax.random.split(key, 3)
     hyperparams = as_arrays(hyperparams)
-    env_params = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), env.params if env_params is None else env_params)
+    env_params = jax.tree.map(
+        lambda x: jnp.asarray(x, jnp.result_type(x)), env.params if env_params is None else env_params
+    )
     actors = start(actors_key, env_params, env=env, network=network, num_envs=config.num_envs)
     observation = observation_moments(observation_space(env)) if config.normalize_observation else ()
     obs = standardize_observations(observation, add_time(actors.obs), config.observation_clip)
@@ -104,7 +115,14 @@ def step(state: TrainState, *, env, network, config, loss, optimizer):
     policy = state.policy
 
     actors, transitions = collect(
-        rollout_key, state.actors, policy, state.env_params, hyperparams.discount, env=env, network=network, config=config
+        rollout_key,
+        state.actors,
+        policy,
+        state.env_params,
+        hyperparams.discount,
+        env=env,
+        network=network,
+        config=config,
     )
     policy, reward = scale_rewards(policy, transitions, config)
     batch = estimate(policy, transitions, reward, actors.memory, hyperparams, network=network, config=config)
@@ -127,9 +145,7 @@ def step(state: TrainState, *, env, network, config, loss, optimizer):
 
 def train(state: TrainState, *, config, **parts):
     """All `config.num_updates` cycles of a run in one program; metrics are stacked, [U]."""
-    return jax.lax.scan(
-        lambda state, _: step(state, config=config, **parts), state, length=config.num_updates
-    )
+    return jax.lax.scan(lambda state, _: step(state, config=config, **parts), state, length=config.num_updates)
 
 
 def scale_rewards(policy: Policy, transitions, config: Config):
@@ -192,11 +208,17 @@ def act(policy: Policy, obs, key=None, memory=None, env_params=None, *, env, net
 
 def _check_network(ppo: PPO):
     """Traces one cycle, so that whatever does not fit is found before anything compiles."""
+
     def look(key):
         state = ppo.init(key)
         actors = state.actors
         return apply_policy(
-            state.policy, actors.memory, add_time(actors.obs), actors.first[None], network=ppo.network, config=ppo.config
+            state.policy,
+            actors.memory,
+            add_time(actors.obs),
+            actors.first[None],
+            network=ppo.network,
+            config=ppo.config,
         )
 
     memory, distribution, value = jax.eval_shape(look, jax.random.key(0))

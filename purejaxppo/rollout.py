@@ -164,9 +164,7 @@ def values(policy: Policy, transitions: Transition, last_memory, *, network: Net
     The state reached is valued before any reset, with the memory after the step, which the look does not advance.
     """
     first_memory = jax.tree.map(lambda x: x[0], transitions.memory)
-    _, _, value = apply_policy(
-        policy, first_memory, transitions.obs, transitions.first, network=network, config=config
-    )
+    _, _, value = apply_policy(policy, first_memory, transitions.obs, transitions.first, network=network, config=config)
     next_memory = jax.tree.map(lambda x, last: jnp.concatenate([x[1:], last[None]]), transitions.memory, last_memory)
     flat = jax.tree.map(lambda x: x.reshape((-1,) + x.shape[2:]), (next_memory, transitions.next_obs))
     never_first = jnp.zeros((1, transitions.done.size), bool)

@@ -29,14 +29,20 @@ def adam(hyperparams: Hyperparams) -> optax.GradientTransformation:
     """Adam behind a bound on the global gradient norm; `learning_rate` is a number by now."""
     return optax.chain(
         optax.clip_by_global_norm(hyperparams.max_grad_norm),
-        optax.adam(
-            hyperparams.learning_rate, b1=hyperparams.adam_b1, b2=hyperparams.adam_b2, eps=hyperparams.adam_eps
-        ),
+        optax.adam(hyperparams.learning_rate, b1=hyperparams.adam_b1, b2=hyperparams.adam_b2, eps=hyperparams.adam_eps),
     )
 
 
 def update(
-    key, params, opt_state, batch: Batch, hyperparams: Hyperparams, *, loss: Callable, optimizer: Callable, config: Config
+    key,
+    params,
+    opt_state,
+    batch: Batch,
+    hyperparams: Hyperparams,
+    *,
+    loss: Callable,
+    optimizer: Callable,
+    config: Config,
 ):
     """All epochs over one rollout: params, opt_state, and the means of what the minibatches reported.
 
@@ -72,7 +78,7 @@ def minibatches(key, config: Config):
 
 
 def to_segments(batch: Batch, length: int) -> Batch:
-    """A rollout [T, N, ...] cut into segments [T / L * N, L, ...]; of the memory only what precedes each, [T / L * N, ...]."""
+    """A rollout [T, N, ...] cut into S = T / L * N segments [S, L, ...]; of the memory what precedes each, [S, ...]."""
 
     def cut(x):
         num_steps, num_envs, *shape = x.shape

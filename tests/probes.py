@@ -51,9 +51,7 @@ def endless_reward(length=8, shows_time=False):
 
 def copy_cue():
     """Reward 1 for the action that the observation names."""
-    return make(
-        lambda cue: one_hot(cue, 2), lambda time, cue, action: (one_hot(cue, 2), action == cue, True, False)
-    )
+    return make(lambda cue: one_hot(cue, 2), lambda time, cue, action: (one_hot(cue, 2), action == cue, True, False))
 
 
 def recall_cue(delay=3):

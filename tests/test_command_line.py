@@ -27,7 +27,13 @@ def test_train_leaves_a_table_and_a_folder_that_loads_again(tmp_path, capsys):
     folder = tmp_path / "run"
     status, printed, _ = run(capsys, "train", "CartPole-v1", *TINY, "--num-seeds", "3", "--out", str(folder))
     assert status == 0
-    for words in ("3 agents x 384 steps", "return, 128 fresh episodes", "95 % over agents", "steps per second", "compile"):
+    for words in (
+        "3 agents x 384 steps",
+        "return, 128 fresh episodes",
+        "95 % over agents",
+        "steps per second",
+        "compile",
+    ):
         assert words in printed
     assert {path.name for path in folder.iterdir()} == {
         "settings.json", "metrics.nc", "policy.npz", "learning_curve.png",

@@ -12,7 +12,9 @@ def test_squashed_log_density_matches_the_case_computed_by_hand():
     np.testing.assert_allclose(TanhNormal(0 * one, one, -2.0, 2.0).log_prob(one), -1.244524, atol=1e-6)
 
 
-@pytest.mark.parametrize("loc, scale, entropy", [(0, 1, 0.66980), (0, 0.5, 0.49997), (1, 0.5, -0.25339), (2, 1, -1.36666)])
+@pytest.mark.parametrize(
+    "loc, scale, entropy", [(0, 1, 0.66980), (0, 0.5, 0.49997), (1, 0.5, -0.25339), (2, 1, -1.36666)]
+)
 def test_squashed_entropy_matches_numerical_integration(loc, scale, entropy):
     distribution = TanhNormal(jnp.full(1, float(loc)), jnp.full(1, float(scale)))
     np.testing.assert_allclose(distribution.entropy(), entropy, atol=2e-5)

@@ -107,8 +107,11 @@ def dictionary_env():
         return Step(time + 1, observe(time + 1), jnp.float32(action[0]), time > 2, jnp.bool_(False))
 
     space = {
-        "where": Box(-1.0, 1.0, (2, 3)), "kind": Discrete(3), "on": Box(0, 1, (), bool), "grid": Box(0, 255, (2, 2), jnp.uint8),
-    }  # fmt: skip
+        "where": Box(-1.0, 1.0, (2, 3)),
+        "kind": Discrete(3),
+        "on": Box(0, 1, (), bool),
+        "grid": Box(0, 255, (2, 2), jnp.uint8),
+    }
     return Env(lambda key, params: (jnp.int32(0), observe(jnp.int32(0))), step, (), MultiDiscrete([2, 3]), space)
 
 
@@ -170,7 +173,9 @@ def test_an_unsound_environment_is_refused_before_anything_compiles():
 def test_a_policy_trained_on_gymnax_acts_in_gymnasium_as_well():
     """The same CartPole by other hands: what one learns in the one must hold in the other."""
     gymnasium = pytest.importorskip("gymnasium")
-    config = dataclasses.replace(SMALL, num_envs=8, num_steps=128, num_updates=100, num_epochs=4, num_minibatches=4, widths=(64, 64))
+    config = dataclasses.replace(
+        SMALL, num_envs=8, num_steps=128, num_updates=100, num_epochs=4, num_minibatches=4, widths=(64, 64)
+    )
     from purejaxppo import Hyperparams
 
     ppo = make_ppo("CartPole-v1", config)

@@ -6,7 +6,6 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from probes import SMALL, copy_cue
 

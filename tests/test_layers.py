@@ -11,8 +11,8 @@ import purejaxppo
 
 ROOT = Path(purejaxppo.__file__).parent
 ORDER = [
-    "config", "envs.base", "envs.check", "envs.from_gymnax", "envs", "distributions", "normalize", "networks", "rollout",
-    "advantages", "loss", "update", "evaluate", "ppo", "sweep",
+    "config", "envs.base", "envs.check", "envs.from_gymnax", "envs", "distributions", "normalize", "networks",
+    "rollout", "advantages", "loss", "update", "evaluate", "ppo", "sweep",
 ]  # fmt: skip
 
 

@@ -149,11 +149,17 @@ def test_a_memory_carries_over_pieces_of_a_sequence_as_over_the_whole(key):
 
 def test_observations_of_every_kind_become_one_vector():
     space = {
-        "box": Box(shape=(2, 2)), "kind": Discrete(3), "many": MultiDiscrete([2, 2]), "on": Box(shape=(), dtype=bool),
-    }  # fmt: skip
+        "box": Box(shape=(2, 2)),
+        "kind": Discrete(3),
+        "many": MultiDiscrete([2, 2]),
+        "on": Box(shape=(), dtype=bool),
+    }
     obs = {
-        "box": jnp.arange(4).reshape(1, 2, 2), "kind": jnp.array([2]), "many": jnp.array([[0, 1]]), "on": jnp.array([True]),
-    }  # fmt: skip
+        "box": jnp.arange(4).reshape(1, 2, 2),
+        "kind": jnp.array([2]),
+        "many": jnp.array([[0, 1]]),
+        "on": jnp.array([True]),
+    }
     np.testing.assert_array_equal(flatten_observation(space, obs), [[0, 1, 2, 3, 0, 0, 1, 1, 0, 0, 1, 1]])
 
 

@@ -52,7 +52,11 @@ def test_rewards_are_scaled_but_not_shifted():
 
 def test_every_box_of_a_dictionary_is_normalised_and_discrete_parts_are_left_alone():
     space = {"grid": Box(shape=(2, 2)), "kind": Discrete(3), "flag": Box(shape=(), dtype=bool)}
-    obs = {"grid": jnp.full((5, 2, 2), 4.0), "kind": jnp.arange(5) % 3, "flag": jnp.array([True, False, True, True, True])}
+    obs = {
+        "grid": jnp.full((5, 2, 2), 4.0),
+        "kind": jnp.arange(5) % 3,
+        "flag": jnp.array([True, False, True, True, True]),
+    }
     moments = merge_observations(observation_moments(space), obs)
     assert moments["kind"] is None
     np.testing.assert_allclose(moments["flag"].mean, 0.8)

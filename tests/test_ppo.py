@@ -206,7 +206,9 @@ def test_probe_a_horizon_that_is_the_task_is_worth_what_is_left_of_it():
 
 def test_probe_the_action_that_the_observation_names_is_found():
     ppo = make_ppo(copy_cue(), dataclasses.replace(VALUES, num_updates=60))
-    _, metrics = jax.jit(jax.vmap(ppo.train))(jax.vmap(lambda k: ppo.init(k, FAST))(jax.random.split(jax.random.key(0), 3)))
+    _, metrics = jax.jit(jax.vmap(ppo.train))(
+        jax.vmap(lambda k: ppo.init(k, FAST))(jax.random.split(jax.random.key(0), 3))
+    )
     assert (metrics["episode_return"][:, -10:].mean(1) > 0.97).all()
 
 

@@ -160,7 +160,9 @@ def test_many_discrete_choices_reach_the_environment_as_one_vector(key):
     env = Env(lambda key, params: (jnp.zeros(()), jnp.zeros(2)), step, (), MultiDiscrete([3, 2]))
     _, transitions, *_ = roll(env, key, num_steps=50)
     np.testing.assert_array_equal(transitions.next_obs, transitions.action)
-    assert {tuple(a) for a in np.asarray(transitions.action).reshape(-1, 2)} == {(i, j) for i in range(3) for j in range(2)}
+    assert {tuple(a) for a in np.asarray(transitions.action).reshape(-1, 2)} == {
+        (i, j) for i in range(3) for j in range(2)
+    }
 
 
 def test_the_log_probability_is_that_of_the_action_drawn(key):

@@ -118,7 +118,9 @@ def test_adam_steps_follow_the_formula_on_a_whole_update(key):
     state = ppo.init(key)
     rng = np.random.default_rng(0)
     shape = (8, 4)
-    normal = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name in ("log_prob", "value", "advantage", "target")}
+    normal = {
+        name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name in ("log_prob", "value", "advantage", "target")
+    }
     obs = jnp.asarray(rng.normal(size=(*shape, 2)), jnp.float32)
     batch = Batch(obs=obs, first=jnp.zeros(shape, bool), memory=(), action=jnp.zeros(shape, jnp.int32), **normal)
     hyperparams = Hyperparams(learning_rate=0.1, max_grad_norm=0.01, adam_eps=1e-3)

@@ -53,9 +53,11 @@ def check_shapes(env: Env) -> list[str]:
     for name in ("reward", "terminated", "truncated"):
         value = getattr(result, name)
         if np.shape(value) != ():
-            problems.append(f"{name} has shape {np.shape(value)}; it must be a scalar, since an Env is one environment.")
+            problems.append(
+                f"{name} has shape {np.shape(value)}; it must be a scalar, since an Env is one environment."
+            )
     for name in ("terminated", "truncated"):
-        if jnp.result_type(getattr(result, name)) != bool:
+        if jnp.result_type(getattr(result, name)) != jnp.bool_:
             problems.append(f"{name} is {jnp.result_type(getattr(result, name))}; it must be a bool.")
     return problems + _check_observation_space(env, obs)
 

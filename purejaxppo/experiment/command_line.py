@@ -67,9 +67,7 @@ def train(arguments: list[str]) -> int:
     ppo = batched(make_ppo(options.env, config))
     keys, hyperparams = runs(jax.random.key(options.seed), num_seeds=options.num_seeds, hyperparams=options.hyperparams)
     folder.prepare(options.out)
-    settings = folder.describe(
-        options.env, config, options.hyperparams, seed=options.seed, num_seeds=options.num_seeds
-    )
+    settings = folder.describe(options.env, config, options.hyperparams, seed=options.seed, num_seeds=options.num_seeds)
     print(
         f"{options.env}: {_count(options.num_seeds, 'agent')} x {config.total_steps:,} steps "
         f"({config.num_updates} updates of {config.num_envs} environments x {config.num_steps} steps) "
@@ -143,7 +141,10 @@ def _table(options: Train, result, metrics, evaluation) -> str:
     rows = [
         ("return, last 100 episodes", _interval(*mean_interval(last_episodes(metrics)))),
         (f"return, {played} fresh episodes", _interval(*mean_interval(evaluation.episode_return.mean(1)))),
-        ("steps", f"{metrics.sizes['update'] * options.config.steps_per_update:,} x {_count(options.num_seeds, 'agent')}"),
+        (
+            "steps",
+            f"{metrics.sizes['update'] * options.config.steps_per_update:,} x {_count(options.num_seeds, 'agent')}",
+        ),
         ("steps per second", f"{result.steps_per_second:,.0f}"),
         ("compile", f"{result.compile_seconds:.1f} s"),
         ("run", f"{result.run_seconds:.1f} s"),
@@ -155,7 +156,9 @@ def _table(options: Train, result, metrics, evaluation) -> str:
 def _interval(mean: float, low: float, high: float) -> str:
     if mean != mean:
         return "no episode ended"
-    return f"{mean:.2f}" + (f"  [{low:.2f}, {high:.2f}] 95 % over agents" if low == low else "  (one agent: no interval)")
+    return f"{mean:.2f}" + (
+        f"  [{low:.2f}, {high:.2f}] 95 % over agents" if low == low else "  (one agent: no interval)"
+    )
 
 
 def _draw(options: Train, metrics):

@@ -36,7 +36,12 @@ class Fit:
 
 
 def fit(
-    ppo: PPO, state: TrainState, *, num_updates: int | None = None, updates_per_chunk: int | None = None, progress: bool = True
+    ppo: PPO,
+    state: TrainState,
+    *,
+    num_updates: int | None = None,
+    updates_per_chunk: int | None = None,
+    progress: bool = True,
 ) -> Fit:
     """Trains from `state`, of one run or of a batch, to the end of the run or for `num_updates` updates.
 
@@ -46,7 +51,9 @@ def fit(
     if num_updates is None:
         num_updates = max(ppo.config.num_updates - int(np.max(state.num_updates)), 0)
     if num_updates < 1:
-        raise ValueError(f"num_updates={num_updates}: this run is complete (pass num_updates=... to go on past its horizon)")
+        raise ValueError(
+            f"num_updates={num_updates}: this run is complete (pass num_updates=... to go on past its horizon)"
+        )
     chunk = min(updates_per_chunk or -(-num_updates // 100), num_updates)
     if chunk < 1:
         raise ValueError(f"updates_per_chunk={updates_per_chunk} must be at least 1")

@@ -1,9 +1,9 @@
 """The folder that a run leaves: settings as JSON, metrics as netCDF, the policy as plain arrays, a picture.
 
-    settings.json        environment, config, hyperparams, seeds, versions, device, precision, command, time
-    metrics.nc           xarray.load_dataset opens it: dimensions seed, update; coordinate step
-    policy.npz           numpy.load opens it: one array per parameter, the seed in front
-    learning_curve.png
+settings.json        environment, config, hyperparams, seeds, versions, device, precision, command, time
+metrics.nc           xarray.load_dataset opens it: dimensions seed, update; coordinate step
+policy.npz           numpy.load opens it: one array per parameter, the seed in front
+learning_curve.png
 """
 
 import datetime
@@ -76,7 +76,9 @@ def describe(env: str, config: Config, hyperparams: Hyperparams, **more) -> dict
 def save(folder: Path, settings: dict, metrics: xarray.Dataset, policy: Policy):
     """Writes a run; the settings come last, so that a folder with them is whole."""
     metrics.to_netcdf(folder / "metrics.nc", engine="scipy")
-    np.savez(folder / "policy.npz", **{_name(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(policy)})
+    np.savez(
+        folder / "policy.npz", **{_name(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(policy)}
+    )
     (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 

@@ -100,7 +100,9 @@ PRESETS = {
         learning_rate=1e-3,
     ),
     "PointRobot-misc": _preset(
-        500_000, BANDIT | {"normalize_observation": True, "bound_action": "tanh"}, learning_rate=1e-3, entropy_coefficient=0.0
+        500_000,
+        BANDIT | {"normalize_observation": True, "bound_action": "tanh"},
+        learning_rate=1e-3, entropy_coefficient=0.0,
     ),
     "BernoulliBandit-misc": _preset(500_000, BANDIT, learning_rate=1e-3),
     "GaussianBandit-misc": _preset(500_000, BANDIT, learning_rate=1e-3),

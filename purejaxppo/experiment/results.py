@@ -36,13 +36,15 @@ def last_episodes(metrics: xarray.Dataset, num_episodes: int = 100) -> xarray.Da
 def learning_curve(metrics: xarray.Dataset, num_points: int = 100) -> xarray.DataArray:
     """Mean return per episode in about `num_points` equal spans of updates, each run apart; nan where none ended."""
     span = max(metrics.sizes["update"] // num_points, 1)
-    sums = xarray.Dataset({"n": metrics["num_episodes"], "r": metrics["episode_return"].fillna(0) * metrics["num_episodes"]})
+    sums = xarray.Dataset(
+        {"n": metrics["num_episodes"], "r": metrics["episode_return"].fillna(0) * metrics["num_episodes"]}
+    )
     sums = sums.coarsen(update=span, boundary="trim", coord_func={"update": "max", "step": "max"}).sum()
     return (sums["r"] / sums["n"].where(sums["n"] > 0)).rename("episode_return")
 
 
 def mean_interval(values, confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean over runs and its Student t interval; the interval is nan for fewer than two runs. Runs without a value drop."""
+    """Mean over the runs that have a value, and its Student t interval, which is nan for fewer than two."""
     values = np.asarray(values, np.float64).reshape(-1)
     values = values[~np.isnan(values)]
     if not values.size:
