@@ -66,7 +66,9 @@ class Config:
     """Width of a recurrent memory behind the encoder; 0 is none."""
 
     resets_per_step: int = 0
-    """Fresh start states drawn per step and shared out among episodes that end; 0 is one for each environment."""
+    """Start states drawn per step and shared out among episodes that end; 0 is one for each environment.
+
+    Those of a whole rollout are drawn ahead: fewer save time and memory where states are large or dear."""
 
     def __post_init__(self):
         for name in ("num_envs", "num_steps", "num_updates", "num_epochs", "num_minibatches", "segment_length"):
@@ -81,7 +83,7 @@ class Config:
         for field in fields(self):
             _check_choice(field, getattr(self, field.name))
         for name in ("observation_clip", "reward_clip", "initial_std"):
-            _check_range(name, getattr(self, name), 0, math.inf, open_low=True)
+            _check_range(name, getattr(self, name), 0, math.inf, open_low=True, open_high=name == "initial_std")
         if self.num_steps % self.segment_length:
             raise ValueError(
                 f"segment_length={self.segment_length} must divide num_steps={self.num_steps} "
@@ -92,6 +94,16 @@ class Config:
             raise ValueError(
                 f"num_minibatches={self.num_minibatches} must divide the {self.num_segments} {unit} of a rollout "
                 f"({_nearest_divisors(self.num_segments, self.num_minibatches)})"
+            )
+        if self.normalize_advantage == "minibatch" and self.steps_per_update == self.num_minibatches:
+            raise ValueError(
+                f"num_minibatches={self.num_minibatches} leaves one transition to a minibatch, whose standardised "
+                "advantage is 0 (try fewer, or normalize_advantage='off')"
+            )
+        if self.gru_width and self.segment_length == 1:
+            raise ValueError(
+                f"gru_width={self.gru_width} learns nothing from segments of one step "
+                f"(try segment_length={self.num_steps}, which is num_steps, or a divisor of it)"
             )
         if self.resets_per_step > self.num_envs:
             raise ValueError(
@@ -165,7 +177,9 @@ class Hyperparams:
             value = getattr(self, field.name)
             if callable(value) and field.name not in SCHEDULABLE:
                 raise ValueError(f"{field.name} must be a number; only {', '.join(SCHEDULABLE)} may be schedules")
-            if not callable(value):
+            if callable(value):
+                _check_schedule(field.name, value)
+            else:
                 low, high = HYPERPARAM_RANGES[field.name]
                 _check_range(field.name, value, low, high, open_high=field.name in FINITE_OR_BELOW)
 
@@ -234,6 +248,16 @@ def _check_choice(field, value: Any):
         raise ValueError(f"{field.name}={value!r} must be one of {', '.join(map(repr, choices))}")
     if field.type is bool and not isinstance(value, (bool, np.bool_)):
         raise ValueError(f"{field.name}={value!r} must be True or False")
+
+
+def _check_schedule(name: str, schedule: Any):
+    for leaf in jax.tree.leaves(schedule):
+        if callable(leaf):
+            raise ValueError(
+                f"{name}={schedule!r} is no pytree of numbers: make it linear(start, end) "
+                "or jax.tree_util.Partial(f, ...)"
+            )
+        _check_range(f"{name} (schedule)", leaf, -math.inf, math.inf)
 
 
 def _check_range(name: str, value: Any, low: float, high: float, open_low: bool = False, open_high: bool = False):

@@ -1,4 +1,8 @@
-"""Action distributions: `sample`, `mode`, `log_prob`, `entropy`; batch axes lead, an action's own axis comes last."""
+"""Action distributions: `sample`, `mode`, `log_prob`, `entropy`; batch axes lead, an action's own axis comes last.
+
+A sample is `place(noise(key))`: noise depends on shapes alone, so that a rollout can draw all of it ahead. A
+distribution of your own may leave the two out.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +24,15 @@ class Categorical:
 
     def sample(self, key):
         """Indices [...] int32."""
-        return jax.random.categorical(key, self.logits)
+        return self.place(self.noise(key))
+
+    def noise(self, key):
+        """Gumbel noise [..., K]."""
+        return jax.random.gumbel(key, self.logits.shape, jnp.float32)
+
+    def place(self, noise):
+        """The choice that is largest with its noise (Gumbel, 1954), [...] int32."""
+        return Categorical(self.logits + noise).mode()
 
     def mode(self):
         """The likeliest index, [...] int32."""
@@ -47,8 +59,15 @@ class MultiCategorical:
 
     def sample(self, key):
         """Indices [..., len(sizes)] int32."""
-        keys = jax.random.split(key, len(self.sizes))
-        return jnp.stack([part.sample(k) for part, k in zip(self._parts(), keys)], axis=-1)
+        return self.place(self.noise(key))
+
+    def noise(self, key):
+        """Gumbel noise [..., sum(sizes)]."""
+        return jax.random.gumbel(key, self.logits.shape, jnp.float32)
+
+    def place(self, noise):
+        """In each entry the choice that is largest with its noise, [..., len(sizes)] int32."""
+        return MultiCategorical(self.logits + noise, self.sizes).mode()
 
     def mode(self):
         """The likeliest indices, [..., len(sizes)] int32."""
@@ -75,7 +94,15 @@ class Normal:
 
     def sample(self, key):
         """Actions [..., A], not bounded by any space."""
-        return self.loc + self.scale * jax.random.normal(key, self.loc.shape, self.loc.dtype)
+        return self.place(self.noise(key))
+
+    def noise(self, key):
+        """Standard normal noise [..., A]."""
+        return jax.random.normal(key, self.loc.shape, jnp.float32)
+
+    def place(self, noise):
+        """The noise, scaled and shifted, [..., A]."""
+        return self.loc + self.scale * noise
 
     def mode(self):
         """The mean, [..., A]."""
@@ -108,7 +135,15 @@ class TanhNormal:
 
     def sample(self, key):
         """Actions before the squash, [..., A]."""
-        return self._normal().sample(key)
+        return self.place(self.noise(key))
+
+    def noise(self, key):
+        """Standard normal noise [..., A]."""
+        return self._normal().noise(key)
+
+    def place(self, noise):
+        """The noise, scaled and shifted, before the squash, [..., A]."""
+        return self._normal().place(noise)
 
     def mode(self):
         """The mean before the squash, [..., A]; squashed, it is the median of the action."""

@@ -6,6 +6,8 @@ from flax import struct
 
 from purejaxppo.rollout import Policy, add_time, apply_policy, start, step_envs
 
+EVALUATION = 2**31
+
 
 @struct.dataclass
 class Evaluation:
@@ -25,7 +27,8 @@ def evaluate(
     still running after `max_steps` steps are cut off there and marked as not `finished`.
     """
     env_params = env.params if env_params is None else env_params
-    start_key, play_key = jax.random.split(key)
+    # A key of its own branch: the one given may be that of the run, whose other branches are used up.
+    start_key, play_key = jax.random.split(jax.random.fold_in(key, EVALUATION))
 
     def running(carry):
         time, _, evaluation = carry
@@ -38,7 +41,8 @@ def evaluate(
             policy, memory, add_time(obs), first[None], network=network, config=config
         )
         action = (distribution.mode() if greedy else distribution.sample(act_key))[0]
-        result = step_envs(env_key, env_state, action, env_params, env=env, config=config)
+        env_keys = jax.random.split(env_key, num_episodes)
+        result = step_envs(env_keys, env_state, action, env_params, env=env, config=config)
         seen = Evaluation(
             episode_return=seen.episode_return + jnp.where(seen.finished, 0, result.reward),
             episode_length=seen.episode_length + ~seen.finished,
@@ -48,7 +52,9 @@ def evaluate(
 
     actors = start(start_key, env_params, env=env, network=network, num_envs=num_episodes)
     nothing = Evaluation(
-        episode_return=actors.episode_return, episode_length=actors.episode_length, finished=~actors.first
+        episode_return=actors.episode_return,
+        episode_length=actors.episode_length,
+        finished=jnp.zeros_like(actors.first),
     )
     carry = jnp.int32(0), (actors.env_state, actors.obs, actors.first, actors.memory), nothing
     return jax.lax.while_loop(running, step, carry)[2]

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from purejaxppo.advantages import gae
 from purejaxppo.config import Config, Hyperparams, as_arrays
 from purejaxppo.envs import make_env
-from purejaxppo.envs.base import Env, action_space, bound_action, observation_space
+from purejaxppo.envs.base import Box, Discrete, Env, action_space, bound_action, observation_space
 from purejaxppo.envs.check import check_shapes
 from purejaxppo.evaluate import evaluate
 from purejaxppo.loss import ppo_loss, standardize_advantage
@@ -87,6 +88,7 @@ def init(
     key, hyperparams: Hyperparams = Hyperparams(), env_params=None, *, env, network, config, optimizer
 ) -> TrainState:
     """A run that has not learned yet. `env_params` are those of the environment where none are given."""
+    _check_target_kl(hyperparams.target_kl, config)
     key, network_key, actors_key = jax.random.split(key, 3)
     hyperparams = as_arrays(hyperparams)
     env_params = jax.tree.map(
@@ -206,8 +208,17 @@ def act(policy: Policy, obs, key=None, memory=None, env_params=None, *, env, net
     return bound_action(action, space, config.bound_action), memory
 
 
+def _check_target_kl(target_kl, config: Config):
+    """Refuses a target without the stop, and a stop without a target, where the target is known yet."""
+    if isinstance(target_kl, (int, float)) and np.isfinite(target_kl) != config.stop_on_kl:
+        raise ValueError(
+            f"target_kl={target_kl} and stop_on_kl={config.stop_on_kl} have no effect: set both, such as "
+            "target_kl=0.02 and stop_on_kl=True, or neither"
+        )
+
+
 def _check_network(ppo: PPO):
-    """Traces one cycle, so that whatever does not fit is found before anything compiles."""
+    """Traces the network on the first observations, so that one that does not fit is found before anything compiles."""
 
     def look(key):
         state = ppo.init(key)
@@ -229,6 +240,8 @@ def _check_network(ppo: PPO):
         raise ValueError(f"network must give values [T, B] = (1, {ppo.config.num_envs}), not {value.shape}")
     action = jax.eval_shape(lambda d, key: d.sample(key)[0, 0], distribution, jax.random.key(0))
     space = action_space(ppo.env, ppo.env.params)
-    size = () if space.shape == () and not hasattr(space, "low") else (int(jnp.prod(jnp.array(space.shape or (1,)))),)
+    if isinstance(space, Discrete) and hasattr(distribution, "logits") and distribution.logits.shape[-1] != space.n:
+        raise ValueError(f"network must choose among {space.n} actions, not {distribution.logits.shape[-1]}")
+    size = (int(np.prod(space.shape)),) if isinstance(space, Box) else space.shape
     if action.shape != size:
         raise ValueError(f"network must give actions of shape {size} for {space!r}, not {action.shape}")

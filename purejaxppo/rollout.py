@@ -1,5 +1,6 @@
 """Acting in environments: from a policy and actors that stand somewhere to T steps of N environments."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -57,6 +58,15 @@ class Transition:
         return self.terminated | self.truncated
 
 
+@struct.dataclass
+class Draws:
+    """What one step of every environment draws; a rollout stacks T of them in front."""
+
+    action: Any  # noise for the actions, or a key where the distribution knows no noise
+    env_keys: jax.Array  # [N]
+    start: Any  # (state, obs) at the beginning of episodes, [N, ...], or fewer where they are shared out
+
+
 def start(key, env_params, *, env: Env, network: Network, num_envs: int) -> Actors:
     """N environments at the beginning of their first episodes."""
     env_state, obs = jax.vmap(env.reset, in_axes=(0, None))(jax.random.split(key, num_envs), env_params)
@@ -75,24 +85,43 @@ def start(key, env_params, *, env: Env, network: Network, num_envs: int) -> Acto
 def collect(key, actors: Actors, policy: Policy, env_params, discount, *, env: Env, network: Network, config: Config):
     """T steps of N environments under a fixed policy: the actors where they end, and Transition [T, N]."""
 
-    def step(actors, key):
-        return act_and_step(key, actors, policy, env_params, discount, env=env, network=network, config=config)
+    def step(actors, draws):
+        return act_and_step(draws, actors, policy, env_params, discount, env=env, network=network, config=config)
 
-    return jax.lax.scan(step, actors, jax.random.split(key, config.num_steps))
+    look = partial(apply_policy, network=network, config=config)
+    _, distribution, _ = jax.eval_shape(look, policy, actors.memory, add_time(actors.obs), actors.first[None])
+    return jax.lax.scan(step, actors, draw_ahead(key, distribution, env_params, env=env, config=config))
 
 
-def act_and_step(key, actors, policy, env_params, discount, *, env, network, config):
-    """One step of N environments, those that ended begun anew: the actors after it, and Transition [N]."""
+def draw_ahead(key, distribution, env_params, *, env: Env, config: Config) -> Draws:
+    """What a whole rollout draws that no policy decides, [T, ...]: drawn step by step, it costs more than acting.
+
+    Of the distribution of one step only the shapes count.
+    """
     act_key, env_key, reset_key = jax.random.split(key, 3)
+    act_keys = jax.random.split(act_key, config.num_steps)
+    num_resets = config.resets_per_step or config.num_envs
+    reset_keys = jax.random.split(reset_key, (config.num_steps, num_resets))
+    reset = jax.vmap(jax.vmap(env.reset, in_axes=(0, None)), in_axes=(0, None))
+    return Draws(
+        action=jax.vmap(distribution.noise)(act_keys) if hasattr(distribution, "noise") else act_keys,
+        env_keys=jax.random.split(env_key, (config.num_steps, config.num_envs)),
+        start=reset(reset_keys, env_params),
+    )
+
+
+def act_and_step(draws: Draws, actors, policy, env_params, discount, *, env, network, config):
+    """One step of N environments, those that ended begun anew: the actors after it, and Transition [N]."""
     memory, distribution, _ = apply_policy(
         policy, actors.memory, add_time(actors.obs), actors.first[None], network=network, config=config
     )
-    action = distribution.sample(act_key)
+    draw = distribution.place if hasattr(distribution, "place") else distribution.sample
+    action = draw(draws.action)
     log_prob = distribution.log_prob(action)[0]
     action = action[0]
-    result = step_envs(env_key, actors.env_state, action, env_params, env=env, config=config)
+    result = step_envs(draws.env_keys, actors.env_state, action, env_params, env=env, config=config)
     done = result.terminated | result.truncated
-    env_state, obs = reset_where(reset_key, done, result, env_params, env=env, num_resets=config.resets_per_step)
+    env_state, obs = begin_where(done, draws.start, (result.state, result.obs))
 
     transition = Transition(
         obs=actors.obs,
@@ -126,14 +155,14 @@ def apply_policy(policy: Policy, memory, obs, first, *, network: Network, config
     return network.apply(policy.params, memory, obs, first)
 
 
-def step_envs(key, env_state, action, env_params, *, env: Env, config: Config):
-    """One raw step of N environments with actions as drawn, [N, ...]: Step [N]."""
+def step_envs(keys, env_state, action, env_params, *, env: Env, config: Config):
+    """One raw step of N environments with keys [N] and actions as drawn, [N, ...]: Step [N]."""
     space = action_space(env, env_params)
 
     def step(key, state, action):
         return env.step(key, state, bound_action(action, space, config.bound_action), env_params)
 
-    result = jax.vmap(step)(jax.random.split(key, action.shape[0]), env_state, action)
+    result = jax.vmap(step)(keys, env_state, action)
     return result._replace(
         state=jax.tree.map(_strong, result.state),
         obs=jax.tree.map(_strong, result.obs),
@@ -141,21 +170,20 @@ def step_envs(key, env_state, action, env_params, *, env: Env, config: Config):
     )
 
 
-def reset_where(key, done, result, env_params, *, env: Env, num_resets: int):
-    """States and observations [N, ...] after a step, fresh ones where an episode ended.
+def begin_where(done, start, reached):
+    """States and observations [N, ...]: those reached, or one to start from where an episode ended, `done` [N].
 
-    `num_resets` start states are drawn (0: one for each environment) and dealt out in turn to those that ended.
+    Where there are fewer starts than environments, they are dealt out in turn to the episodes that ended.
     """
-    num_envs = done.shape[0]
-    fresh = jax.vmap(env.reset, in_axes=(0, None))(jax.random.split(key, num_resets or num_envs), env_params)
-    if num_resets:
-        turn = (jnp.cumsum(done) - 1) % num_resets
-        fresh = jax.tree.map(lambda x: x[turn], fresh)
-    return jax.tree.map(
-        lambda new, old: jnp.where(done.reshape(done.shape + (1,) * (old.ndim - 1)), new.astype(old.dtype), old),
-        fresh,
-        (result.state, result.obs),
-    )
+    num_starts = len(jax.tree.leaves(start)[0])
+    if num_starts < len(done):
+        turn = (jnp.cumsum(done) - 1) % num_starts
+        start = jax.tree.map(lambda x: x[turn], start)
+
+    def choose(new, old):
+        return jnp.where(done.reshape(done.shape + (1,) * (old.ndim - 1)), new.astype(old.dtype), old)
+
+    return jax.tree.map(choose, start, reached)
 
 
 def values(policy: Policy, transitions: Transition, last_memory, *, network: Network, config: Config):

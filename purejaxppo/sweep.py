@@ -29,6 +29,8 @@ def batched(ppo: PPO) -> PPO:
         return jax.vmap(lambda *args: ppo.evaluate(*args, **options))(keys, policies, env_params)
 
     def act(policies, obs, keys=None, memory=None, env_params=None):
+        if env_params is not None:
+            env_params = _per_run(env_params, ppo.env.params, len(jax.tree.leaves(policies)[0]))
         return jax.vmap(ppo.act)(policies, obs, keys, memory, env_params)
 
     return ppo._replace(init=init, step=jax.vmap(ppo.step), train=jax.vmap(ppo.train), evaluate=evaluate, act=act)
@@ -59,7 +61,10 @@ def runs(key, values: dict | None = None, num_seeds: int = 1, hyperparams: Hyper
             raise ValueError(f"{name} is not a hyperparameter (known: {', '.join(known)})")
     if num_seeds < 1:
         raise ValueError(f"num_seeds={num_seeds} must be at least 1")
-    num_settings = len(next(iter(values.values()))) if values else 1
+    lengths = {name: len(column) for name, column in values.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"the columns of values must be equally long, not {lengths} (grid(...) combines them)")
+    num_settings = max(lengths.values(), default=1)
     seeds = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_seeds))
     keys = seeds[jnp.tile(jnp.arange(num_seeds), num_settings)]
     columns = {name: jnp.repeat(jnp.asarray(column), num_seeds) for name, column in values.items()}

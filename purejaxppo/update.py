@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.flatten_util import ravel_pytree
 
 from purejaxppo.config import Config, Hyperparams
 
@@ -27,10 +28,11 @@ class Batch:
 
 def adam(hyperparams: Hyperparams) -> optax.GradientTransformation:
     """Adam behind a bound on the global gradient norm; `learning_rate` is a number by now."""
-    return optax.chain(
-        optax.clip_by_global_norm(hyperparams.max_grad_norm),
-        optax.adam(hyperparams.learning_rate, b1=hyperparams.adam_b1, b2=hyperparams.adam_b2, eps=hyperparams.adam_eps),
+    step = optax.adam(
+        hyperparams.learning_rate, b1=hyperparams.adam_b1, b2=hyperparams.adam_b2, eps=hyperparams.adam_eps
     )
+    # On all parameters as one vector: taken one by one, many small arrays cost as much as a small network's gradient.
+    return optax.flatten(optax.chain(optax.clip_by_global_norm(hyperparams.max_grad_norm), step))
 
 
 def update(
@@ -56,6 +58,7 @@ def update(
         params, opt_state, stopped = carry
         minibatch = take(segments, chosen)
         (_, report), grads = jax.value_and_grad(loss, has_aux=True)(params, minibatch, hyperparams)
+        _check_report(report, config)
         updates, new_opt_state = transformation.update(grads, opt_state, params)
         new_params = optax.apply_updates(params, updates)
         if config.stop_on_kl:
@@ -63,7 +66,10 @@ def update(
             new_params, new_opt_state = jax.tree.map(
                 lambda old, new: jnp.where(stopped, old, new), (params, opt_state), (new_params, new_opt_state)
             )
-        return (new_params, new_opt_state, stopped), (report | {"grad_norm": optax.tree.norm(grads)}, ~stopped)
+        return (new_params, new_opt_state, stopped), (
+            report | {"grad_norm": optax.tree.norm(ravel_pytree(grads)[0])},
+            ~stopped,
+        )
 
     carry = params, opt_state, jnp.bool_(False)
     (params, opt_state, _), (reports, counted) = jax.lax.scan(learn, carry, minibatches(key, config))
@@ -94,6 +100,14 @@ def take(segments: Batch, chosen) -> Batch:
     minibatch = jax.tree.map(lambda x: x[chosen], segments)
     time_first = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), minibatch)
     return time_first.replace(memory=minibatch.memory)
+
+
+def _check_report(report: dict, config: Config):
+    for name, value in report.items():
+        if jnp.shape(value) != ():
+            raise ValueError(f"the loss reports {name} of shape {jnp.shape(value)}; it must be a scalar")
+    if config.stop_on_kl and "approx_kl" not in report:
+        raise ValueError("stop_on_kl=True needs a loss that reports approx_kl")
 
 
 def _mean_where(counted, values):

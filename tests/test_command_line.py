@@ -59,9 +59,9 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path, capsys):
     assert not a.equals(c)
 
 
-def test_flags_may_stand_before_the_environment_and_steps_are_rounded_to_updates(tmp_path, capsys):
+def test_steps_are_rounded_to_updates(tmp_path, capsys):
     out = str(tmp_path / "run")
-    status, printed, _ = run(capsys, "train", "--total-steps", "200", "CartPole-v1", *TINY, "--out", out)
+    status, printed, _ = run(capsys, "train", "CartPole-v1", "--total-steps", "200", *TINY, "--out", out)
     assert status == 0 and "1 agent x 192 steps (3 updates" in printed and "one agent: no interval" in printed
 
 
@@ -71,7 +71,7 @@ REFUSALS = [
     (["fly"], "unknown command 'fly'"),
     (["train", "CartPole-v1", "--num-minibatches", "6", "--num-envs", "4", "--num-steps", "128"], "try 4 or 8"),
     (["train", "CartPole-v1", "--num-envs", "0"], "num_envs=0 must be at least 1"),
-    (["train", "CartPole-v1", "--num-seeds", "0"], "num_seeds=0 must be at least 1"),
+    (["train", "CartPole-v1", "--num-seeds", "0"], "num_seeds=0 must be from 1"),
     (["train", "CartPole-v1", "--discount", "1.5"], "discount=1.5 must be a number in"),
     (["train", "CartPole-v1", "--learning-rate", "nan"], "learning_rate=nan must be a number in"),
     (["train", "CartPole-v1", "--learning-rate", "fast"], "fast"),
@@ -79,6 +79,10 @@ REFUSALS = [
     (["train", "CartPole-v1", "--total-steps", "3"], "total_steps=3 must be at least one rollout"),
     (["train", "CartPole-v1", "--encoder", "cnn"], "encoder='cnn' reads grids"),
     (["train", "CartPole-v1", "--seed", "-1"], "seed=-1"),
+    (["train", "CartPole-v1", "--seed", "9" * 30], "must be from 0"),
+    (["train", "--out", "CartPole-v1", "Acrobot-v1"], "name an environment first"),
+    (["train", "CartPole-v1", "--target-kl", "0.01"], "set both"),
+    (["train", "CartPole-v1", "--gru-width", "8"], "segment_length=32"),
     (["envs", "--all"], "--all"),
 ]
 

@@ -2,6 +2,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 from purejaxppo import Config, Hyperparams, linear
@@ -24,6 +25,8 @@ from purejaxppo import Config, Hyperparams, linear
         ({"scale_reward": "yes"}, "scale_reward='yes' must be True or False"),
         ({"observation_clip": 0.0}, r"observation_clip=0 must be a number in \(0, inf\]"),
         ({"initial_std": float("nan")}, "initial_std=nan"),
+        ({"num_envs": 1, "num_steps": 4}, "num_minibatches=4 leaves one transition"),
+        ({"gru_width": 8}, "gru_width=8 learns nothing from segments of one step"),
         ({"resets_per_step": 9}, "resets_per_step=9 must not exceed num_envs=4"),
     ],
 )
@@ -43,6 +46,8 @@ def test_a_config_that_cannot_be_is_refused_in_one_sentence(settings, sentence):
         ({"learning_rate": jnp.array([1e-3, jnp.nan])}, "learning_rate=nan"),
         ({"adam_b1": 1.0}, r"adam_b1=1 must be a number in \[0, 1\)"),
         ({"entropy_coefficient": float("inf")}, "entropy_coefficient=inf"),
+        ({"learning_rate": linear(float("nan"), 0.0)}, "learning_rate .schedule.=nan"),
+        ({"learning_rate": optax.linear_schedule(1e-3, 0.0, 10)}, "is no pytree of numbers: make it linear"),
         ({"discount": linear(0.9, 1.0)}, "discount must be a number; only .* may be schedules"),
     ],
 )

@@ -55,7 +55,9 @@ def test_greedy_play_takes_the_mode_and_repeats_itself(key):
 @pytest.mark.parametrize("gru_width", [0, 4])
 def test_acting_step_by_step_is_greedy_evaluation(gru_width, key):
     """The host plays an episode with `act`; evaluation plays the same one in a program."""
-    config = type(SMALL)(**vars(SMALL) | {"gru_width": gru_width, "normalize_observation": True})
+    config = type(SMALL)(
+        **vars(SMALL) | {"gru_width": gru_width, "segment_length": 8 if gru_width else 1, "normalize_observation": True}
+    )
     ppo = make_ppo(recall_cue(), config)
     policy = jax.jit(ppo.train)(ppo.init(key))[0].policy
     act, step = jax.jit(ppo.act), jax.jit(ppo.env.step)

@@ -134,7 +134,7 @@ def test_actor_and_critic_are_apart_unless_shared(key):
 
 
 def test_a_memory_carries_over_pieces_of_a_sequence_as_over_the_whole(key):
-    network = make_network(Config(gru_width=8), Box(shape=(3,)), Discrete(2))
+    network = make_network(Config(gru_width=8, segment_length=8), Box(shape=(3,)), Discrete(2))
     obs = jax.random.normal(key, (6, 2, 3))
     first = jnp.zeros((6, 2), bool).at[0].set(True).at[3, 1].set(True)
     params = network.init(key, network.initial_memory(2), obs, first)

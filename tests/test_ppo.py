@@ -22,7 +22,7 @@ def same_leaves(a, b):
 
 DETAILS = [
     {},
-    {"normalize_observation": True, "scale_reward": True, "normalize_advantage": "batch", "stop_on_kl": True},
+    {"normalize_observation": True, "scale_reward": True, "normalize_advantage": "batch", "bound_action": "tanh"},
     {"gru_width": 4, "segment_length": 4, "normalize_observation": True},
     {"gru_width": 4, "segment_length": 8, "share_encoder": True, "clip_value_loss": False},
 ]

@@ -6,7 +6,7 @@ from probes import counter, recall_cue
 
 from purejaxppo import Box, Categorical, Config, Discrete, Env, Hyperparams, MultiDiscrete, Network, Step, make_ppo
 from purejaxppo.envs.base import bound_action
-from purejaxppo.rollout import add_time, collect, reset_where, values
+from purejaxppo.rollout import begin_where, collect, draw_ahead, values
 
 
 def sum_network():
@@ -22,7 +22,14 @@ def roll(env, key, num_envs=3, num_steps=7, network=None, **config):
     ppo = make_ppo(env, Config(num_envs=num_envs, num_steps=num_steps, num_minibatches=1, **config), network=network)
     state = ppo.init(key)
     actors, transitions = collect(
-        key, state.actors, state.policy, state.env_params, 0.5, env=ppo.env, network=ppo.network, config=ppo.config
+        jax.random.fold_in(key, 1),
+        state.actors,
+        state.policy,
+        state.env_params,
+        0.5,
+        env=ppo.env,
+        network=ppo.network,
+        config=ppo.config,
     )
     value, next_value = values(state.policy, transitions, actors.memory, network=ppo.network, config=ppo.config)
     return actors, transitions, value, next_value
@@ -111,12 +118,15 @@ def random_start():
 
 @pytest.mark.parametrize("num_resets, distinct", [(0, 6), (2, 2), (6, 6)])
 def test_start_states_are_fresh_and_shared_out_as_asked(num_resets, distinct, key):
-    env = random_start()
-    old = env.step(key, jnp.float32(0), 0, ())._replace(state=jnp.zeros(6), obs=jnp.zeros((6, 1)))
-    state, obs = reset_where(key, jnp.ones(6, bool), old, (), env=env, num_resets=num_resets)
+    config = Config(num_envs=6, num_steps=2, num_minibatches=1, resets_per_step=num_resets)
+    start = jax.tree.map(
+        lambda x: x[0], draw_ahead(key, Categorical(jnp.zeros((1, 6, 2))), (), env=random_start(), config=config).start
+    )
+    reached = jnp.zeros(6), jnp.zeros((6, 1))
+    state, obs = begin_where(jnp.ones(6, bool), start, reached)
     assert len(np.unique(state)) == distinct
     np.testing.assert_array_equal(obs[:, 0], state)
-    kept, _ = reset_where(key, jnp.arange(6) < 2, old, (), env=env, num_resets=num_resets)
+    kept, _ = begin_where(jnp.arange(6) < 2, start, reached)
     assert (kept[2:] == 0).all() and len(np.unique(kept[:2])) == 2
 
 
@@ -173,4 +183,3 @@ def test_the_log_probability_is_that_of_the_action_drawn(key):
     )
     _, distribution, _ = ppo.network.apply(state.policy.params, (), transitions.obs, transitions.first)
     np.testing.assert_allclose(transitions.log_prob, distribution.log_prob(transitions.action), rtol=1e-5)
-    assert add_time(transitions.obs).shape[0] == 1

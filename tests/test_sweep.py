@@ -38,6 +38,7 @@ def test_runs_cross_settings_with_seeds_and_pair_their_draws(key):
         (lambda key: runs(key, grid(learning_rat=[1e-3])), "learning_rat is not a hyperparameter"),
         (lambda key: runs(key, grid(discount=[0.9, 1.5])), "discount=1.5"),
         (lambda key: runs(key, num_seeds=0), "num_seeds=0"),
+        (lambda key: runs(key, {"discount": [0.9], "clip": [0.1, 0.2]}), "equally long"),
     ],
 )
 def test_what_cannot_be_swept_is_named(call, words, key):
@@ -65,6 +66,7 @@ def test_identical_lanes_are_identical_to_the_bit_whatever_else_is_in_the_batch(
     for x in jax.tree.leaves(states.policy.params):
         np.testing.assert_array_equal(x[0], x[2])
         assert np.isfinite(x[0]).all()
+    assert np.isnan(states.policy.params["params"]["value"]["kernel"][1]).any()
 
 
 def test_a_poisoned_lane_changes_no_other(ppo, key):

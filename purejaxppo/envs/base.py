@@ -89,8 +89,9 @@ def bound_action(action, space, how: str):
     low, high = (jnp.broadcast_to(jnp.asarray(b, action.dtype), space.shape) for b in (space.low, space.high))
     action = action.reshape(space.shape)
     if how == "tanh":
-        return low + (high - low) * (jnp.tanh(action) + 1) / 2
-    return jnp.clip(action, low, high).astype(space.dtype)
+        action = low + (high - low) * (jnp.tanh(action) + 1) / 2
+    action = jnp.clip(action, low, high)
+    return (jnp.round(action) if jnp.issubdtype(space.dtype, jnp.integer) else action).astype(space.dtype)
 
 
 @struct.dataclass

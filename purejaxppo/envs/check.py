@@ -105,7 +105,9 @@ def _check_play(env: Env, num_steps: int, seed: int) -> list[str]:
         # Play goes on from the state reached, ended or not: an Env that resets itself shows a start state there.
         done = result.terminated | result.truncated
         fresh_state, _ = env.reset(step_key, env.params)
-        next_state = jax.tree.map(lambda f, s: jnp.where(done, f, s).astype(f.dtype), fresh_state, result.state)
+        next_state = jax.tree.map(
+            lambda f, s: jnp.where(done, f, s).astype(jnp.result_type(f)), fresh_state, result.state
+        )
         seen = {
             "obs": jnp.array([jnp.isfinite(x).all() for x in _numbers(result.obs)]).all(),
             "reward": jnp.isfinite(result.reward),

@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
-        return _refuse("interrupted before anything was done", status=130)
+        return _refuse("interrupted", status=130)
 
 
 def train(arguments: list[str]) -> int:
@@ -64,7 +64,9 @@ def train(arguments: list[str]) -> int:
     from purejaxppo.sweep import batched, runs
 
     config = options.config
-    ppo = batched(make_ppo(options.env, config))
+    one = make_ppo(options.env, config)
+    jax.eval_shape(lambda key: one.init(key, options.hyperparams), jax.random.key(0))  # whatever does not fit, now
+    ppo = batched(one)
     keys, hyperparams = runs(jax.random.key(options.seed), num_seeds=options.num_seeds, hyperparams=options.hyperparams)
     folder.prepare(options.out)
     settings = folder.describe(options.env, config, options.hyperparams, seed=options.seed, num_seeds=options.num_seeds)
@@ -112,22 +114,22 @@ def _print_envs():
 
 
 def _parse_train(arguments: list[str]) -> Train:
-    """The flags on top of the preset of the environment, wherever its name stands among them."""
+    """The flags on top of the preset of the environment, which comes first."""
     from purejaxppo.envs import env_names, make_env
     from purejaxppo.experiment.presets import preset
 
-    known = [word for word in arguments if word in env_names()]
-    asks_help = "--help" in arguments or "-h" in arguments
-    if not known and not asks_help:
-        if not arguments or arguments[0].startswith("-"):
+    env, asks_help = arguments[0] if arguments else "-", {"--help", "-h"} & set(arguments)
+    if env.startswith("-"):
+        if not asks_help:
             raise ValueError("name an environment first: purejaxppo train ENV [flags] (`purejaxppo envs` lists them)")
-        make_env(arguments[0])
-    env = known[0] if known else "CartPole-v1"
+        env = "CartPole-v1"
+    elif env not in env_names():
+        make_env(env)
     default = Train(env, **preset(env)._asdict())
     options = tyro.cli(Train, args=arguments, default=default, prog="purejaxppo train")
     for name, least in (("num_seeds", 1), ("seed", 0)):
-        if getattr(options, name) < least:
-            raise ValueError(f"{name}={getattr(options, name)} must be at least {least}")
+        if not least <= getattr(options, name) < 2**31:
+            raise ValueError(f"{name}={getattr(options, name)} must be from {least} to 2**31 - 1")
     if options.total_steps is not None:
         options = replace(options, config=options.config.with_total_steps(options.total_steps))
     time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")

@@ -49,11 +49,15 @@ def fit(
     `state` stays usable. An interrupt (Ctrl-C) ends the loop after the chunk in flight; what was done is returned.
     """
     if num_updates is None:
-        num_updates = max(ppo.config.num_updates - int(np.max(state.num_updates)), 0)
+        num_updates = ppo.config.num_updates - int(np.max(state.num_updates))
+        if num_updates < 1:
+            raise ValueError(
+                f"this run is complete: its state has done all num_updates={ppo.config.num_updates} of its config"
+            )
     if num_updates < 1:
-        raise ValueError(
-            f"num_updates={num_updates}: this run is complete (pass num_updates=... to go on past its horizon)"
-        )
+        raise ValueError(f"num_updates={num_updates} must be at least 1")
+    if state.num_updates.ndim > 1:
+        raise ValueError("a state of a batch of batches cannot be fitted; give runs one leading axis")
     chunk = min(updates_per_chunk or -(-num_updates // 100), num_updates)
     if chunk < 1:
         raise ValueError(f"updates_per_chunk={updates_per_chunk} must be at least 1")
@@ -104,7 +108,8 @@ def noted_interrupt():
     if threading.current_thread() is not threading.main_thread():
         yield interrupt
         return
-    before = signal.getsignal(signal.SIGINT) or signal.default_int_handler
+    before = signal.getsignal(signal.SIGINT)
+    before = signal.default_int_handler if before is None else before
 
     def note(*_):
         interrupt.set()

@@ -34,6 +34,7 @@ class Saved(NamedTuple):
     """A run read back from its folder; `ppo` is batched over the seeds as it was when it was trained."""
 
     ppo: PPO
+    hyperparams: Hyperparams
     policy: Policy
     metrics: xarray.Dataset
     settings: dict
@@ -41,9 +42,9 @@ class Saved(NamedTuple):
 
 def prepare(folder: Path):
     """Makes a folder ready to take a run. Raises ValueError where it holds one already or cannot be written."""
-    if (folder / "settings.json").exists():
-        raise ValueError(f"out={folder} already holds a run (name another folder)")
     try:
+        if (folder / "settings.json").exists():
+            raise ValueError(f"out={folder} already holds a run (name another folder)")
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.write_text("")
@@ -83,7 +84,7 @@ def save(folder: Path, settings: dict, metrics: xarray.Dataset, policy: Policy):
 
 
 def load(folder) -> Saved:
-    """Reads a run back: `ppo`, `policy` with the seed in front, `metrics`, `settings`.
+    """Reads a run back: `ppo`, `hyperparams`, `policy` with the seed in front, `metrics`, `settings`.
 
     Nothing is unpickled. Raises ValueError where the folder holds no run, or one of another shape.
     """
@@ -96,7 +97,8 @@ def load(folder) -> Saved:
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), settings["num_seeds"]))
     like = jax.eval_shape(ppo.init, keys).policy
     metrics = xarray.load_dataset(folder / "metrics.nc", engine="scipy")
-    return Saved(ppo, _load_arrays(folder / "policy.npz", like), metrics, settings)
+    hyperparams = Hyperparams(**{name: float(value) for name, value in settings["hyperparams"].items()})
+    return Saved(ppo, hyperparams, _load_arrays(folder / "policy.npz", like), metrics, settings)
 
 
 def _load_arrays(path: Path, like):
