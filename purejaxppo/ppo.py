@@ -221,7 +221,7 @@ def _check_network(ppo: PPO):
     """Traces the network on the first observations, so that one that does not fit is found before anything compiles."""
 
     def look(key):
-        state = ppo.init(key)
+        state = ppo.init(key, as_arrays(Hyperparams()))
         actors = state.actors
         return apply_policy(
             state.policy,
