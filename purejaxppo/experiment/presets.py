@@ -79,10 +79,10 @@ PRESETS = {
         learning_rate=3e-4, gae_lambda=0.9, entropy_coefficient=0.0,
     ),
     "Asterix-MinAtar": _preset(10_000_000, MINATAR, learning_rate=1e-3),
-    "Breakout-MinAtar": _preset(10_000_000, MINATAR, learning_rate=1e-3),
-    "Freeway-MinAtar": _preset(10_000_000, MINATAR | FINITE, learning_rate=1e-3),
-    "Seaquest-MinAtar": _preset(10_000_000, MINATAR, learning_rate=1e-3),
-    "SpaceInvaders-MinAtar": _preset(10_000_000, MINATAR, learning_rate=1e-3),
+    "Breakout-MinAtar": _preset(2_000_000, MINATAR, learning_rate=1e-3),
+    "Freeway-MinAtar": _preset(3_000_000, MINATAR | FINITE, learning_rate=1e-3),
+    "Seaquest-MinAtar": _preset(3_000_000, MINATAR, learning_rate=1e-3),
+    "SpaceInvaders-MinAtar": _preset(3_000_000, MINATAR, learning_rate=1e-3),
     "Catch-bsuite": _preset(100_000, {"num_envs": 16, "num_steps": 32}, learning_rate=5e-4),
     "DeepSea-bsuite": _preset(150_000, BSUITE, learning_rate=5e-4),
     "MemoryChain-bsuite": _preset(
@@ -108,7 +108,7 @@ PRESETS = {
     "GaussianBandit-misc": _preset(500_000, BANDIT, learning_rate=1e-3),
     "Reacher-misc": _preset(1_000_000, CONTROL, learning_rate=1e-3, discount=0.95, entropy_coefficient=0.0),
     "Swimmer-misc": _preset(1_000_000, CONTROL | {"bound_action": "tanh"}, learning_rate=1e-3, entropy_coefficient=0.0),
-    "Pong-misc": _preset(2_000_000, {"num_envs": 64, "num_minibatches": 8}, learning_rate=1e-3),
+    "Pong-misc": _preset(1_000_000, {"num_envs": 64, "num_minibatches": 8}, learning_rate=1e-3),
     "FrozenLake-misc": _preset(
         300_000, {"num_envs": 16, "num_steps": 64}, learning_rate=1e-3, entropy_coefficient=0.02
     ),
