@@ -18,6 +18,8 @@ def batched(ppo: PPO) -> PPO:
     """
 
     def init(keys, hyperparams=Hyperparams(), env_params=None):
+        if keys.ndim != 1:
+            raise ValueError(f"keys must be one for each run, [R], not of shape {keys.shape} (see `runs`)")
         num_runs = keys.shape[0]
         env_params = ppo.env.params if env_params is None else env_params
         hyperparams = _per_run(hyperparams, jax.tree.map(lambda _: 0.0, hyperparams), num_runs)
@@ -41,7 +43,12 @@ def grid(**values) -> dict[str, np.ndarray]:
 
     Raises ValueError for an empty grid.
     """
-    columns = {name: np.atleast_1d(np.asarray(column, np.float32)) for name, column in values.items()}
+    try:
+        columns = {name: np.atleast_1d(np.asarray(column, np.float32)) for name, column in values.items()}
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"a grid takes lists of numbers, not {values} (learning_rate_annealing sweeps annealing)"
+        ) from None
     for name, column in columns.items():
         if column.ndim != 1 or not column.size:
             raise ValueError(f"{name}={values[name]!r} must be a list of one number or more")

@@ -165,6 +165,10 @@ def test_a_sound_environment_has_no_problems():
     assert check_env(counter(3)) == check_env(make_env("CartPole-v1")) == []
 
 
+def test_a_name_is_no_env_yet():
+    assert "make_env makes one" in check_env("CartPole-v1")[0]
+
+
 def test_an_unsound_environment_is_refused_before_anything_compiles():
     with pytest.raises(ValueError, match="probe is no sound environment: reward has shape"):
         make_ppo(broken(reward=lambda r: jnp.ones(3)), SMALL)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from probes import SMALL
 
-from purejaxppo import Hyperparams, batched, grid, make_ppo, runs
+from purejaxppo import Hyperparams, batched, grid, linear, make_ppo, runs
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,8 @@ def test_runs_cross_settings_with_seeds_and_pair_their_draws(key):
         (lambda key: runs(key, grid(learning_rat=[1e-3])), "learning_rat is not a hyperparameter"),
         (lambda key: runs(key, grid(discount=[0.9, 1.5])), "discount=1.5"),
         (lambda key: runs(key, num_seeds=0), "num_seeds=0"),
+        (lambda key: grid(learning_rate=[linear(1e-3, 0.0)]), "lists of numbers"),
+        (lambda key: batched(make_ppo("CartPole-v1", SMALL)).init(key), "one for each run"),
         (lambda key: runs(key, {"discount": [0.9], "clip": [0.1, 0.2]}), "equally long"),
     ],
 )

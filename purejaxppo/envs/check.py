@@ -23,6 +23,8 @@ def check_env(env: Env, num_steps: int = 200, seed: int = 0) -> list[str]:
 
     Traces `reset` and `step` first, and if they fit together plays `num_steps` random steps of 8 environments.
     """
+    if not isinstance(env, Env):
+        return [f"{env!r} is no Env; make_env makes one of a name or of a gymnax environment."]
     return check_shapes(env) or _check_play(env, num_steps, seed)
 
 
