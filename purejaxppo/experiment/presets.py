@@ -66,7 +66,7 @@ PRESETS = {
     "Pendulum-v1": _preset(
         300_000,
         NORMALIZED | {"num_envs": 16, "num_epochs": 10, "num_minibatches": 32},
-        learning_rate=1e-3, discount=0.95, entropy_coefficient=0.0,
+        learning_rate=5e-4, discount=0.95, entropy_coefficient=0.0,
     ),
     "MountainCar-v0": _preset(
         250_000,
