@@ -11,11 +11,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Box", "Categorical", "Config", "Discrete", "Env", "Hyperparams", "MultiCategorical", "MultiDiscrete", "Network",
-    "Normal", "PPO", "Step", "TanhNormal", "TrainState", "a2c", "batched", "check_env", "fit", "from_linen", "from_nnx",
-    "grid", "linear", "load", "make_env", "make_ppo", "plot_learning_curve", "preset", "runs", "time_limit",
+    "Normal", "PPO", "Step", "TanhNormal", "TrainState", "a2c", "batched", "cache_compilation", "check_env", "compile",
+    "fit", "from_linen", "from_nnx", "grid", "linear", "load", "make_env", "make_ppo", "plot_learning_curve", "preset",
+    "runs", "time_limit",
 ]  # fmt: skip
 
 LAZY = {
+    "cache_compilation": "purejaxppo.experiment.program",
+    "compile": "purejaxppo.experiment.program",
     "fit": "purejaxppo.experiment.fit",
     "load": "purejaxppo.experiment.folder",
     "plot_learning_curve": "purejaxppo.experiment.plots",

@@ -70,6 +70,9 @@ class Config:
 
     Those of a whole rollout are drawn ahead: fewer save time and memory where states are large or dear."""
 
+    matmul_precision: Literal["highest", "high", "default"] = "highest"
+    """Of float32 products: exact, three passes of fewer bits, or the device's fastest (TF32 on recent GPUs)."""
+
     def __post_init__(self):
         for name in ("num_envs", "num_steps", "num_updates", "num_epochs", "num_minibatches", "segment_length"):
             _check_whole(name, getattr(self, name), at_least=1)

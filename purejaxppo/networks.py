@@ -100,21 +100,31 @@ def _feed_forward(init, apply) -> Network:
     return Network(initial_memory=lambda batch: (), init=init_sequences, apply=apply_sequences)
 
 
-class Dense(nn.Dense):
-    """flax's dense layer, as one product of two matrices: a CPU runs products over more axes at half the rate."""
+class Dense(nn.Module):
+    """An affine map of features, from columns [F, M] to columns [width, M]; the weight is [width, F].
 
-    def __call__(self, inputs):
-        outputs = super().__call__(inputs.reshape(-1, inputs.shape[-1]))
-        return outputs.reshape(*inputs.shape[:-1], self.features)
+    Features come first inside the networks, since processors multiply a matrix by wide columns at up to twice the
+    rate of tall rows, and the gradients of the weights all the more.
+    """
+
+    width: int
+    kernel_init: Callable
+    bias_init: Callable = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, columns):
+        weight = self.param("weight", self.kernel_init, (self.width, len(columns)), jnp.float32)
+        bias = self.param("bias", self.bias_init, (self.width,), jnp.float32)
+        return weight @ columns + bias[:, None]
 
 
 class ActorCritic(nn.Module):
     """Encoder, then memory if any, then heads; actor and critic apart unless `share_encoder`."""
 
     observation_space: Any
-    head: Callable  # makes the module that turns features into a distribution
-    encoder: Callable  # makes a module from observations to features
-    memory: Callable | None = None  # makes a module (memory, features, first) -> memory, features
+    head: Callable  # makes the module (columns, (T, B)) -> a distribution [T, B]
+    encoder: Callable  # makes the module (space, obs [T, B, ...]) -> columns of features [F, T * B]
+    memory: Callable | None = None  # makes the module (memory, columns, first) -> memory, columns
     share_encoder: bool = False
 
     @nn.compact
@@ -125,10 +135,10 @@ class ActorCritic(nn.Module):
         critic_memory, critic = actor_memory, actor
         if not self.share_encoder:
             critic_memory, critic = Trunk(self.encoder, self.memory, name="critic")(memories[1], *read)
-        value = Dense(1, kernel_init=orthogonal(1.0), name="value")(critic)[..., 0]
+        value = Dense(1, orthogonal(1.0), name="value")(critic).reshape(first.shape)
         if memory:
             memory = (actor_memory,) if self.share_encoder else (actor_memory, critic_memory)
-        return memory, self.head()(actor), value
+        return memory, self.head()(actor, first.shape), value
 
 
 class Trunk(nn.Module):
@@ -151,10 +161,8 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, space, obs):
-        x = flatten_observation(space, obs)
-        for width in self.widths:
-            x = self.activation(Dense(width, kernel_init=orthogonal(2**0.5))(x))
-        return x
+        rows = flatten_observation(space, obs)
+        return dense_layers(rows.reshape(-1, rows.shape[-1]).T, self.widths, self.activation)
 
 
 class CNN(nn.Module):
@@ -165,12 +173,33 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, space, obs):
-        grid = obs.astype(jnp.float32)
-        x = self.activation(nn.Conv(16, (3, 3), padding="VALID", kernel_init=orthogonal(2**0.5))(grid))
-        x = x.reshape(x.shape[:-3] + (-1,))
-        for width in self.widths:
-            x = self.activation(Dense(width, kernel_init=orthogonal(2**0.5))(x))
-        return x
+        grids = obs.reshape(-1, *obs.shape[-3:]).astype(jnp.float32)
+        kernel = self.param("kernel", orthogonal(2**0.5), (3, 3, grids.shape[-1], 16), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (16,), jnp.float32)
+        x = self.activation(convolve(grids, kernel) + bias[None, None, None])
+        return dense_layers(x.reshape(len(x), -1).T, self.widths, self.activation)
+
+
+def dense_layers(columns, widths, activation):
+    """Dense layers with an activation behind each; to be called inside a flax module."""
+    for width in widths:
+        columns = activation(Dense(width, orthogonal(2**0.5))(columns))
+    return columns
+
+
+def convolve(grids, kernel):
+    """Grids [M, height, width, channels] convolved with a kernel [3, 3, channels, features], without padding."""
+
+    def convolution(grids, kernel):
+        return jax.lax.conv_general_dilated(grids, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def product(grids, kernel):
+        height, width = grids.shape[1] - 2, grids.shape[2] - 2
+        shifted = [grids[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+        return jnp.concatenate(shifted, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+
+    # XLA's gradient of a convolution is several times slower than that of a product on a CPU.
+    return jax.lax.platform_dependent(grids, kernel, cpu=product, default=convolution)
 
 
 class GRU(nn.Module):
@@ -179,17 +208,19 @@ class GRU(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, memory, features, first):
+    def __call__(self, memory, columns, first):
         def step(cell, memory, inputs):
             features, first = inputs
             return cell(jnp.where(first[:, None], 0, memory), features)
 
         cell = nn.GRUCell(self.width, recurrent_kernel_init=orthogonal(1.0))
-        return nn.scan(step, variable_broadcast="params", split_rngs={"params": False})(cell, memory, (features, first))
+        scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
+        memory, features = scan(cell, memory, (columns.T.reshape(*first.shape, -1), first))
+        return memory, features.reshape(-1, self.width).T
 
 
 def make_head(config: Config, space) -> Callable:
-    """Makes the module that turns features into a distribution over the actions of a space."""
+    """Makes the module that turns columns of features into a distribution [T, B] over the actions of a space."""
     if isinstance(space, Discrete):
         return lambda: Logits(space.n, Categorical)
     if isinstance(space, MultiDiscrete):
@@ -206,8 +237,9 @@ class Logits(nn.Module):
     distribution: Callable
 
     @nn.compact
-    def __call__(self, features):
-        return self.distribution(Dense(self.size, kernel_init=orthogonal(0.01), name="logits")(features))
+    def __call__(self, columns, batch_shape):
+        logits = Dense(self.size, orthogonal(0.01), name="logits")(columns)
+        return self.distribution(logits.T.reshape(*batch_shape, self.size))
 
 
 class Gaussian(nn.Module):
@@ -219,13 +251,14 @@ class Gaussian(nn.Module):
     state_dependent_std: bool
 
     @nn.compact
-    def __call__(self, features):
-        loc = Dense(self.size, kernel_init=orthogonal(0.01), name="loc")(features)
+    def __call__(self, columns, batch_shape):
+        shape = (*batch_shape, self.size)
+        loc = Dense(self.size, orthogonal(0.01), name="loc")(columns).T.reshape(shape)
         start = nn.initializers.constant(math.log(self.initial_std))
         if self.state_dependent_std:
-            log_std = Dense(self.size, kernel_init=orthogonal(0.01), bias_init=start, name="log_std")(features)
+            log_std = Dense(self.size, orthogonal(0.01), start, name="log_std")(columns).T.reshape(shape)
         else:
-            log_std = jnp.broadcast_to(self.param("log_std", start, (self.size,), jnp.float32), loc.shape)
+            log_std = jnp.broadcast_to(self.param("log_std", start, (self.size,), jnp.float32), shape)
         return self.distribution(loc, jnp.exp(jnp.clip(log_std, MIN_LOG_STD, MAX_LOG_STD)))
 
 

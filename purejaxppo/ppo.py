@@ -72,16 +72,23 @@ def make_ppo(
     network = make_network(config, *spaces) if network is None else as_network(network)
     parts = {"env": env, "network": network, "config": config}
     learning = parts | {"loss": partial(loss, network=network, config=config), "optimizer": optimizer}
+    bind = partial(partial, in_precision, config.matmul_precision)
     ppo = PPO(
-        init=partial(init, **parts, optimizer=optimizer),
-        step=partial(step, **learning),
-        train=partial(train, **learning),
-        evaluate=partial(evaluate, **parts),
-        act=partial(act, **parts),
+        init=bind(partial(init, **parts, optimizer=optimizer)),
+        step=bind(partial(step, **learning)),
+        train=bind(partial(train, **learning)),
+        evaluate=bind(partial(evaluate, **parts)),
+        act=bind(partial(act, **parts)),
         **parts,
     )
     _check_network(ppo)
     return ppo
+
+
+def in_precision(precision: str, function: Callable, *args, **kwargs):
+    """The result of a function whose float32 products have a precision; JAX's own default is TF32 on recent GPUs."""
+    with jax.default_matmul_precision(precision):
+        return function(*args, **kwargs)
 
 
 def init(

@@ -1,6 +1,5 @@
 """Acting in environments: from a policy and actors that stand somewhere to T steps of N environments."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -42,15 +41,17 @@ class Transition:
     obs: Any  # [N, ...] acted on, as the environment shows it
     first: jax.Array  # [N] bool, whether `obs` begins an episode
     memory: Any  # [N, ...] of the network, before `obs`
+    distribution: Any  # [1, N, ...] that `action` was drawn from
     action: jax.Array  # [N, ...] as drawn, before any bound
-    log_prob: jax.Array  # [N] of `action` when it was drawn
     reward: jax.Array  # [N] raw
     next_obs: Any  # [N, ...] reached, before any reset
     terminated: jax.Array  # [N] bool
     truncated: jax.Array  # [N] bool
-    episode_return: jax.Array  # [N], raw, this reward included
-    episode_length: jax.Array  # [N] int32, this step included
-    discounted_return: jax.Array  # [N], this reward included
+    # Filled in once for the whole rollout, which costs far less than step by step.
+    log_prob: Any = None  # [N] of `action` when it was drawn
+    episode_return: Any = None  # [N], raw, this reward included
+    episode_length: Any = None  # [N] int32, this step included
+    discounted_return: Any = None  # [N], this reward included
 
     @property
     def done(self):
@@ -86,39 +87,64 @@ def collect(key, actors: Actors, policy: Policy, env_params, discount, *, env: E
     """T steps of N environments under a fixed policy: the actors where they end, and Transition [T, N]."""
 
     def step(actors, draws):
-        return act_and_step(draws, actors, policy, env_params, discount, env=env, network=network, config=config)
+        return act_and_step(draws, actors, policy, env_params, env=env, network=network, config=config)
 
-    look = partial(apply_policy, network=network, config=config)
-    _, distribution, _ = jax.eval_shape(look, policy, actors.memory, add_time(actors.obs), actors.first[None])
-    return jax.lax.scan(step, actors, draw_ahead(key, distribution, env_params, env=env, config=config))
+    def look(policy, actors):
+        obs, first = jax.tree.map(
+            lambda x: jnp.broadcast_to(x, (config.num_steps, *x.shape)), (actors.obs, actors.first)
+        )
+        return apply_policy(policy, actors.memory, obs, first, network=network, config=config)[1]
+
+    distribution = jax.eval_shape(look, policy, actors)
+    draws = draw_ahead(key, distribution, env_params, env=env, config=config)
+    return count_returns(*jax.lax.scan(step, actors, draws), discount)
+
+
+def count_returns(actors: Actors, transitions: Transition, discount):
+    """Actors and Transition [T, N] of a rollout with log probabilities and running returns filled in."""
+
+    def count(before, step):
+        reward, done = step
+        episode_return, episode_length, discounted_return = before
+        after = episode_return + reward, episode_length + 1, discount * discounted_return + reward
+        return jax.tree.map(lambda x: jnp.where(done, 0, x), after), after
+
+    before = actors.episode_return, actors.episode_length, actors.discounted_return
+    last, running = jax.lax.scan(count, before, (transitions.reward, transitions.done))
+    names = "episode_return", "episode_length", "discounted_return"
+    log_prob = jax.vmap(lambda distribution, action: distribution.log_prob(action[None])[0])
+    transitions = transitions.replace(
+        log_prob=log_prob(transitions.distribution, transitions.action), **dict(zip(names, running))
+    )
+    return actors.replace(**dict(zip(names, last))), transitions
 
 
 def draw_ahead(key, distribution, env_params, *, env: Env, config: Config) -> Draws:
     """What a whole rollout draws that no policy decides, [T, ...]: drawn step by step, it costs more than acting.
 
-    Of the distribution of one step only the shapes count.
+    Of the distribution [T, N] only the shapes count.
     """
     act_key, env_key, reset_key = jax.random.split(key, 3)
-    act_keys = jax.random.split(act_key, config.num_steps)
     num_resets = config.resets_per_step or config.num_envs
     reset_keys = jax.random.split(reset_key, (config.num_steps, num_resets))
     reset = jax.vmap(jax.vmap(env.reset, in_axes=(0, None)), in_axes=(0, None))
+    noise = getattr(distribution, "noise", None)
     return Draws(
-        action=jax.vmap(distribution.noise)(act_keys) if hasattr(distribution, "noise") else act_keys,
+        action=noise(act_key) if noise else jax.random.split(act_key, config.num_steps),
         env_keys=jax.random.split(env_key, (config.num_steps, config.num_envs)),
         start=reset(reset_keys, env_params),
     )
 
 
-def act_and_step(draws: Draws, actors, policy, env_params, discount, *, env, network, config):
+def act_and_step(draws: Draws, actors, policy, env_params, *, env, network, config):
     """One step of N environments, those that ended begun anew: the actors after it, and Transition [N]."""
     memory, distribution, _ = apply_policy(
         policy, actors.memory, add_time(actors.obs), actors.first[None], network=network, config=config
     )
-    draw = distribution.place if hasattr(distribution, "place") else distribution.sample
-    action = draw(draws.action)
-    log_prob = distribution.log_prob(action)[0]
-    action = action[0]
+    if hasattr(distribution, "place"):
+        action = distribution.place(draws.action[None])[0]
+    else:
+        action = distribution.sample(draws.action)[0]
     result = step_envs(draws.env_keys, actors.env_state, action, env_params, env=env, config=config)
     done = result.terminated | result.truncated
     env_state, obs = begin_where(done, draws.start, (result.state, result.obs))
@@ -127,26 +153,14 @@ def act_and_step(draws: Draws, actors, policy, env_params, discount, *, env, net
         obs=actors.obs,
         first=actors.first,
         memory=actors.memory,
+        distribution=distribution,
         action=action,
-        log_prob=log_prob,
         reward=result.reward,
         next_obs=result.obs,
         terminated=result.terminated,
         truncated=result.truncated,
-        episode_return=actors.episode_return + result.reward,
-        episode_length=actors.episode_length + 1,
-        discounted_return=discount * actors.discounted_return + result.reward,
     )
-    actors = Actors(
-        env_state=env_state,
-        obs=obs,
-        first=done,
-        memory=memory,
-        episode_return=jnp.where(done, 0, transition.episode_return),
-        episode_length=jnp.where(done, 0, transition.episode_length),
-        discounted_return=jnp.where(done, 0, transition.discounted_return),
-    )
-    return actors, transition
+    return actors.replace(env_state=env_state, obs=obs, first=done, memory=memory), transition
 
 
 def apply_policy(policy: Policy, memory, obs, first, *, network: Network, config: Config):

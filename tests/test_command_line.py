@@ -48,7 +48,7 @@ def test_train_leaves_a_table_and_a_folder_that_loads_again(tmp_path, capsys):
     action, _ = saved.ppo.act(saved.policy, np.zeros((3, 4), np.float32))
     assert action.shape == (3,)
     with np.load(folder / "policy.npz", allow_pickle=False) as arrays:
-        assert arrays["params/params/value/kernel"].shape == (3, 8, 1)
+        assert arrays["params/params/value/weight"].shape == (3, 1, 8)
 
 
 def test_the_same_seed_gives_the_same_numbers(tmp_path, capsys):

@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probes import SMALL, copy_cue, counter
 
+from probes import SMALL, copy_cue, counter
 from purejaxppo import Box, Discrete, Env, MultiDiscrete, Step, check_env, make_env, make_ppo, time_limit
 from purejaxppo.envs import env_names
 from purejaxppo.envs.base import action_space, observation_space
@@ -122,7 +122,7 @@ def test_dictionaries_of_every_kind_of_observation_are_learned_from(normalize, k
     ppo = make_ppo(env, dataclasses.replace(SMALL, normalize_observation=normalize))
     state, metrics = jax.jit(ppo.train)(ppo.init(key))
     assert np.isfinite(metrics["loss"]).all()
-    assert state.policy.params["params"]["actor"]["MLP_0"]["Dense_0"]["kernel"].shape == (6 + 3 + 1 + 4, 8)
+    assert state.policy.params["params"]["actor"]["MLP_0"]["Dense_0"]["weight"].shape == (8, 6 + 3 + 1 + 4)
 
 
 def broken(**changes):

@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probes import SMALL, counter, recall_cue
 
+from probes import SMALL, counter, recall_cue
 from purejaxppo import Discrete, Env, Step, make_ppo
 
 

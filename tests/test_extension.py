@@ -7,9 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from probes import SMALL, copy_cue
 
 import purejaxppo as pjp
+from probes import SMALL, copy_cue
 from purejaxppo.experiment.presets import a2c
 from purejaxppo.loss import ppo_loss
 from purejaxppo.ppo import estimate

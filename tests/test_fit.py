@@ -5,10 +5,10 @@ import jax
 import numpy as np
 import pytest
 import xarray
-from probes import SMALL
 from scipy import stats
 from test_ppo import same_leaves
 
+from probes import SMALL
 from purejaxppo import batched, fit, make_ppo
 from purejaxppo.experiment.results import label, last_episodes, learning_curve, mean_interval
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from probes import SMALL, copy_cue
 
+from probes import SMALL, copy_cue
 from purejaxppo import Box, Categorical, Config, Discrete, MultiDiscrete, Network, batched, from_nnx, make_ppo
 from purejaxppo.networks import flatten_observation, make_network, orthogonal
 
@@ -113,7 +113,7 @@ def test_a_network_that_does_not_fit_is_named_before_anything_compiles():
 def test_a_cnn_reads_grids_and_refuses_vectors(key):
     ppo = make_ppo("Breakout-MinAtar", Config(**vars(SMALL) | {"encoder": "cnn", "activation": "relu"}))
     shapes = jax.tree.map(lambda x: x.shape, jax.eval_shape(ppo.init, key).policy.params["params"])
-    assert shapes["actor"]["CNN_0"]["Conv_0"]["kernel"] == (3, 3, 4, 16)
+    assert shapes["actor"]["CNN_0"]["kernel"] == (3, 3, 4, 16)
     with pytest.raises(ValueError, match="cnn.*grids"):
         make_ppo("CartPole-v1", Config(encoder="cnn"))
 

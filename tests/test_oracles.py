@@ -26,7 +26,7 @@ from purejaxppo.advantages import gae
 from purejaxppo.loss import approximate_kl, policy_loss, ppo_loss, value_loss
 from purejaxppo.normalize import merge, no_moments, standardize
 from purejaxppo.ppo import scale_rewards
-from purejaxppo.rollout import Policy, act_and_step, draw_ahead, start
+from purejaxppo.rollout import Policy, act_and_step, count_returns, draw_ahead, start
 from purejaxppo.update import Batch, adam
 
 NUMBERS = json.loads((Path(__file__).parent / "oracles" / "numbers.json").read_text())
@@ -198,17 +198,16 @@ def play_script(case, policy, config):
     network = Network(initial_memory=lambda batch: (), init=None, apply=apply)
     key = jax.random.key(0)
     draws = jax.tree.map(
-        lambda x: x[0], draw_ahead(key, Categorical(jnp.zeros((1, config.num_envs, 2))), (), env=env, config=config)
+        lambda x: x[0],
+        draw_ahead(key, Categorical(jnp.zeros((config.num_steps, config.num_envs, 2))), (), env=env, config=config),
     )
 
     def step(actors, row):
-        actors, transition = act_and_step(
-            draws, actors.replace(env_state=row), policy, (), case["discount"], env=env, network=network, config=config
-        )
-        return actors, (transition, actors.discounted_return)
+        return act_and_step(draws, actors.replace(env_state=row), policy, (), env=env, network=network, config=config)
 
     actors = start(key, (), env=env, network=network, num_envs=config.num_envs)
-    return jax.lax.scan(step, actors, script)[1]
+    _, transitions = count_returns(*jax.lax.scan(step, actors, script), case["discount"])
+    return transitions, jnp.where(transitions.done, 0, transitions.discounted_return)
 
 
 @cases("adam")

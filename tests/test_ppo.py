@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probes import SMALL, constant_reward, copy_cue, delayed_reward, endless_reward, recall_cue
 
+from probes import SMALL, constant_reward, copy_cue, delayed_reward, endless_reward, recall_cue
 from purejaxppo import Config, Hyperparams, linear, make_ppo
 from purejaxppo.loss import ppo_loss
 

@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probes import counter, recall_cue
 
+from probes import counter, recall_cue
 from purejaxppo import Box, Categorical, Config, Discrete, Env, Hyperparams, MultiDiscrete, Network, Step, make_ppo
 from purejaxppo.envs.base import bound_action
 from purejaxppo.rollout import begin_where, collect, draw_ahead, values
@@ -120,7 +120,7 @@ def random_start():
 def test_start_states_are_fresh_and_shared_out_as_asked(num_resets, distinct, key):
     config = Config(num_envs=6, num_steps=2, num_minibatches=1, resets_per_step=num_resets)
     start = jax.tree.map(
-        lambda x: x[0], draw_ahead(key, Categorical(jnp.zeros((1, 6, 2))), (), env=random_start(), config=config).start
+        lambda x: x[0], draw_ahead(key, Categorical(jnp.zeros((2, 6, 2))), (), env=random_start(), config=config).start
     )
     reached = jnp.zeros(6), jnp.zeros((6, 1))
     state, obs = begin_where(jnp.ones(6, bool), start, reached)

@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probes import SMALL
 
+from probes import SMALL
 from purejaxppo import Hyperparams, batched, grid, linear, make_ppo, runs
 
 
@@ -68,7 +68,7 @@ def test_identical_lanes_are_identical_to_the_bit_whatever_else_is_in_the_batch(
     for x in jax.tree.leaves(states.policy.params):
         np.testing.assert_array_equal(x[0], x[2])
         assert np.isfinite(x[0]).all()
-    assert np.isnan(states.policy.params["params"]["value"]["kernel"][1]).any()
+    assert np.isnan(states.policy.params["params"]["value"]["weight"][1]).any()
 
 
 def test_a_poisoned_lane_changes_no_other(ppo, key):

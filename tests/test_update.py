@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from probes import SMALL, copy_cue
 
+from probes import SMALL, copy_cue
 from purejaxppo import Config, Hyperparams, linear, make_ppo
 from purejaxppo.loss import ppo_loss
-from purejaxppo.update import Batch, adam, minibatches, take, to_segments, update
+from purejaxppo.update import Batch, adam, minibatches, shuffle, take, to_segments, update
 
 
 def make_batch(num_steps=4, num_envs=3):
@@ -134,3 +134,27 @@ def test_adam_steps_follow_the_formula_on_a_whole_update(key):
     for new, old, g in zip(*map(jax.tree.leaves, (params, state.policy.params, grads))):
         g = np.asarray(g, np.float64) * 0.01 / norm
         np.testing.assert_allclose(new - old, -0.1 * g / (np.abs(g) + 1e-3), rtol=2e-3, atol=2e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 37, 512, 70_000])
+def test_a_shuffle_holds_every_index_once_and_differs_between_epochs(size, key):
+    shuffled = np.asarray(shuffle(key, size, 3))
+    assert shuffled.shape == (3, size) and shuffled.dtype == np.int32
+    np.testing.assert_array_equal(np.sort(shuffled, axis=1), np.tile(np.arange(size), (3, 1)))
+    if size > 2:
+        assert (shuffled[0] != shuffled[1]).any() and (shuffled[1] != shuffled[2]).any()
+
+
+def test_every_order_of_a_shuffle_is_equally_likely(key):
+    """24,000 shuffles of 4: chi-square over the 24 orders, 23 degrees of freedom, 49.7 at one in a thousand."""
+    shuffled = np.asarray(shuffle(key, 4, 24_000))
+    counts = np.unique(shuffled @ [64, 16, 4, 1], return_counts=True)[1]
+    assert len(counts) == 24 and ((counts - 1000) ** 2 / 1000).sum() < 49.7
+
+
+def test_of_two_indices_each_comes_first_half_of_the_time_even_where_a_second_pass_is_needed(key):
+    """70,000 indices share few random bits in one pass; pairs far apart and neighbours, 5 standard deviations."""
+    place = np.argsort(np.asarray(shuffle(key, 70_000, 2)), axis=1)
+    for distance in (1, 35_000):
+        first = place[:, :-distance] < place[:, distance:]
+        assert abs(first.mean() - 0.5) < 5 * 0.5 / np.sqrt(first.size)

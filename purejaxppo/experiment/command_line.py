@@ -1,6 +1,7 @@
-"""`purejaxppo train ENV`, `purejaxppo envs`: flags are made from `Config` and `Hyperparams`."""
+"""`purejaxppo train ENV`, `bench ENV`, `envs`: flags are made from `Config` and `Hyperparams`."""
 
 import datetime
+import json
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from purejaxppo.config import Config, Hyperparams
 USAGE = """usage: purejaxppo COMMAND ...
 
   purejaxppo train ENV [flags]   train one agent or many, by the preset of the environment
+  purejaxppo bench ENV [flags]   measure compile time, steps per second, memory, and where the time goes
   purejaxppo envs                list what can be trained, with its preset
   purejaxppo COMMAND --help      all flags of a command
 """
@@ -31,6 +33,28 @@ class Train:
     """Environment steps of each agent; sets num_updates to as many whole updates as fit."""
     out: Path | None = None
     """Folder for the results; runs/ENV-TIME if none is given."""
+    compile_cache: Path | None = None
+    """Folder that keeps compiled programs for the next time."""
+    config: tyro.conf.OmitArgPrefixes[Config] = field(default_factory=Config)
+    hyperparams: tyro.conf.OmitArgPrefixes[Hyperparams] = field(default_factory=Hyperparams)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure training on this machine. Flags that are not given come from the preset of the environment."""
+
+    env: tyro.conf.Positional[str]
+    """A name that `purejaxppo envs` lists."""
+    num_seeds: tuple[int, ...] = (1, 8, 32)
+    """Numbers of agents to be measured, each in one program."""
+    rounds: int = 5
+    """Repetitions; medians are printed, with the least and the most."""
+    seconds: float = 2.0
+    """Length of a repetition, about."""
+    out: Path | None = None
+    """File for the figures as JSON; none is written if none is given."""
+    compile_cache: Path | None = None
+    """Folder that keeps compiled programs for the next time."""
     config: tyro.conf.OmitArgPrefixes[Config] = field(default_factory=Config)
     hyperparams: tyro.conf.OmitArgPrefixes[Hyperparams] = field(default_factory=Hyperparams)
 
@@ -63,6 +87,7 @@ def train(arguments: list[str]) -> int:
     from purejaxppo.ppo import make_ppo
     from purejaxppo.sweep import batched, runs
 
+    _use_cache(options.compile_cache)
     config = options.config
     one = make_ppo(options.env, config)
     jax.eval_shape(lambda key: one.init(key, options.hyperparams), jax.random.key(0))  # whatever does not fit, now
@@ -91,13 +116,45 @@ def train(arguments: list[str]) -> int:
     return 0
 
 
+def bench(arguments: list[str]) -> int:
+    """Measures, prints tables, and leaves a file if one is named."""
+    options = _parse(Bench, "bench", arguments)
+    if not options.num_seeds:
+        raise ValueError("num_seeds must be one number or more")
+    _check_whole(rounds=(options.rounds, 1), num_seeds=(min(options.num_seeds), 1))
+    if not 0 < options.seconds < float("inf"):
+        raise ValueError(f"seconds={options.seconds} must be a positive number")
+    if options.out and (options.out.is_dir() or not options.out.absolute().parent.is_dir()):
+        raise ValueError(f"out={options.out} must be a file in a folder that exists")
+
+    from purejaxppo.experiment import bench, folder
+    from purejaxppo.ppo import make_ppo
+
+    _use_cache(options.compile_cache)
+    ppo = make_ppo(options.env, options.config)
+    settings = folder.describe(options.env, options.config, options.hyperparams)
+    device, cores = settings["device"], settings["cpu_cores"]
+    print(
+        f"{options.env}, {options.config.num_envs} environments x {options.config.num_steps} steps, on "
+        f"{device['kind']} ({cores} CPU cores), jax {settings['versions']['jax']}; medians of {options.rounds}",
+        flush=True,
+    )
+    results = bench.bench(
+        ppo, options.hyperparams, options.num_seeds, rounds=options.rounds, seconds=options.seconds,
+        report=lambda line: print(line, flush=True),
+    )  # fmt: skip
+    if options.out:
+        options.out.write_text(json.dumps(settings | results, indent=2) + "\n")
+    return 0
+
+
 def envs(arguments: list[str]) -> int:
     """Lists every environment with its preset."""
     tyro.cli(_print_envs, args=arguments, prog="purejaxppo envs")
     return 0
 
 
-COMMANDS = {"train": train, "envs": envs}
+COMMANDS = {"train": train, "bench": bench, "envs": envs}
 
 
 def _print_envs():
@@ -114,26 +171,43 @@ def _print_envs():
 
 
 def _parse_train(arguments: list[str]) -> Train:
-    """The flags on top of the preset of the environment, which comes first."""
+    options = _parse(Train, "train", arguments)
+    _check_whole(num_seeds=(options.num_seeds, 1), seed=(options.seed, 0))
+    if options.total_steps is not None:
+        options = replace(options, config=options.config.with_total_steps(options.total_steps))
+    time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return options if options.out else replace(options, out=Path("runs") / f"{options.env}-{time}")
+
+
+def _parse(kind, command: str, arguments: list[str]):
+    """The flags of a command on top of the preset of the environment, which comes first."""
     from purejaxppo.envs import env_names, make_env
     from purejaxppo.experiment.presets import preset
 
     env, asks_help = arguments[0] if arguments else "-", {"--help", "-h"} & set(arguments)
     if env.startswith("-"):
         if not asks_help:
-            raise ValueError("name an environment first: purejaxppo train ENV [flags] (`purejaxppo envs` lists them)")
+            raise ValueError(
+                f"name an environment first: purejaxppo {command} ENV [flags] (`purejaxppo envs` lists them)"
+            )
         env = "CartPole-v1"
     elif env not in env_names():
         make_env(env)
-    default = Train(env, **preset(env)._asdict())
-    options = tyro.cli(Train, args=arguments, default=default, prog="purejaxppo train")
-    for name, least in (("num_seeds", 1), ("seed", 0)):
-        if not least <= getattr(options, name) < 2**31:
-            raise ValueError(f"{name}={getattr(options, name)} must be from {least} to 2**31 - 1")
-    if options.total_steps is not None:
-        options = replace(options, config=options.config.with_total_steps(options.total_steps))
-    time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return options if options.out else replace(options, out=Path("runs") / f"{env}-{time}")
+    return tyro.cli(kind, args=arguments, default=kind(env, **preset(env)._asdict()), prog=f"purejaxppo {command}")
+
+
+def _check_whole(**least):
+    """Refuses a number below its least, or too large for a key; each is given as (number, least)."""
+    for name, (number, low) in least.items():
+        if not low <= number < 2**31:
+            raise ValueError(f"{name}={number} must be from {low} to 2**31 - 1")
+
+
+def _use_cache(folder: Path | None):
+    from purejaxppo.experiment.program import cache_compilation
+
+    if folder is not None:
+        cache_compilation(folder)
 
 
 def _table(options: Train, result, metrics, evaluation) -> str:

@@ -7,12 +7,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import xarray
 from tqdm.auto import tqdm
 
+from purejaxppo.experiment.program import Program, compile
 from purejaxppo.experiment.results import label
 from purejaxppo.ppo import PPO, TrainState
 
@@ -41,12 +40,14 @@ def fit(
     *,
     num_updates: int | None = None,
     updates_per_chunk: int | None = None,
+    slice_size: int | None = None,
     progress: bool = True,
 ) -> Fit:
     """Trains from `state`, of one run or of a batch, to the end of the run or for `num_updates` updates.
 
     The numbers are those of `ppo.train`, in chunks of `updates_per_chunk` (a hundredth of the whole by default), and
-    `state` stays usable. An interrupt (Ctrl-C) ends the loop after the chunk in flight; what was done is returned.
+    `state` stays usable. A batch of runs goes through in slices of `slice_size` (see `compile`). An interrupt (Ctrl-C)
+    ends the loop after the chunk in flight; what was done is returned.
     """
     if num_updates is None:
         num_updates = ppo.config.num_updates - int(np.max(state.num_updates))
@@ -69,15 +70,13 @@ def fit(
         total=num_updates * steps_per_update, unit=" steps", unit_scale=True, desc="compiling",
         disable=None if progress else True, mininterval=0.2,
     ) as bar:  # fmt: skip
-        start = time.perf_counter()
-        program = compile_chunk(ppo, state, chunk)
-        compile_seconds = time.perf_counter() - start
-        bar.set_description(f"compiled in {compile_seconds:.1f} s, training")
+        program = compile(ppo, state, chunk, slice_size=slice_size)
+        bar.set_description(f"compiled in {program.compile_seconds:.1f} s, training")
         bar.unpause()
         collected, last_return = [], np.full(num_runs, np.nan)
         start = time.perf_counter()
         with noted_interrupt() as interrupt:
-            for state, metrics in chunks(program, state, num_updates, chunk):
+            for state, metrics in chunks(program, state, num_updates):
                 collected.append(metrics)
                 last_return = _latest(metrics["episode_return"].reshape(num_runs, -1), last_return)
                 if not np.isnan(last_return).all():
@@ -88,17 +87,17 @@ def fit(
                     break
         run_seconds = time.perf_counter() - start
     metrics = {name: np.concatenate([m[name] for m in collected], axis=-1) for name in collected[0]}
-    return Fit(ppo, state, label(metrics, ppo.config, done), compile_seconds, run_seconds)
+    return Fit(ppo, state, label(metrics, ppo.config, done), program.compile_seconds, run_seconds)
 
 
-def chunks(program, state: TrainState, num_updates: int, chunk: int) -> Iterator:
+def chunks(program: Program, state: TrainState, num_updates: int) -> Iterator:
     """States and metrics (as numpy, [..., updates of the chunk]) after every chunk, the last one perhaps shorter."""
-    state = jax.tree.map(jnp.copy, state)  # the program takes its argument's memory; the caller's stays
+    donate = False  # the first state is the caller's
     while num_updates:
-        length = min(chunk, num_updates)
-        state, metrics = program(state, np.int32(length))
-        yield state, {name: np.asarray(values)[..., :length] for name, values in metrics.items()}
-        num_updates -= length
+        length = min(program.num_updates, num_updates)
+        state, metrics = program(state, length, donate=donate)
+        yield state, metrics
+        num_updates, donate = num_updates - length, True
 
 
 @contextlib.contextmanager
@@ -120,25 +119,6 @@ def noted_interrupt():
         yield interrupt
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def compile_chunk(ppo: PPO, state: TrainState, chunk: int):
-    """The compiled function (state, length) -> state, metrics [..., chunk], for any length up to `chunk`.
-
-    The length is an argument, so that a last, shorter chunk needs no program of its own.
-    """
-
-    def run(state, length):
-        def one(i, carry):
-            state, stacked = carry
-            state, metrics = ppo.step(state)
-            return state, jax.tree.map(lambda s, m: s.at[..., i].set(m), stacked, metrics)
-
-        shapes = jax.eval_shape(ppo.step, state)[1]
-        stacked = jax.tree.map(lambda x: jnp.zeros((*x.shape, chunk), x.dtype), shapes)
-        return jax.lax.fori_loop(0, length, one, (state, stacked))
-
-    return jax.jit(run, donate_argnums=0).lower(state, np.int32(chunk)).compile()
 
 
 def _latest(returns, before):

@@ -68,7 +68,6 @@ def describe(env: str, config: Config, hyperparams: Hyperparams, **more) -> dict
         },
         "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
         "cpu_cores": os.cpu_count(),
-        "matmul_precision": jax.config.jax_default_matmul_precision or "default",
         "command": sys.argv,
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

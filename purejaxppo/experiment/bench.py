@@ -1,0 +1,171 @@
+"""What training costs on this machine: compile time, steps per second, memory, and where the time goes."""
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from purejaxppo.config import Hyperparams
+from purejaxppo.envs.base import Box, action_space
+from purejaxppo.experiment.program import compile
+from purejaxppo.loss import ppo_loss
+from purejaxppo.ppo import PPO, estimate, in_precision
+from purejaxppo.rollout import begin_where, collect, step_envs
+from purejaxppo.sweep import batched, runs
+from purejaxppo.update import adam, minibatches, update
+
+
+def bench(ppo: PPO, hyperparams: Hyperparams, num_seeds, *, rounds: int, seconds: float, report: Callable = print):
+    """Measures training with each number of seeds in turn, then the parts of a cycle; returns plain data.
+
+    Every time is the median of `rounds` repetitions of about `seconds` each, after a warm-up and without compilation,
+    with the least and the most beside it. `report` is called with each line as soon as it is known.
+    """
+    results = {"training": [], "parts": []}
+    report(f"{'seeds':>6} {'steps/s':>13} {'least':>13} {'most':>13} {'compile':>9}  slices")
+    for number in num_seeds:
+        row = time_training(ppo, hyperparams, number, rounds=rounds, seconds=seconds)
+        results["training"].append(row)
+        report(
+            f"{number:>6} {row['steps_per_second']:>13,.0f} {row['least']:>13,.0f} {row['most']:>13,.0f} "
+            f"{row['compile_seconds']:>7.1f} s  {row['num_slices']} of {row['slice_size']}, "
+            f"{row['num_threads']} at a time"
+        )
+    results["peak_bytes"] = peak_bytes()
+    report(f"peak memory {results['peak_bytes'] / 2**20:,.0f} MiB")
+    report("one cycle of one run:")
+    for name, milliseconds, share in time_parts(ppo, hyperparams, rounds=rounds, seconds=seconds):
+        results["parts"].append({"part": name, "milliseconds": milliseconds, "share": share})
+        report(f"  {name:<12} {milliseconds:>9.3f} ms {share:>6.1%}")
+    return results
+
+
+def time_training(ppo: PPO, hyperparams: Hyperparams, num_seeds: int, *, rounds: int, seconds: float) -> dict:
+    """Environment steps per second of whole cycles of `num_seeds` runs in one call."""
+    many = batched(ppo)
+    keys, columns = runs(jax.random.key(0), num_seeds=num_seeds, hyperparams=hyperparams)
+    state = jax.jit(many.init)(keys, columns)
+    program = compile(many, state)
+    program(state, 1)
+    start = time.perf_counter()
+    program(state, 1)
+    once = time.perf_counter() - start
+    length = int(min(max(seconds / once, 1), program.num_updates))
+    rates = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        program(state, length)
+        rates.append(num_seeds * length * ppo.config.steps_per_update / (time.perf_counter() - start))
+    return {
+        "num_seeds": num_seeds,
+        "steps_per_second": statistics.median(rates),
+        "least": min(rates),
+        "most": max(rates),
+        "compile_seconds": program.compile_seconds,
+        "slice_size": program.slice_size,
+        "num_slices": program.num_slices,
+        "num_threads": program.num_threads,
+    }
+
+
+def time_parts(ppo: PPO, hyperparams: Hyperparams, *, rounds: int, seconds: float):
+    """(part, milliseconds of a cycle, share of the cycle); each part is a program of its own.
+
+    Acting is a rollout less its environment, learning is the update less its shuffles. A part alone may run faster or
+    slower than inside the cycle: `other` is what the cycle takes beyond the sum, and may be negative.
+    """
+    state = jax.jit(ppo.init)(jax.random.key(0), hyperparams)
+    settings = {"network": ppo.network, "config": ppo.config}
+    now = jax.tree.map(jnp.asarray, state.hyperparams.at(jnp.float32(0)))
+    rollout = partial(collect, env=ppo.env, **settings)
+    actors, transitions = jax.jit(rollout)(
+        jax.random.key(1), state.actors, state.policy, state.env_params, now.discount
+    )
+    advantages = partial(estimate, **settings)
+    batch = jax.jit(advantages)(state.policy, transitions, transitions.reward, actors.memory, now)
+    learn = partial(update, loss=partial(ppo_loss, **settings), optimizer=adam, config=ppo.config)
+    parts = {
+        "cycle": lambda key, policy: ppo.step(state.replace(key=key, policy=policy)),
+        "rollout": lambda key, policy: rollout(key, actors, policy, state.env_params, now.discount),
+        "environment": lambda key, policy: play(key, actors, state.env_params, policy, ppo),
+        "advantages": lambda key, policy: advantages(policy, transitions, transitions.reward, actors.memory, now),
+        "shuffling": lambda key, policy: minibatches(key, ppo.config),
+        "update": lambda key, policy: learn(key, policy.params, state.opt_state, batch, now),
+    }
+    times = {
+        name: time_part(
+            partial(in_precision, ppo.config.matmul_precision, part), state.policy, rounds=rounds, seconds=seconds / 2
+        )
+        for name, part in parts.items()
+    }
+    shares = {
+        "acting": times["rollout"] - times["environment"],
+        "environment": times["environment"],
+        "advantages": times["advantages"],
+        "shuffling": times["shuffling"],
+        "learning": times["update"] - times["shuffling"],
+    }
+    shares["other"] = times["cycle"] - sum(shares.values())
+    return [(name, 1000 * taken, taken / times["cycle"]) for name, taken in shares.items()]
+
+
+def play(key, actors, env_params, policy, ppo: PPO):
+    """The environment of a rollout alone: T steps of N environments under actions drawn ahead, with fresh starts."""
+    config, env = ppo.config, ppo.env
+    space = action_space(env, env_params)
+    act_key, env_key, reset_key = jax.random.split(key, 3)
+    shape = config.num_steps, config.num_envs
+    if isinstance(space, Box):
+        actions = jax.random.normal(act_key, (*shape, int(np.prod(space.shape))))
+    else:
+        actions = jax.random.randint(act_key, (*shape, *space.shape), 0, getattr(space, "n", None) or min(space.sizes))
+    reset = jax.vmap(jax.vmap(env.reset, in_axes=(0, None)), in_axes=(0, None))
+    starts = reset(
+        jax.random.split(reset_key, (config.num_steps, config.resets_per_step or config.num_envs)), env_params
+    )
+
+    def step(env_state, drawn):
+        keys, action, start = drawn
+        result = step_envs(keys, env_state, action, env_params, env=env, config=config)
+        state, obs = begin_where(result.terminated | result.truncated, start, (result.state, result.obs))
+        return state, (obs, result.reward)
+
+    return jax.lax.scan(step, actors.env_state, (jax.random.split(env_key, shape), actions, starts))
+
+
+def time_part(part: Callable, policy, *, rounds: int, seconds: float) -> float:
+    """Seconds that part(key, policy) takes, the median of `rounds` loops of about `seconds` each."""
+
+    def loop(number):
+        def body(i, total):
+            # What hangs on the round before can neither be moved out of the loop nor left out of it.
+            policy_now = jax.tree.map(lambda x: x + (0 * total).astype(x.dtype), policy)
+            outputs = part(jax.random.key(i), policy_now)
+            leaves = [x for x in jax.tree.leaves(outputs) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+            return sum(jnp.nan_to_num(x.sum(dtype=jnp.float32)) for x in leaves)
+
+        return jax.lax.fori_loop(0, number, body, jnp.float32(0))
+
+    program = jax.jit(loop)
+    jax.block_until_ready(program(1))
+    start = time.perf_counter()
+    jax.block_until_ready(program(2))
+    number = max(2, int(2 * seconds / (time.perf_counter() - start)))
+    taken = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        jax.block_until_ready(program(number))
+        taken.append((time.perf_counter() - start) / number)
+    return statistics.median(taken)
+
+
+def peak_bytes() -> int:
+    """Most memory in use so far: of the accelerator, or of this process where there is none."""
+    import resource
+
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,138 @@
+"""Compiled training: a run, or a batch of runs in slices that suit the machine, through any number of updates."""
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from purejaxppo.config import Config
+from purejaxppo.ppo import PPO, TrainState
+
+# Transitions of a rollout of all runs of a slice that a CPU core still works on in its cache.
+TRANSITIONS_PER_SLICE = 2048
+
+
+@dataclass(frozen=True)
+class Program:
+    """Training compiled ahead of time, to be called with a state of the shape that it was compiled for."""
+
+    executable: Callable  # (state of one slice, length) -> state, metrics [..., num_updates]
+    num_updates: int
+    """Most updates of one call."""
+    slice_size: int
+    """Runs that go through the program together."""
+    num_slices: int
+    num_threads: int
+    """Slices at work side by side."""
+    compile_seconds: float
+
+    def __call__(self, state: TrainState, length: int | None = None, *, donate: bool = False):
+        """The state after `length` updates (all `num_updates` by default) and metrics as numpy, [..., length].
+
+        With `donate` the memory of `state` is used up; without, it stays as it is.
+        """
+        length = self.num_updates if length is None else length
+        if not 1 <= length <= self.num_updates:
+            raise ValueError(f"length={length} must be from 1 to num_updates={self.num_updates} of this program")
+        if self.num_slices > 1:
+            state, metrics = self._run_slices(state, np.int32(length))
+        else:
+            state = state if donate else jax.tree.map(jnp.copy, state)
+            state, metrics = jax.block_until_ready(self.executable(state, np.int32(length)))
+        return state, {name: np.asarray(values)[..., :length] for name, values in metrics.items()}
+
+    def _run_slices(self, state, length):
+        def run(part):
+            return jax.block_until_ready(self.executable(part, length))
+
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            done = list(pool.map(run, _split(state, self.slice_size)))
+        return _join(done, len(state.num_updates))
+
+
+def compile(ppo: PPO, state: TrainState, num_updates: int | None = None, *, slice_size: int | None = None) -> Program:
+    """Compiles `num_updates` updates (those of the config by default) from a state such as `state`, ahead of time.
+
+    A batch of R runs goes through in slices of `slice_size` runs. By default a device but the CPU takes all at once;
+    CPU cores take small slices side by side, since a large batch leaves their caches and waits for threads. The
+    numbers are those of `ppo.train` whatever the slices are, to rounding.
+    """
+    if state.num_updates.ndim > 1:
+        raise ValueError("a state of a batch of batches cannot be trained; give runs one leading axis")
+    num_updates = ppo.config.num_updates if num_updates is None else num_updates
+    if num_updates < 1:
+        raise ValueError(f"num_updates={num_updates} must be at least 1")
+    num_runs = state.num_updates.size
+    if slice_size is not None and not 1 <= slice_size <= num_runs:
+        raise ValueError(f"slice_size={slice_size} must be from 1 to the {num_runs} runs of the state")
+    on_cpu = _devices(state) == {"cpu"}
+    num_threads = _num_cores() if on_cpu else 1
+    slice_size = slice_size or (best_slice_size(num_runs, num_threads, ppo.config) if on_cpu else num_runs)
+    num_slices = -(-num_runs // slice_size)
+    like = state if num_slices == 1 else jax.eval_shape(lambda x: _split(x, slice_size)[0], state)
+
+    def train(state, length):
+        def one(i, carry):
+            state, stacked = carry
+            state, metrics = ppo.step(state)
+            return state, jax.tree.map(lambda s, m: s.at[..., i].set(m), stacked, metrics)
+
+        shapes = jax.eval_shape(ppo.step, state)[1]
+        stacked = jax.tree.map(lambda x: jnp.zeros((*x.shape, num_updates), x.dtype), shapes)
+        return jax.lax.fori_loop(0, length, one, (state, stacked))
+
+    start = time.perf_counter()
+    executable = jax.jit(train, donate_argnums=0).lower(like, np.int32(num_updates)).compile()
+    return Program(
+        executable=executable,
+        num_updates=num_updates,
+        slice_size=slice_size,
+        num_slices=num_slices,
+        num_threads=min(num_threads, num_slices),
+        compile_seconds=time.perf_counter() - start,
+    )
+
+
+def cache_compilation(folder):
+    """Keeps compiled programs in a folder, so that another process with the same settings need not compile them."""
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def best_slice_size(num_runs: int, num_cores: int, config: Config) -> int:
+    """The runs of a slice on a CPU: few enough for a core's cache, and equally many slices for every core."""
+    most = max(1, TRANSITIONS_PER_SLICE // config.steps_per_update)
+    rounds = -(-num_runs // (most * num_cores))
+    return -(-num_runs // (rounds * num_cores))
+
+
+@partial(jax.jit, static_argnums=1)
+def _split(state, size: int) -> list:
+    """Slices of `size` runs; the last one reaches back into the one before where the runs do not divide."""
+    num_runs = len(state.num_updates)
+    starts = [min(start, num_runs - size) for start in range(0, num_runs, size)]
+    return [jax.tree.map(lambda x: x[start : start + size], state) for start in starts]
+
+
+@partial(jax.jit, static_argnums=1)
+def _join(parts: list, num_runs: int):
+    """The slices put together again, without what the last one has twice."""
+    size = len(jax.tree.leaves(parts[0])[0])
+    twice = size * len(parts) - num_runs
+    return jax.tree.map(lambda *xs: jnp.concatenate([*xs[:-1], xs[-1][twice:]]), *parts)
+
+
+def _devices(state) -> set[str]:
+    """The platforms of the devices that hold a state; more than one device counts as no CPU to be sliced."""
+    devices = state.num_updates.devices() if isinstance(state.num_updates, jax.Array) else {jax.devices()[0]}
+    return {device.platform for device in devices} if len(devices) == 1 else {"several"}
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,151 @@
+"""The same work with this package and with its peers, in turn, each in an environment of its own.
+
+    python tests/benchmarks/compare.py [--works narrow wide] [--peers rejax sb3] [--rounds 3] [--small]
+                                       [--purejaxrl PATH] [--folder .benchmarks]
+
+Every peer is installed into FOLDER/PEER the first time. One process per peer does a whole run to warm up and then one
+in turn with the others (A B A B), never with compilation in it. Prints a table per work, medians with the least and the
+most, as steps per second and as a ratio to this package, and writes all runs to FOLDER/comparison.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+from works import WORKS
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+PEERS = {
+    "purejaxppo": ["-e", str(ROOT)],
+    "rejax": ["rejax==0.1.3", "gymnax<0.1", "jax<0.11", "six"],
+    "purejaxrl": ["gymnax<0.1", "distrax", "jax<0.11", "six"],
+    "sbx": ["sbx-rl", "gymnasium"],
+    "sb3": ["stable-baselines3", "gymnasium"],
+    "brax": ["brax", "gymnax>=1.0.1", "jax<0.9", "six"],
+    "jaxnasium": ["jaxnasium[algs]"],
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--works", nargs="+", choices=WORKS, default=[w for w in WORKS if not w.startswith("long")])
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[p for p in PEERS if p != "purejaxrl"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--small", action="store_true", help="tiny work, to see that the comparison runs")
+    parser.add_argument("--purejaxrl", type=Path, help="a checkout of purejaxrl, which is not packaged")
+    parser.add_argument("--folder", type=Path, default=ROOT / ".benchmarks")
+    options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error(f"--rounds={options.rounds} must be at least 1")
+    peers = dict.fromkeys(["purejaxppo", *options.peers, *(["purejaxrl"] if options.purejaxrl else [])])
+    if "purejaxrl" in peers and not options.purejaxrl:
+        parser.error("--peers purejaxrl needs --purejaxrl PATH, a checkout")
+    pythons = {peer: install(peer, options.folder / peer) for peer in peers}
+    extra = (["small"] if options.small else []) + ([f"checkout={options.purejaxrl}"] if options.purejaxrl else [])
+    results = {"machine": describe_machine(), "works": {}}
+    for work in options.works:
+        results["works"][work] = compare(work, pythons, extra, options.rounds)
+        print(table(work, results["works"][work]), flush=True)
+        (options.folder / "comparison.json").write_text(json.dumps(results, indent=2) + "\n")
+
+
+def install(peer: str, folder: Path) -> Path:
+    """The Python of a peer's environment, made if there is none."""
+    python, done = folder / "bin" / "python", folder / "installed"
+    if not done.exists():
+        print(f"installing {peer} ...", flush=True)
+        venv.create(folder, with_pip=True, clear=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", *PEERS[peer]], check=True)
+        done.write_text(" ".join(PEERS[peer]) + "\n")
+    return python
+
+
+def compare(work: str, pythons: dict, extra: list[str], rounds: int) -> dict:
+    """What every peer that offers a work needs for it; the others are left out with their reason."""
+    workers = {peer: Worker(python, peer, work, extra) for peer, python in pythons.items()}
+    rows = {peer: {"left_out": worker.problem()} for peer, worker in workers.items() if worker.ready is None}
+    workers = {peer: worker for peer, worker in workers.items() if worker.ready is not None}
+    runs = {peer: [] for peer in workers}
+    for seed in range(rounds + 1):
+        for peer, worker in workers.items():
+            runs[peer].append(worker.run(seed))
+    for peer, worker in workers.items():
+        rates = [worker.ready["steps"] / run["seconds"] for run in runs[peer][1:]]  # the first run warms up
+        rows[peer] = {
+            "steps_per_second": statistics.median(rates),
+            "least": min(rates),
+            "most": max(rates),
+            "compile_seconds": worker.ready["compile_seconds"],
+            "peak_bytes": runs[peer][-1]["peak_bytes"],
+            "runs": rates,
+        }
+        worker.close()
+    return rows
+
+
+class Worker:
+    """A process that does one work with one peer; it has compiled when it is ready."""
+
+    def __init__(self, python: Path, peer: str, work: str, extra: list[str]):
+        self.process = subprocess.Popen(
+            [python, HERE / "worker.py", peer, work, *extra],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.ready = self.answer()
+
+    def answer(self) -> dict | None:
+        for line in self.process.stdout:
+            if line.startswith("ANSWER "):
+                return json.loads(line.removeprefix("ANSWER "))
+        return None
+
+    def run(self, seed: int) -> dict:
+        self.process.stdin.write(f"{seed}\n")
+        self.process.stdin.flush()
+        answer = self.answer()
+        if answer is None:
+            raise SystemExit(f"{self.process.args} stopped: {self.problem()}")
+        return answer
+
+    def problem(self) -> str:
+        lines = self.process.stderr.read().strip().splitlines()
+        return lines[-1] if lines else "no reason given"
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def table(work: str, rows: dict) -> str:
+    ours = rows["purejaxppo"]["steps_per_second"]
+    lines = [f"\n{work:<14}{'steps/s':>12}{'least':>12}{'most':>12}{'ratio':>8}{'compile':>10}{'memory':>10}"]
+    for peer, row in rows.items():
+        if "left_out" in row:
+            lines.append(f"  {peer:<12}{row['left_out']}")
+            continue
+        compiled = "-" if row["compile_seconds"] is None else f"{row['compile_seconds']:.1f} s"
+        lines.append(
+            f"  {peer:<12}{row['steps_per_second']:>12,.0f}{row['least']:>12,.0f}{row['most']:>12,.0f}"
+            f"{row['steps_per_second'] / ours:>8.2f}{compiled:>10}{row['peak_bytes'] / 2**20:>7,.0f} MB"
+        )
+    return "\n".join(lines)
+
+
+def describe_machine() -> dict:
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {
+        "processor": names[0].split(":")[1].strip() if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "python": sys.version.split()[0],
+    }
+
+
+if __name__ == "__main__":
+    main()

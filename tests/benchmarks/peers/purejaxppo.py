@@ -1,0 +1,44 @@
+"""This package."""
+
+import time
+
+import jax
+
+import purejaxppo as pjp
+from program import Program
+from works import Work
+
+
+def prepare(work: Work) -> Program:
+    config = pjp.Config(
+        num_envs=work.num_envs,
+        num_steps=work.num_steps,
+        num_updates=work.num_updates,
+        num_epochs=work.num_epochs,
+        num_minibatches=work.num_minibatches,
+        encoder=work.encoder,
+        normalize_observation=work.normalize,
+        scale_reward=work.normalize,
+    )
+    ppo = pjp.make_ppo(work.env, config)
+    hyperparams = pjp.Hyperparams(learning_rate_annealing=0.0)
+    if work.num_seeds > 1:
+        ppo = pjp.batched(ppo)
+    _, batch = pjp.runs(jax.random.key(0), num_seeds=work.num_seeds, hyperparams=hyperparams)
+    init = jax.jit(ppo.init)
+
+    def start(seed):
+        keys = jax.random.split(jax.random.key(seed), work.num_seeds)
+        return jax.block_until_ready(init(keys, batch) if work.num_seeds > 1 else init(keys[0], hyperparams))
+
+    begin = time.perf_counter()
+    program = pjp.compile(ppo, start(0))
+    compile_seconds = time.perf_counter() - begin  # with that of the first state, as the peers have it
+
+    def run(seed):
+        state = start(seed)
+        begin = time.perf_counter()
+        jax.block_until_ready(program(state)[0])
+        return time.perf_counter() - begin
+
+    return Program(run, work.steps, compile_seconds)

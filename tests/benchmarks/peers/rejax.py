@@ -1,0 +1,43 @@
+"""rejax 0.1.3, with the gymnax before 1.0 that it needs."""
+
+import gymnax
+import jax
+import jax.numpy as jnp
+from rejax import PPO
+
+from program import Program, compiled
+from works import Work
+
+
+def prepare(work: Work) -> Program:
+    env, env_params = gymnax.make(work.env)
+    steps = work.num_updates * work.steps_per_update
+    algorithm = PPO.create(
+        env=env,
+        env_params=env_params,
+        agent_kwargs={"hidden_layer_sizes": (64, 64), "activation": "tanh"},
+        num_envs=work.num_envs,
+        num_steps=work.num_steps,
+        num_epochs=work.num_epochs,
+        num_minibatches=work.num_minibatches,
+        total_timesteps=steps,
+        eval_freq=steps,
+        skip_initial_evaluation=True,
+        learning_rate=2.5e-4,
+        max_grad_norm=0.5,
+        gamma=0.99,
+        gae_lambda=0.95,
+        clip_eps=0.2,
+        vf_coef=0.5,
+        ent_coef=0.01,
+        normalize_observations=work.normalize,
+        normalize_rewards=work.normalize,
+    )
+    algorithm = algorithm.replace(eval_callback=lambda *_: jnp.zeros(1))  # no evaluation: nobody else has one
+    train = jax.vmap(algorithm.train) if work.num_seeds > 1 else algorithm.train
+
+    def arguments(seed):
+        key = jax.random.PRNGKey(seed)
+        return (jax.random.split(key, work.num_seeds) if work.num_seeds > 1 else key,)
+
+    return compiled(train, arguments, work.steps)

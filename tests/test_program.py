@@ -1,0 +1,97 @@
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import purejaxppo as pjp
+from probes import SMALL
+from purejaxppo.experiment.program import best_slice_size
+
+
+@pytest.fixture(scope="module")
+def five():
+    """A batch of five small runs, its first state, and what one program makes of all of them together."""
+    ppo = pjp.batched(pjp.make_ppo("CartPole-v1", SMALL))
+    state = jax.jit(ppo.init)(*pjp.runs(jax.random.key(0), num_seeds=5))
+    return ppo, state, *jax.jit(ppo.train)(state)
+
+
+def comparable(state):
+    return jax.tree.leaves((jax.random.key_data(state.key), state.policy, state.opt_state, state.actors))
+
+
+@pytest.mark.parametrize("slice_size, num_slices", [(1, 5), (2, 3), (3, 2), (5, 1)])
+def test_slices_of_any_size_give_the_numbers_of_one_batch(five, slice_size, num_slices):
+    ppo, state, after, metrics = five
+    program = pjp.compile(ppo, state, slice_size=slice_size)
+    assert (program.num_slices, program.slice_size) == (num_slices, slice_size)
+    sliced, sliced_metrics = program(state)
+    for ours, whole in zip(comparable(sliced), comparable(after), strict=True):
+        np.testing.assert_allclose(ours, whole, rtol=1e-4, atol=1e-5)
+    assert {name: x.shape for name, x in sliced_metrics.items()} == {name: x.shape for name, x in metrics.items()}
+    np.testing.assert_array_equal(sliced_metrics["num_episodes"], metrics["num_episodes"])
+
+
+def test_a_program_leaves_its_state_alone_unless_it_is_donated(five):
+    ppo, state, *_ = five
+    program = pjp.compile(ppo, state, 2, slice_size=5)
+    once, metrics = program(state, 1)
+    assert metrics["loss"].shape == (5, 1)
+    twice, _ = program(state, 1)
+    for first, second in zip(comparable(once), comparable(twice), strict=True):
+        np.testing.assert_array_equal(first, second)
+    program(once, donate=True)
+    assert once.actors.first.is_deleted() and not state.actors.first.is_deleted()
+
+
+def test_bad_lengths_and_slices_are_refused_in_a_sentence(five):
+    ppo, state, *_ = five
+    with pytest.raises(ValueError, match="slice_size=6 must be from 1 to the 5 runs"):
+        pjp.compile(ppo, state, slice_size=6)
+    with pytest.raises(ValueError, match="num_updates=0 must be at least 1"):
+        pjp.compile(ppo, state, 0)
+    program = pjp.compile(ppo, state, 1)
+    for length in (0, 2):
+        with pytest.raises(ValueError, match=f"length={length} must be from 1 to num_updates=1"):
+            program(state, length)
+
+
+@pytest.mark.parametrize(
+    "num_runs, num_cores, sizes, expected",
+    [
+        (1, 2, {}, 1),
+        (8, 2, {}, 4),  # both cores at work
+        (3, 2, {}, 2),
+        (32, 2, {}, 4),  # 4 x 512 transitions are in a core's cache
+        (33, 2, {}, 4),
+        (32, 1, {}, 4),
+        (4, 8, {}, 1),
+        (512, 2, {"num_envs": 2048, "num_steps": 32}, 1),
+    ],
+)
+def test_slices_fill_the_cores_and_fit_their_caches(num_runs, num_cores, sizes, expected):
+    assert best_slice_size(num_runs, num_cores, pjp.Config(**sizes)) == expected
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "default"])
+def test_every_product_of_a_cycle_has_the_precision_of_the_config(precision, key):
+    ppo = pjp.make_ppo("CartPole-v1", pjp.Config(**vars(SMALL) | {"matmul_precision": precision}))
+    program = str(jax.make_jaxpr(ppo.step)(ppo.init(key)))
+    products = program.count("dot_general[")
+    found = program.count(f"precision=(Precision.{precision.upper()}, Precision.{precision.upper()})")
+    assert products > 6 and found == products
+
+
+def test_compiled_programs_are_kept_for_the_next_process(tmp_path):
+    program = (
+        "import sys, jax, purejaxppo as pjp; pjp.cache_compilation(sys.argv[1]);"
+        "hits = [];"
+        "jax.monitoring.register_event_listener(lambda event, **_: hits.append(event.endswith('cache_hits')));"
+        "ppo = pjp.make_ppo('CartPole-v1', pjp.Config(num_updates=2));"
+        "pjp.compile(ppo, jax.eval_shape(ppo.init, jax.random.key(0))); print(sum(hits))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    found = [int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(2)]
+    assert found[0] == 0 and found[1] >= 1
