@@ -72,17 +72,24 @@ def make_ppo(
     network = make_network(config, *spaces) if network is None else as_network(network)
     parts = {"env": env, "network": network, "config": config}
     learning = parts | {"loss": partial(loss, network=network, config=config), "optimizer": optimizer}
-    bind = partial(partial, in_precision, config.matmul_precision)
+    bind = partial(bind_in_precision, config.matmul_precision)
     ppo = PPO(
-        init=bind(partial(init, **parts, optimizer=optimizer)),
-        step=bind(partial(step, **learning)),
-        train=bind(partial(train, **learning)),
-        evaluate=bind(partial(evaluate, **parts)),
-        act=bind(partial(act, **parts)),
+        init=bind(init, **parts, optimizer=optimizer),
+        step=bind(step, **learning),
+        train=bind(train, **learning),
+        evaluate=bind(evaluate, **parts),
+        act=bind(act, **parts),
         **parts,
     )
     _check_network(ppo)
     return ppo
+
+
+def bind_in_precision(precision: str, function: Callable, **static) -> Callable:
+    """A function with static arguments bound, whose float32 products have a precision, under its own name."""
+    bound = partial(in_precision, precision, partial(function, **static))
+    bound.__name__ = function.__name__  # what compiled programs and profiles call it
+    return bound
 
 
 def in_precision(precision: str, function: Callable, *args, **kwargs):

@@ -137,7 +137,10 @@ def draw_ahead(key, distribution, env_params, *, env: Env, config: Config) -> Dr
 
 
 def act_and_step(draws: Draws, actors, policy, env_params, *, env, network, config):
-    """One step of N environments, those that ended begun anew: the actors after it, and Transition [N]."""
+    """One step of N environments, those that ended begun anew: the actors after it, and Transition [N].
+
+    What `count_returns` fills in for a whole rollout is left out.
+    """
     memory, distribution, _ = apply_policy(
         policy, actors.memory, add_time(actors.obs), actors.first[None], network=network, config=config
     )

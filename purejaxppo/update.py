@@ -85,9 +85,10 @@ def minibatches(key, config: Config):
 def shuffle(key, size: int, num_shuffles: int):
     """Permutations of 0 .. size - 1, [num_shuffles, size] int32.
 
-    Sorts numbers whose high bits are random and whose low bits are the index: one array of integers, which every
-    backend sorts several times faster than keys with a payload. Two indices with the same random bits keep their
-    order, which happens to a pair with a chance of 2**-16 at most: above 65,536 a second pass shuffles the first.
+    Sorts numbers whose high bits are random and whose low bits are the index: one array of integers, several times
+    faster to sort than keys with a payload. Two indices with the same random bits keep their order. That happens to a
+    given pair with a chance of 2**-16 at most (above 65,536 a second pass shuffles the first, which holds up to
+    2**24), and it matters only where a minibatch ends between the two: otherwise they are in it together.
     """
     index_bits = max(size - 1, 1).bit_length()
     index = jnp.arange(size, dtype=jnp.uint32)[None]

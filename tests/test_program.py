@@ -64,9 +64,9 @@ def test_bad_lengths_and_slices_are_refused_in_a_sentence(five):
         (1, 2, {}, 1),
         (8, 2, {}, 4),  # both cores at work
         (3, 2, {}, 2),
-        (32, 2, {}, 4),  # 4 x 512 transitions are in a core's cache
-        (33, 2, {}, 4),
-        (32, 1, {}, 4),
+        (32, 2, {}, 8),  # 8 x 512 transitions are in a core's cache
+        (33, 2, {}, 6),
+        (32, 1, {}, 8),
         (4, 8, {}, 1),
         (512, 2, {"num_envs": 2048, "num_steps": 32}, 1),
     ],

@@ -1,6 +1,7 @@
 """What training costs on this machine: compile time, steps per second, memory, and where the time goes."""
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +15,7 @@ from purejaxppo.envs.base import Box, action_space
 from purejaxppo.experiment.program import compile
 from purejaxppo.loss import ppo_loss
 from purejaxppo.ppo import PPO, estimate, in_precision
-from purejaxppo.rollout import begin_where, collect, step_envs
+from purejaxppo.rollout import begin_where, collect, draw_ahead, step_envs
 from purejaxppo.sweep import batched, runs
 from purejaxppo.update import adam, minibatches, update
 
@@ -75,8 +76,9 @@ def time_training(ppo: PPO, hyperparams: Hyperparams, num_seeds: int, *, rounds:
 def time_parts(ppo: PPO, hyperparams: Hyperparams, *, rounds: int, seconds: float):
     """(part, milliseconds of a cycle, share of the cycle); each part is a program of its own.
 
-    Acting is a rollout less its environment, learning is the update less its shuffles. A part alone may run faster or
-    slower than inside the cycle: `other` is what the cycle takes beyond the sum, and may be negative.
+    Acting is a rollout less its environment, learning is the update less its shuffles. A part alone, with its inputs
+    and outputs touched once per round, may take more or less than inside the cycle: `other` is what the cycle takes
+    beyond the sum, and may be negative. For a PPO with the loss and the optimizer of this package.
     """
     state = jax.jit(ppo.init)(jax.random.key(0), hyperparams)
     settings = {"network": ppo.network, "config": ppo.config}
@@ -88,20 +90,23 @@ def time_parts(ppo: PPO, hyperparams: Hyperparams, *, rounds: int, seconds: floa
     advantages = partial(estimate, **settings)
     batch = jax.jit(advantages)(state.policy, transitions, transitions.reward, actors.memory, now)
     learn = partial(update, loss=partial(ppo_loss, **settings), optimizer=adam, config=ppo.config)
+    data = state, now, actors, transitions, batch
     parts = {
-        "cycle": lambda key, policy: ppo.step(state.replace(key=key, policy=policy)),
-        "rollout": lambda key, policy: rollout(key, actors, policy, state.env_params, now.discount),
-        "environment": lambda key, policy: play(key, actors, state.env_params, policy, ppo),
-        "advantages": lambda key, policy: advantages(policy, transitions, transitions.reward, actors.memory, now),
-        "shuffling": lambda key, policy: minibatches(key, ppo.config),
-        "update": lambda key, policy: learn(key, policy.params, state.opt_state, batch, now),
+        "cycle": lambda key, state, *_: ppo.step(state.replace(key=key)),
+        "rollout": lambda key, state, now, actors, *_: rollout(
+            key, actors, state.policy, state.env_params, now.discount
+        ),
+        "environment": lambda key, state, now, actors, *_: play(key, actors.env_state, state.env_params, ppo),
+        "advantages": lambda key, state, now, actors, transitions, batch: advantages(
+            state.policy, transitions, transitions.reward, actors.memory, now
+        ),
+        "shuffling": lambda key, *_: minibatches(key, ppo.config),
+        "update": lambda key, state, now, actors, transitions, batch: learn(
+            key, state.policy.params, state.opt_state, batch, now
+        ),
     }
-    times = {
-        name: time_part(
-            partial(in_precision, ppo.config.matmul_precision, part), state.policy, rounds=rounds, seconds=seconds / 2
-        )
-        for name, part in parts.items()
-    }
+    exact = partial(partial, in_precision, ppo.config.matmul_precision)
+    times = {name: time_part(exact(part), data, rounds=rounds, seconds=seconds / 2) for name, part in parts.items()}
     shares = {
         "acting": times["rollout"] - times["environment"],
         "environment": times["environment"],
@@ -113,59 +118,58 @@ def time_parts(ppo: PPO, hyperparams: Hyperparams, *, rounds: int, seconds: floa
     return [(name, 1000 * taken, taken / times["cycle"]) for name, taken in shares.items()]
 
 
-def play(key, actors, env_params, policy, ppo: PPO):
+def play(key, env_state, env_params, ppo: PPO):
     """The environment of a rollout alone: T steps of N environments under actions drawn ahead, with fresh starts."""
     config, env = ppo.config, ppo.env
     space = action_space(env, env_params)
-    act_key, env_key, reset_key = jax.random.split(key, 3)
+    act_key, key = jax.random.split(key)
+    draws = draw_ahead(key, None, env_params, env=env, config=config)
     shape = config.num_steps, config.num_envs
     if isinstance(space, Box):
         actions = jax.random.normal(act_key, (*shape, int(np.prod(space.shape))))
     else:
         actions = jax.random.randint(act_key, (*shape, *space.shape), 0, getattr(space, "n", None) or min(space.sizes))
-    reset = jax.vmap(jax.vmap(env.reset, in_axes=(0, None)), in_axes=(0, None))
-    starts = reset(
-        jax.random.split(reset_key, (config.num_steps, config.resets_per_step or config.num_envs)), env_params
-    )
 
     def step(env_state, drawn):
-        keys, action, start = drawn
-        result = step_envs(keys, env_state, action, env_params, env=env, config=config)
-        state, obs = begin_where(result.terminated | result.truncated, start, (result.state, result.obs))
+        draws, actions = drawn
+        result = step_envs(draws.env_keys, env_state, actions, env_params, env=env, config=config)
+        state, obs = begin_where(result.terminated | result.truncated, draws.start, (result.state, result.obs))
         return state, (obs, result.reward)
 
-    return jax.lax.scan(step, actors.env_state, (jax.random.split(env_key, shape), actions, starts))
+    return jax.lax.scan(step, env_state, (draws, actions))
 
 
-def time_part(part: Callable, policy, *, rounds: int, seconds: float) -> float:
-    """Seconds that part(key, policy) takes, the median of `rounds` loops of about `seconds` each."""
+def time_part(part: Callable, data, *, rounds: int, seconds: float) -> float:
+    """Seconds that part(key, *data) takes, the median of `rounds` loops of about `seconds` each."""
 
-    def loop(number):
+    @jax.jit
+    def loop(number, data):
         def body(i, total):
             # What hangs on the round before can neither be moved out of the loop nor left out of it.
-            policy_now = jax.tree.map(lambda x: x + (0 * total).astype(x.dtype), policy)
-            outputs = part(jax.random.key(i), policy_now)
-            leaves = [x for x in jax.tree.leaves(outputs) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
-            return sum(jnp.nan_to_num(x.sum(dtype=jnp.float32)) for x in leaves)
+            now = jax.tree.map(lambda x: x + 0 * total if x.dtype == jnp.float32 else x, data)
+            leaves = jax.tree.leaves(part(jax.random.key(i), *now))
+            sums = [x.sum(dtype=jnp.float32) for x in leaves if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+            return jnp.nan_to_num(sum(sums))
 
         return jax.lax.fori_loop(0, number, body, jnp.float32(0))
 
-    program = jax.jit(loop)
-    jax.block_until_ready(program(1))
+    jax.block_until_ready(loop(1, data))
     start = time.perf_counter()
-    jax.block_until_ready(program(2))
+    jax.block_until_ready(loop(2, data))
     number = max(2, int(2 * seconds / (time.perf_counter() - start)))
     taken = []
     for _ in range(rounds):
         start = time.perf_counter()
-        jax.block_until_ready(program(number))
+        jax.block_until_ready(loop(number, data))
         taken.append((time.perf_counter() - start) / number)
     return statistics.median(taken)
 
 
 def peak_bytes() -> int:
     """Most memory in use so far: of the accelerator, or of this process where there is none."""
-    import resource
-
     stats = jax.devices()[0].memory_stats() or {}
-    return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

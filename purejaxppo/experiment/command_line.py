@@ -84,14 +84,10 @@ def train(arguments: list[str]) -> int:
 
     from purejaxppo.experiment import folder
     from purejaxppo.experiment.fit import fit
-    from purejaxppo.ppo import make_ppo
     from purejaxppo.sweep import batched, runs
 
-    _use_cache(options.compile_cache)
     config = options.config
-    one = make_ppo(options.env, config)
-    jax.eval_shape(lambda key: one.init(key, options.hyperparams), jax.random.key(0))  # whatever does not fit, now
-    ppo = batched(one)
+    ppo = batched(_make(options))
     keys, hyperparams = runs(jax.random.key(options.seed), num_seeds=options.num_seeds, hyperparams=options.hyperparams)
     folder.prepare(options.out)
     settings = folder.describe(options.env, config, options.hyperparams, seed=options.seed, num_seeds=options.num_seeds)
@@ -121,17 +117,20 @@ def bench(arguments: list[str]) -> int:
     options = _parse(Bench, "bench", arguments)
     if not options.num_seeds:
         raise ValueError("num_seeds must be one number or more")
-    _check_whole(rounds=(options.rounds, 1), num_seeds=(min(options.num_seeds), 1))
+    for number in options.num_seeds:
+        _check_whole(num_seeds=(number, 1))
+    _check_whole(rounds=(options.rounds, 1))
     if not 0 < options.seconds < float("inf"):
         raise ValueError(f"seconds={options.seconds} must be a positive number")
-    if options.out and (options.out.is_dir() or not options.out.absolute().parent.is_dir()):
-        raise ValueError(f"out={options.out} must be a file in a folder that exists")
+    try:
+        if options.out:
+            options.out.write_text("")
+    except OSError as error:
+        raise ValueError(f"out={options.out} cannot be written: {error.strerror} (name another file)") from None
 
     from purejaxppo.experiment import bench, folder
-    from purejaxppo.ppo import make_ppo
 
-    _use_cache(options.compile_cache)
-    ppo = make_ppo(options.env, options.config)
+    ppo = _make(options)
     settings = folder.describe(options.env, options.config, options.hyperparams)
     device, cores = settings["device"], settings["cpu_cores"]
     print(
@@ -203,11 +202,18 @@ def _check_whole(**least):
             raise ValueError(f"{name}={number} must be from {low} to 2**31 - 1")
 
 
-def _use_cache(folder: Path | None):
-    from purejaxppo.experiment.program import cache_compilation
+def _make(options):
+    """The PPO of the options, refused now if anything in them does not fit."""
+    import jax
 
-    if folder is not None:
-        cache_compilation(folder)
+    from purejaxppo.experiment.program import cache_compilation
+    from purejaxppo.ppo import make_ppo
+
+    if options.compile_cache is not None:
+        cache_compilation(options.compile_cache)
+    ppo = make_ppo(options.env, options.config)
+    jax.eval_shape(lambda key: ppo.init(key, options.hyperparams), jax.random.key(0))
+    return ppo
 
 
 def _table(options: Train, result, metrics, evaluation) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from purejaxppo.config import Config
 from purejaxppo.ppo import PPO, TrainState
 
 # Transitions of a rollout of all runs of a slice that a CPU core still works on in its cache.
-TRANSITIONS_PER_SLICE = 2048
+TRANSITIONS_PER_SLICE = 4096
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Program:
     """Training compiled ahead of time, to be called with a state of the shape that it was compiled for."""
 
     executable: Callable  # (state of one slice, length) -> state, metrics [..., num_updates]
+    split: Callable | None  # state -> states of the slices; None where all runs go through at once
+    join: Callable | None  # [(state, metrics) of the slices] -> state, metrics
     num_updates: int
     """Most updates of one call."""
     slice_size: int
@@ -40,20 +43,22 @@ class Program:
         length = self.num_updates if length is None else length
         if not 1 <= length <= self.num_updates:
             raise ValueError(f"length={length} must be from 1 to num_updates={self.num_updates} of this program")
-        if self.num_slices > 1:
-            state, metrics = self._run_slices(state, np.int32(length))
+        if self.split is not None:
+            state, metrics = self._run_slices(state, np.int32(length), donate)
         else:
             state = state if donate else jax.tree.map(jnp.copy, state)
             state, metrics = jax.block_until_ready(self.executable(state, np.int32(length)))
         return state, {name: np.asarray(values)[..., :length] for name, values in metrics.items()}
 
-    def _run_slices(self, state, length):
+    def _run_slices(self, state, length, donate):
         def run(part):
             return jax.block_until_ready(self.executable(part, length))
 
+        parts = jax.block_until_ready(self.split(state))
+        if donate:
+            jax.tree.map(lambda x: x.delete(), state)
         with ThreadPoolExecutor(self.num_threads) as pool:
-            done = list(pool.map(run, _split(state, self.slice_size)))
-        return _join(done, len(state.num_updates))
+            return self.join(list(pool.map(run, parts)))
 
 
 def compile(ppo: PPO, state: TrainState, num_updates: int | None = None, *, slice_size: int | None = None) -> Program:
@@ -75,22 +80,32 @@ def compile(ppo: PPO, state: TrainState, num_updates: int | None = None, *, slic
     num_threads = _num_cores() if on_cpu else 1
     slice_size = slice_size or (best_slice_size(num_runs, num_threads, ppo.config) if on_cpu else num_runs)
     num_slices = -(-num_runs // slice_size)
-    like = state if num_slices == 1 else jax.eval_shape(lambda x: _split(x, slice_size)[0], state)
+    step = jax.jit(ppo.step)  # traced once, for its shapes and for the loop
 
     def train(state, length):
         def one(i, carry):
             state, stacked = carry
-            state, metrics = ppo.step(state)
+            state, metrics = step(state)
             return state, jax.tree.map(lambda s, m: s.at[..., i].set(m), stacked, metrics)
 
-        shapes = jax.eval_shape(ppo.step, state)[1]
+        shapes = jax.eval_shape(step, state)[1]
         stacked = jax.tree.map(lambda x: jnp.zeros((*x.shape, num_updates), x.dtype), shapes)
         return jax.lax.fori_loop(0, length, one, (state, stacked))
 
     start = time.perf_counter()
-    executable = jax.jit(train, donate_argnums=0).lower(like, np.int32(num_updates)).compile()
+    split = join = None
+    part = state
+    if num_slices > 1:
+        split = _split.lower(state, slice_size).compile()
+        part = _placed_as(state, jax.eval_shape(partial(_split, size=slice_size), state)[0])
+    executable = jax.jit(train, donate_argnums=0).lower(part, np.int32(num_updates)).compile()
+    if num_slices > 1:
+        done = _placed_as(state, jax.eval_shape(train, part, np.int32(num_updates)))
+        join = _join.lower([done] * num_slices, num_runs).compile()
     return Program(
         executable=executable,
+        split=split,
+        join=join,
         num_updates=num_updates,
         slice_size=slice_size,
         num_slices=num_slices,
@@ -100,13 +115,20 @@ def compile(ppo: PPO, state: TrainState, num_updates: int | None = None, *, slic
 
 
 def cache_compilation(folder):
-    """Keeps compiled programs in a folder, so that another process with the same settings need not compile them."""
+    """Keeps compiled programs in a folder, so that another process with the same settings need not compile them.
+
+    Raises ValueError where there can be no such folder.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"compile_cache={folder} cannot be a folder: {error.strerror}") from None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def best_slice_size(num_runs: int, num_cores: int, config: Config) -> int:
-    """The runs of a slice on a CPU: few enough for a core's cache, and equally many slices for every core."""
+    """The runs of a slice on a CPU: few enough for a core's cache, and a slice for every core if there are enough."""
     most = max(1, TRANSITIONS_PER_SLICE // config.steps_per_update)
     rounds = -(-num_runs // (most * num_cores))
     return -(-num_runs // (rounds * num_cores))
@@ -126,6 +148,12 @@ def _join(parts: list, num_runs: int):
     size = len(jax.tree.leaves(parts[0])[0])
     twice = size * len(parts) - num_runs
     return jax.tree.map(lambda *xs: jnp.concatenate([*xs[:-1], xs[-1][twice:]]), *parts)
+
+
+def _placed_as(state, shapes):
+    """Shapes with the device that holds a state."""
+    device = state.num_updates.sharding if isinstance(state.num_updates, jax.Array) else None
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
 
 
 def _devices(state) -> set[str]:

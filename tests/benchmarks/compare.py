@@ -3,9 +3,11 @@
     python tests/benchmarks/compare.py [--works narrow wide] [--peers rejax sb3] [--rounds 3] [--small]
                                        [--purejaxrl PATH] [--folder .benchmarks]
 
-Every peer is installed into FOLDER/PEER the first time. One process per peer does a whole run to warm up and then one
-in turn with the others (A B A B), never with compilation in it. Prints a table per work, medians with the least and the
-most, as steps per second and as a ratio to this package, and writes all runs to FOLDER/comparison.json.
+This package is the one installed beside the Python that runs this; every peer is installed into FOLDER/PEER the
+first time. One process per peer does a whole run to warm up and then one in turn with the others (A B A B), never with
+compilation in it. stable-baselines3 and sbx, which take minutes, do some 10,000 steps, and brax counts the second half
+of its run. Prints a table per work, medians with the least and the most, as steps per second and as a ratio to this
+package, and writes all runs, with the versions of each peer, to FOLDER/comparison.json.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import venv
 from pathlib import Path
 
@@ -23,9 +26,8 @@ from works import WORKS
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 PEERS = {
-    "purejaxppo": ["-e", str(ROOT)],
     "rejax": ["rejax==0.1.3", "gymnax<0.1", "jax<0.11", "six"],
-    "purejaxrl": ["gymnax<0.1", "distrax", "jax<0.11", "six"],
+    "purejaxrl": ["gymnax<0.1", "distrax", "brax", "jax<0.9", "six"],
     "sbx": ["sbx-rl", "gymnasium"],
     "sb3": ["stable-baselines3", "gymnasium"],
     "brax": ["brax", "gymnax>=1.0.1", "jax<0.9", "six"],
@@ -44,16 +46,16 @@ def main():
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error(f"--rounds={options.rounds} must be at least 1")
-    peers = dict.fromkeys(["purejaxppo", *options.peers, *(["purejaxrl"] if options.purejaxrl else [])])
+    peers = dict.fromkeys([*options.peers, *(["purejaxrl"] if options.purejaxrl else [])])
     if "purejaxrl" in peers and not options.purejaxrl:
         parser.error("--peers purejaxrl needs --purejaxrl PATH, a checkout")
-    pythons = {peer: install(peer, options.folder / peer) for peer in peers}
+    pythons = {"purejaxppo": Path(sys.executable)} | {peer: install(peer, options.folder / peer) for peer in peers}
     extra = (["small"] if options.small else []) + ([f"checkout={options.purejaxrl}"] if options.purejaxrl else [])
     results = {"machine": describe_machine(), "works": {}}
     for work in options.works:
         results["works"][work] = compare(work, pythons, extra, options.rounds)
-        print(table(work, results["works"][work]), flush=True)
         (options.folder / "comparison.json").write_text(json.dumps(results, indent=2) + "\n")
+        print(table(work, results["works"][work]), flush=True)
 
 
 def install(peer: str, folder: Path) -> Path:
@@ -68,21 +70,25 @@ def install(peer: str, folder: Path) -> Path:
 
 
 def compare(work: str, pythons: dict, extra: list[str], rounds: int) -> dict:
-    """What every peer that offers a work needs for it; the others are left out with their reason."""
+    """What every peer needs for a work; those that do not offer it, or fail, are left out with their reason."""
     workers = {peer: Worker(python, peer, work, extra) for peer, python in pythons.items()}
-    rows = {peer: {"left_out": worker.problem()} for peer, worker in workers.items() if worker.ready is None}
-    workers = {peer: worker for peer, worker in workers.items() if worker.ready is not None}
     runs = {peer: [] for peer in workers}
     for seed in range(rounds + 1):
         for peer, worker in workers.items():
-            runs[peer].append(worker.run(seed))
+            runs[peer].append(worker.run(seed) if worker.ready else None)
+    rows = {}
     for peer, worker in workers.items():
+        if None in runs[peer]:
+            rows[peer] = {"left_out": worker.problem()}
+            continue
         rates = [worker.ready["steps"] / run["seconds"] for run in runs[peer][1:]]  # the first run warms up
         rows[peer] = {
             "steps_per_second": statistics.median(rates),
             "least": min(rates),
             "most": max(rates),
             "compile_seconds": worker.ready["compile_seconds"],
+            "steps": worker.ready["steps"],
+            "versions": worker.ready["versions"],
             "peak_bytes": runs[peer][-1]["peak_bytes"],
             "runs": rates,
         }
@@ -94,9 +100,10 @@ class Worker:
     """A process that does one work with one peer; it has compiled when it is ready."""
 
     def __init__(self, python: Path, peer: str, work: str, extra: list[str]):
+        self.complaints = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             [python, HERE / "worker.py", peer, work, *extra],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.complaints, text=True,
         )  # fmt: skip
         self.ready = self.answer()
 
@@ -106,16 +113,18 @@ class Worker:
                 return json.loads(line.removeprefix("ANSWER "))
         return None
 
-    def run(self, seed: int) -> dict:
-        self.process.stdin.write(f"{seed}\n")
-        self.process.stdin.flush()
-        answer = self.answer()
-        if answer is None:
-            raise SystemExit(f"{self.process.args} stopped: {self.problem()}")
-        return answer
+    def run(self, seed: int) -> dict | None:
+        """What one run took; None where the process has stopped."""
+        try:
+            self.process.stdin.write(f"{seed}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return None
+        return self.answer()
 
     def problem(self) -> str:
-        lines = self.process.stderr.read().strip().splitlines()
+        self.complaints.seek(0)
+        lines = self.complaints.read().strip().splitlines()
         return lines[-1] if lines else "no reason given"
 
     def close(self):
@@ -124,7 +133,7 @@ class Worker:
 
 
 def table(work: str, rows: dict) -> str:
-    ours = rows["purejaxppo"]["steps_per_second"]
+    ours = rows["purejaxppo"].get("steps_per_second", float("nan"))
     lines = [f"\n{work:<14}{'steps/s':>12}{'least':>12}{'most':>12}{'ratio':>8}{'compile':>10}{'memory':>10}"]
     for peer, row in rows.items():
         if "left_out" in row:
@@ -139,7 +148,9 @@ def table(work: str, rows: dict) -> str:
 
 
 def describe_machine() -> dict:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line for line in lines if line.startswith("model name")]
     return {
         "processor": names[0].split(":")[1].strip() if names else platform.processor(),
         "cores": os.cpu_count(),

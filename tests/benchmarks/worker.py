@@ -10,8 +10,11 @@ import importlib
 import json
 import resource
 import sys
+from importlib import metadata
 
 from works import WORKS, small
+
+PACKAGES = "purejaxppo", "rejax", "sbx-rl", "stable-baselines3", "brax", "jaxnasium", "jax", "gymnax", "torch"
 
 
 def main(peer: str, name: str, *options: str):
@@ -20,10 +23,20 @@ def main(peer: str, name: str, *options: str):
         if option.startswith("checkout="):
             sys.path.insert(1, option.removeprefix("checkout="))
     program = importlib.import_module(f"peers.{peer}").prepare(work)
-    answer(compile_seconds=program.compile_seconds, steps=program.steps)
+    versions = {name: metadata.version(name) for name in PACKAGES if installed(name)}
+    answer(compile_seconds=program.compile_seconds, steps=program.steps, versions=versions)
     for line in sys.stdin:
         seconds = program.run(int(line))
-        answer(seconds=seconds, peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        unit = 1 if sys.platform == "darwin" else 1024
+        answer(seconds=seconds, peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def answer(**values):

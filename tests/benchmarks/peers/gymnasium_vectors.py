@@ -14,7 +14,7 @@ def prepare(algorithm, work: Work, **network) -> Program:
         raise SystemExit("this peer does not offer this work")
     env = make_vec_env(work.env, n_envs=work.num_envs)
     # A few rollouts show the rate: a whole run would take minutes.
-    steps = min(work.steps, 20 * work.steps_per_update)
+    steps = min(work.steps, max(1, 10_000 // work.steps_per_update) * work.steps_per_update)
 
     def run(seed):
         model = algorithm(

@@ -21,7 +21,16 @@ def prepare(work: Work) -> Program:
         scale_reward=work.normalize,
     )
     ppo = pjp.make_ppo(work.env, config)
-    hyperparams = pjp.Hyperparams(learning_rate_annealing=0.0)
+    hyperparams = pjp.Hyperparams(
+        learning_rate=2.5e-4,
+        learning_rate_annealing=0.0,
+        discount=0.99,
+        gae_lambda=0.95,
+        clip=0.2,
+        entropy_coefficient=0.01,
+        value_coefficient=0.5,
+        max_grad_norm=0.5,
+    )
     if work.num_seeds > 1:
         ppo = pjp.batched(ppo)
     _, batch = pjp.runs(jax.random.key(0), num_seeds=work.num_seeds, hyperparams=hyperparams)
@@ -36,9 +45,8 @@ def prepare(work: Work) -> Program:
     compile_seconds = time.perf_counter() - begin  # with that of the first state, as the peers have it
 
     def run(seed):
-        state = start(seed)
         begin = time.perf_counter()
-        jax.block_until_ready(program(state)[0])
+        jax.block_until_ready(program(start(seed), donate=True)[0])  # the peers start within their programs, too
         return time.perf_counter() - begin
 
     return Program(run, work.steps, compile_seconds)

@@ -10,6 +10,8 @@ from works import Work
 
 
 def prepare(work: Work) -> Program:
+    if work.encoder == "cnn":
+        raise SystemExit("this peer does not offer this work")
     env, env_params = gymnax.make(work.env)
     steps = work.num_updates * work.steps_per_update
     algorithm = PPO.create(

@@ -1,0 +1,70 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import purejaxppo as pjp
+from purejaxppo.experiment.bench import bench
+from purejaxppo.experiment.command_line import main
+
+COMPARE = Path(__file__).parent / "benchmarks" / "compare.py"
+TINY = ["--num-steps", "16", "--num-envs", "4", "--num-updates", "4", "--rounds", "1", "--seconds", "0.01"]
+
+
+def test_bench_prints_its_tables_and_leaves_the_figures(tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    assert main(["bench", "CartPole-v1", *TINY, "--num-seeds", "1", "3", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    for word in ("steps/s", "compile", "peak memory", "acting", "environment", "advantages", "shuffling", "learning"):
+        assert word in printed
+    figures = json.loads(out.read_text())
+    assert [row["num_seeds"] for row in figures["training"]] == [1, 3]
+    assert all(0 < row["least"] <= row["steps_per_second"] <= row["most"] for row in figures["training"])
+    assert figures["peak_bytes"] > 2**20 and figures["config"]["matmul_precision"] == "highest"
+    np.testing.assert_allclose(sum(part["share"] for part in figures["parts"]), 1)
+
+
+@pytest.mark.parametrize("env", ["Pendulum-v1", "MemoryChain-bsuite", "Breakout-MinAtar"])
+def test_bench_takes_every_kind_of_action_observation_and_memory(env):
+    config, hyperparams = pjp.preset(env)
+    config = pjp.Config(**vars(config) | {"num_envs": 4, "num_steps": 16, "num_updates": 2, "num_minibatches": 2})
+    ppo = pjp.make_ppo(env, config)
+    results = bench(ppo, hyperparams, [1], rounds=1, seconds=0.01, report=lambda line: None)
+    assert {part["part"] for part in results["parts"]} >= {"acting", "environment", "learning"}
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--num-seeds", "0"], "num_seeds=0 must be from 1"),
+        (["--rounds", "0"], "rounds=0 must be from 1"),
+        (["--seconds", "-1"], "seconds=-1.0 must be a positive number"),
+        (["--num-seeds", "1", "99999999999"], "num_seeds=99999999999 must be from 1"),
+        (["--out", "/nowhere/at/all.json"], "out=/nowhere/at/all.json cannot be written: No such file or directory"),
+        (["--target-kl", "0.01"], "target_kl=0.01 and stop_on_kl=False have no effect"),
+        (["--compile-cache", __file__], "cannot be a folder: File exists"),
+    ],
+)
+def test_bench_refuses_bad_flags_in_one_sentence(flags, words, capsys):
+    assert main(["bench", "CartPole-v1", *flags]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+def test_the_comparison_with_a_peer_runs(tmp_path):
+    """A tiny work with rejax, installed for it: that it runs, and that both do the work; nothing about time."""
+    command = [sys.executable, COMPARE, "--small", "--rounds", "1", "--works", "narrow", "--peers", "rejax"]
+    done = subprocess.run([*command, "--folder", tmp_path], capture_output=True, text=True, env=without_jax_flags())
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "comparison.json").read_text())["works"]["narrow"]
+    assert set(rows) == {"purejaxppo", "rejax"}, done.stdout
+    for row in rows.values():
+        assert len(row["runs"]) == 1 and row["runs"][0] > 0 and row["compile_seconds"] > 0, row
+
+
+def without_jax_flags() -> dict:
+    return {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
