@@ -24,8 +24,8 @@ class Program:
     """Training compiled ahead of time, to be called with a state of the shape that it was compiled for."""
 
     executable: Callable  # (state of one slice, length) -> state, metrics [..., num_updates]
-    split: Callable | None  # state -> states of the slices; None where all runs go through at once
-    join: Callable | None  # [(state, metrics) of the slices] -> state, metrics
+    take: Callable  # (state, first run) -> state of the slice that begins there
+    put: Callable  # (state, state of a slice, first run) -> state
     num_updates: int
     """Most updates of one call."""
     slice_size: int
@@ -43,22 +43,29 @@ class Program:
         length = self.num_updates if length is None else length
         if not 1 <= length <= self.num_updates:
             raise ValueError(f"length={length} must be from 1 to num_updates={self.num_updates} of this program")
-        if self.split is not None:
-            state, metrics = self._run_slices(state, np.int32(length), donate)
-        else:
-            state = state if donate else jax.tree.map(jnp.copy, state)
+        state = state if donate else jax.tree.map(jnp.copy, state)
+        if self.num_slices == 1:
             state, metrics = jax.block_until_ready(self.executable(state, np.int32(length)))
+        else:
+            state, metrics = self._run_slices(state, np.int32(length))
         return state, {name: np.asarray(values)[..., :length] for name, values in metrics.items()}
 
-    def _run_slices(self, state, length, donate):
-        def run(part):
-            return jax.block_until_ready(self.executable(part, length))
+    def _run_slices(self, state, length):
+        # The last slice reaches back into the one before where the runs do not divide; both come to the same.
+        num_runs, size = len(state.num_updates), self.slice_size
+        firsts = [np.int32(min(first, num_runs - size)) for first in range(0, num_runs, size)]
 
-        parts = jax.block_until_ready(self.split(state))
-        if donate:
-            jax.tree.map(lambda x: x.delete(), state)
+        def run(first):
+            return jax.block_until_ready(self.executable(self.take(state, first), length))
+
         with ThreadPoolExecutor(self.num_threads) as pool:
-            return self.join(list(pool.map(run, parts)))
+            slices = list(pool.map(run, firsts))
+        stacked = {name: np.empty((num_runs, *x.shape[1:]), x.dtype) for name, x in slices[0][1].items()}
+        for first, (part, metrics) in zip(firsts, slices):
+            state = self.put(state, part, first)
+            for name, values in metrics.items():
+                stacked[name][first : first + size] = values
+        return state, stacked
 
 
 def compile(ppo: PPO, state: TrainState, num_updates: int | None = None, *, slice_size: int | None = None) -> Program:
@@ -93,19 +100,17 @@ def compile(ppo: PPO, state: TrainState, num_updates: int | None = None, *, slic
         return jax.lax.fori_loop(0, length, one, (state, stacked))
 
     start = time.perf_counter()
-    split = join = None
+    take = jax.jit(partial(_take, size=slice_size))
+    put = jax.jit(_put, donate_argnums=0)
     part = state
     if num_slices > 1:
-        split = _split.lower(state, slice_size).compile()
-        part = _placed_as(state, jax.eval_shape(partial(_split, size=slice_size), state)[0])
+        part = _placed_as(state, jax.eval_shape(take, state, np.int32(0)))
+        take, put = (f.lower(*x, np.int32(0)).compile() for f, x in ((take, (state,)), (put, (state, part))))
     executable = jax.jit(train, donate_argnums=0).lower(part, np.int32(num_updates)).compile()
-    if num_slices > 1:
-        done = _placed_as(state, jax.eval_shape(train, part, np.int32(num_updates)))
-        join = _join.lower([done] * num_slices, num_runs).compile()
     return Program(
         executable=executable,
-        split=split,
-        join=join,
+        take=take,
+        put=put,
         num_updates=num_updates,
         slice_size=slice_size,
         num_slices=num_slices,
@@ -134,20 +139,12 @@ def best_slice_size(num_runs: int, num_cores: int, config: Config) -> int:
     return -(-num_runs // (rounds * num_cores))
 
 
-@partial(jax.jit, static_argnums=1)
-def _split(state, size: int) -> list:
-    """Slices of `size` runs; the last one reaches back into the one before where the runs do not divide."""
-    num_runs = len(state.num_updates)
-    starts = [min(start, num_runs - size) for start in range(0, num_runs, size)]
-    return [jax.tree.map(lambda x: x[start : start + size], state) for start in starts]
+def _take(state, first, size: int):
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, size), state)
 
 
-@partial(jax.jit, static_argnums=1)
-def _join(parts: list, num_runs: int):
-    """The slices put together again, without what the last one has twice."""
-    size = len(jax.tree.leaves(parts[0])[0])
-    twice = size * len(parts) - num_runs
-    return jax.tree.map(lambda *xs: jnp.concatenate([*xs[:-1], xs[-1][twice:]]), *parts)
+def _put(state, part, first):
+    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, first, 0), state, part)
 
 
 def _placed_as(state, shapes):
