@@ -47,7 +47,7 @@ class Transition:
     next_obs: Any  # [N, ...] reached, before any reset
     terminated: jax.Array  # [N] bool
     truncated: jax.Array  # [N] bool
-    # Filled in once for the whole rollout, which costs far less than step by step.
+    # Filled in once for the whole rollout by `count_returns`, which costs less than step by step.
     log_prob: Any = None  # [N] of `action` when it was drawn
     episode_return: Any = None  # [N], raw, this reward included
     episode_length: Any = None  # [N] int32, this step included

@@ -55,6 +55,13 @@ def test_bench_refuses_bad_flags_in_one_sentence(flags, words, capsys):
     assert words in error and error.count("\n") == 1
 
 
+def test_figures_that_stand_in_the_file_outlive_a_refusal(tmp_path):
+    out = tmp_path / "bench.json"
+    out.write_text("kept")
+    assert main(["bench", "CartPole-v1", "--out", str(out), "--target-kl", "0.01"]) == 2
+    assert out.read_text() == "kept"
+
+
 def test_the_comparison_with_a_peer_runs(tmp_path):
     """A tiny work with rejax, installed for it: that it runs, and that both do the work; nothing about time."""
     command = [sys.executable, COMPARE, "--small", "--rounds", "1", "--works", "narrow", "--peers", "rejax"]

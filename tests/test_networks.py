@@ -10,7 +10,8 @@ from flax import nnx
 
 from probes import SMALL, copy_cue
 from purejaxppo import Box, Categorical, Config, Discrete, MultiDiscrete, Network, batched, from_nnx, make_ppo
-from purejaxppo.networks import flatten_observation, make_network, orthogonal
+from purejaxppo.envs.base import flatten_observation
+from purejaxppo.networks import make_network, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (4, 64), (64, 2), (1, 1), (3, 3, 4, 16)])

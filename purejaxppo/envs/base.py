@@ -78,6 +78,22 @@ def observation_space(env: Env):
     return jax.tree.map(lambda x: Box(shape=x.shape, dtype=x.dtype), obs)
 
 
+def flatten_observation(space, obs):
+    """One vector of float32 [..., F] of an observation in a space: discrete parts one-hot, dictionaries joined."""
+    parts = [_flatten_part(part, x) for part, x in zip(jax.tree.leaves(space), jax.tree.leaves(obs), strict=True)]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+
+
+def _flatten_part(space, x):
+    if isinstance(space, Discrete):
+        return jax.nn.one_hot(x, space.n, dtype=jnp.float32)
+    if isinstance(space, MultiDiscrete):
+        return jnp.concatenate(
+            [jax.nn.one_hot(x[..., i], n, dtype=jnp.float32) for i, n in enumerate(space.sizes)], axis=-1
+        )
+    return x.reshape(x.shape[: x.ndim - len(space.shape)] + (-1,)).astype(jnp.float32)
+
+
 def bound_action(action, space, how: str):
     """The action that one environment receives for the one that a distribution drew.
 

@@ -23,8 +23,8 @@ from purejaxppo.update import adam, minibatches, update
 def bench(ppo: PPO, hyperparams: Hyperparams, num_seeds, *, rounds: int, seconds: float, report: Callable = print):
     """Measures training with each number of seeds in turn, then the parts of a cycle; returns plain data.
 
-    Every time is the median of `rounds` repetitions of about `seconds` each, after a warm-up and without compilation,
-    with the least and the most beside it. `report` is called with each line as soon as it is known.
+    Every time is the median of `rounds` repetitions of about `seconds` each, after a warm-up and without compilation;
+    rates of training have the least and the most beside them. `report` is called with each line as soon as it is known.
     """
     results = {"training": [], "parts": []}
     report(f"{'seeds':>6} {'steps/s':>13} {'least':>13} {'most':>13} {'compile':>9}  slices")
@@ -76,7 +76,8 @@ def time_training(ppo: PPO, hyperparams: Hyperparams, num_seeds: int, *, rounds:
 def time_parts(ppo: PPO, hyperparams: Hyperparams, *, rounds: int, seconds: float):
     """(part, milliseconds of a cycle, share of the cycle); each part is a program of its own.
 
-    Acting is a rollout less its environment, learning is the update less its shuffles. A part alone, with its inputs
+    Acting is a rollout less its environment, learning is the update less drawing its shuffles (gathering minibatches
+    is in it). A part alone, with its inputs
     and outputs touched once per round, may take more or less than inside the cycle: `other` is what the cycle takes
     beyond the sum, and may be negative. For a PPO with the loss and the optimizer of this package.
     """

@@ -20,11 +20,21 @@ USAGE = """usage: purejaxppo COMMAND ...
 
 
 @dataclass(frozen=True)
-class Train:
-    """Train PPO on an environment. Flags that are not given come from its preset."""
+class Settings:
+    """What every command that trains takes. Flags that are not given come from the preset of the environment."""
 
     env: tyro.conf.Positional[str]
     """A name that `purejaxppo envs` lists."""
+    compile_cache: Path | None = None
+    """Folder that keeps compiled programs for the next time."""
+    config: tyro.conf.OmitArgPrefixes[Config] = field(default_factory=Config)
+    hyperparams: tyro.conf.OmitArgPrefixes[Hyperparams] = field(default_factory=Hyperparams)
+
+
+@dataclass(frozen=True)
+class Train(Settings):
+    """Train PPO on an environment. Flags that are not given come from its preset."""
+
     num_seeds: int = 1
     """Agents, trained side by side in one program."""
     seed: int = 0
@@ -33,18 +43,12 @@ class Train:
     """Environment steps of each agent; sets num_updates to as many whole updates as fit."""
     out: Path | None = None
     """Folder for the results; runs/ENV-TIME if none is given."""
-    compile_cache: Path | None = None
-    """Folder that keeps compiled programs for the next time."""
-    config: tyro.conf.OmitArgPrefixes[Config] = field(default_factory=Config)
-    hyperparams: tyro.conf.OmitArgPrefixes[Hyperparams] = field(default_factory=Hyperparams)
 
 
 @dataclass(frozen=True)
-class Bench:
+class Bench(Settings):
     """Measure training on this machine. Flags that are not given come from the preset of the environment."""
 
-    env: tyro.conf.Positional[str]
-    """A name that `purejaxppo envs` lists."""
     num_seeds: tuple[int, ...] = (1, 8, 32)
     """Numbers of agents to be measured, each in one program."""
     rounds: int = 5
@@ -53,10 +57,6 @@ class Bench:
     """Length of a repetition, about."""
     out: Path | None = None
     """File for the figures as JSON; none is written if none is given."""
-    compile_cache: Path | None = None
-    """Folder that keeps compiled programs for the next time."""
-    config: tyro.conf.OmitArgPrefixes[Config] = field(default_factory=Config)
-    hyperparams: tyro.conf.OmitArgPrefixes[Hyperparams] = field(default_factory=Hyperparams)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -122,15 +122,15 @@ def bench(arguments: list[str]) -> int:
     _check_whole(rounds=(options.rounds, 1))
     if not 0 < options.seconds < float("inf"):
         raise ValueError(f"seconds={options.seconds} must be a positive number")
-    try:
-        if options.out:
-            options.out.write_text("")
-    except OSError as error:
-        raise ValueError(f"out={options.out} cannot be written: {error.strerror} (name another file)") from None
 
     from purejaxppo.experiment import bench, folder
 
     ppo = _make(options)
+    try:
+        if options.out:
+            options.out.open("a").close()  # what may stand there stays until there are new figures
+    except OSError as error:
+        raise ValueError(f"out={options.out} cannot be written: {error.strerror} (name another file)") from None
     settings = folder.describe(options.env, options.config, options.hyperparams)
     device, cores = settings["device"], settings["cpu_cores"]
     print(

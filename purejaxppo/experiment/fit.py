@@ -57,8 +57,6 @@ def fit(
             )
     if num_updates < 1:
         raise ValueError(f"num_updates={num_updates} must be at least 1")
-    if state.num_updates.ndim > 1:
-        raise ValueError("a state of a batch of batches cannot be fitted; give runs one leading axis")
     chunk = min(updates_per_chunk or -(-num_updates // 100), num_updates)
     if chunk < 1:
         raise ValueError(f"updates_per_chunk={updates_per_chunk} must be at least 1")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Work:
-    """PPO on one environment: constant learning rate 2.5e-4, discount .99, lambda .95, clip .2, tanh, 64-64 twice."""
+    """PPO on one environment: an actor and a critic of 64-64 tanh, and these settings."""
 
     env: str = "CartPole-v1"
     num_envs: int = 4
@@ -16,6 +16,13 @@ class Work:
     num_seeds: int = 1
     encoder: str = "mlp"
     normalize: bool = False  # observations standardised, rewards scaled
+    learning_rate: float = 2.5e-4  # constant
+    discount: float = 0.99
+    gae_lambda: float = 0.95
+    clip: float = 0.2
+    entropy_coefficient: float = 0.01
+    value_coefficient: float = 0.5  # of half the mean square
+    max_grad_norm: float = 0.5
 
     @property
     def steps_per_update(self) -> int:
@@ -37,7 +44,7 @@ PIXELS = Work(env="Breakout-MinAtar", num_envs=64, num_minibatches=8)
 WORKS = {
     "narrow": NARROW,
     "wide": Work(num_envs=2048, num_steps=32, num_minibatches=32, total_steps=5_000_000),
-    # The more seeds, the fewer steps of each: the rate does not depend on how long a run is.
+    # The more seeds, the fewer steps of each, so that all take about as long.
     "seeds-1": NARROW,
     "seeds-8": replace(NARROW, num_seeds=8, total_steps=250_000),
     "seeds-32": replace(NARROW, num_seeds=32, total_steps=62_500),

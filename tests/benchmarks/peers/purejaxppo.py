@@ -22,14 +22,14 @@ def prepare(work: Work) -> Program:
     )
     ppo = pjp.make_ppo(work.env, config)
     hyperparams = pjp.Hyperparams(
-        learning_rate=2.5e-4,
+        learning_rate=work.learning_rate,
         learning_rate_annealing=0.0,
-        discount=0.99,
-        gae_lambda=0.95,
-        clip=0.2,
-        entropy_coefficient=0.01,
-        value_coefficient=0.5,
-        max_grad_norm=0.5,
+        discount=work.discount,
+        gae_lambda=work.gae_lambda,
+        clip=work.clip,
+        entropy_coefficient=work.entropy_coefficient,
+        value_coefficient=work.value_coefficient,
+        max_grad_norm=work.max_grad_norm,
     )
     if work.num_seeds > 1:
         ppo = pjp.batched(ppo)
