@@ -5,6 +5,7 @@ from purejaxppo.distributions import Categorical, MultiCategorical, Normal, Tanh
 from purejaxppo.envs import Box, Discrete, Env, MultiDiscrete, Step, check_env, make_env, time_limit
 from purejaxppo.networks import Network, from_linen, from_nnx
 from purejaxppo.ppo import PPO, TrainState, make_ppo
+from purejaxppo.sharding import sharded
 from purejaxppo.sweep import batched, grid, runs
 
 __version__ = "0.1.0"
@@ -13,7 +14,7 @@ __all__ = [
     "Box", "Categorical", "Config", "Discrete", "Env", "Hyperparams", "MultiCategorical", "MultiDiscrete", "Network",
     "Normal", "PPO", "Step", "TanhNormal", "TrainState", "a2c", "batched", "cache_compilation", "check_env", "compile",
     "fit", "from_linen", "from_nnx", "grid", "linear", "load", "make_env", "make_ppo", "plot_learning_curve", "preset",
-    "runs", "time_limit",
+    "runs", "sharded", "time_limit",
 ]  # fmt: skip
 
 LAZY = {

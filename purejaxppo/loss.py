@@ -1,6 +1,5 @@
 """The losses of PPO; mathematics over bare arrays, and the one function that puts them together."""
 
-import jax
 import jax.numpy as jnp
 
 from purejaxppo.config import Config, Hyperparams
@@ -27,26 +26,17 @@ def approximate_kl(log_ratio):
     return (jnp.expm1(log_ratio) - log_ratio).mean()
 
 
-def standardize_advantage(advantage):
-    """Advantages less their mean, over their population deviation; any shape."""
-    centered = advantage - advantage.mean()
-    return centered * jax.lax.rsqrt((centered**2).mean() + 1e-8)
-
-
 def ppo_loss(params, minibatch, hyperparams: Hyperparams, *, network, config: Config):
-    """The loss of one minibatch [L, B] and what to report of it.
+    """The loss of one minibatch [L, B], whose advantages are standardised by now, and what to report of it.
 
-    Any function of this signature can take its place (`make_ppo(..., loss=...)`); its report may hold other names,
-    but must hold `approx_kl` where `stop_on_kl` is on.
+    A mean over transitions, as is all that it reports. Any function of this signature can take its place
+    (`make_ppo(..., loss=...)`); its report may hold other names, but must hold `approx_kl` where `stop_on_kl` is on.
     """
     _, distribution, value = network.apply(params, minibatch.memory, minibatch.obs, minibatch.first)
     log_ratio = distribution.log_prob(minibatch.action) - minibatch.log_prob
-    advantage = minibatch.advantage
-    if config.normalize_advantage == "minibatch":
-        advantage = standardize_advantage(advantage)
     value_clip = hyperparams.value_clip if config.clip_value_loss else jnp.inf
 
-    actor = policy_loss(log_ratio, advantage, hyperparams.clip)
+    actor = policy_loss(log_ratio, minibatch.advantage, hyperparams.clip)
     critic = value_loss(value, minibatch.value, minibatch.target, value_clip)
     entropy = distribution.entropy().mean()
     loss = actor + hyperparams.value_coefficient * critic - hyperparams.entropy_coefficient * entropy

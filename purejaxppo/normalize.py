@@ -1,4 +1,4 @@
-"""Running moments of observations and of discounted returns, kept as state of the policy."""
+"""Standardisation: of advantages, and by running moments of observations and returns, kept as state of the policy."""
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,28 @@ def no_moments(shape=()) -> Moments:
     return Moments(count=jnp.float32(0), mean=jnp.zeros(shape, jnp.float32), variance=jnp.ones(shape, jnp.float32))
 
 
-def merge(moments: Moments, values) -> Moments:
+def mean_and_variance(values, axes=None, axis_name=()):
+    """Mean and population variance over some axes, all by default, and over the shards of a mesh axis if one is named.
+
+    The axes stay, with length 1.
+    """
+    mean = jax.lax.pmean(values.mean(axes, keepdims=True), axis_name)
+    return mean, jax.lax.pmean(((values - mean) ** 2).mean(axes, keepdims=True), axis_name)
+
+
+def standardize_advantage(advantage, axes=None, axis_name=()):
+    """Advantages less their mean, over their population deviation, as `mean_and_variance` takes them."""
+    mean, variance = mean_and_variance(advantage, axes, axis_name)
+    return (advantage - mean) * jax.lax.rsqrt(variance + 1e-8)
+
+
+def merge(moments: Moments, values, axis_name=()) -> Moments:
     """The moments with a batch of values [..., *shape] counted in (Chan et al., 1979: pairwise, so it is stable)."""
     axes = tuple(range(values.ndim - moments.mean.ndim))
     values = values.astype(jnp.float32)
-    size = jnp.float32(values.size // max(moments.mean.size, 1))
+    size = jnp.float32(values.size // max(moments.mean.size, 1) * jax.lax.axis_size(axis_name))
     count = moments.count + size
-    new_mean, new_variance = values.mean(axes), values.var(axes)
+    new_mean, new_variance = (x.reshape(moments.mean.shape) for x in mean_and_variance(values, axes, axis_name))
     delta = new_mean - moments.mean
     share = size / count
     variance = (1 - share) * moments.variance + share * new_variance + (1 - share) * share * delta**2
@@ -51,9 +66,11 @@ def observation_moments(space):
     return jax.tree.map(lambda part: no_moments(part.shape) if isinstance(part, Box) else None, space)
 
 
-def merge_observations(moments, obs):
+def merge_observations(moments, obs, axis_name=()):
     """The moments of every part of an observation [..., *shape], batched, with it counted in."""
-    return jax.tree.map(lambda part, x: None if part is None else merge(part, x), moments, obs, is_leaf=_is_part)
+    return jax.tree.map(
+        lambda part, x: None if part is None else merge(part, x, axis_name), moments, obs, is_leaf=_is_part
+    )
 
 
 def standardize_observations(moments, obs, clip: float):

@@ -15,14 +15,16 @@ from purejaxppo.envs import make_env
 from purejaxppo.envs.base import Box, Discrete, Env, action_space, bound_action, observation_space
 from purejaxppo.envs.check import check_shapes
 from purejaxppo.evaluate import evaluate
-from purejaxppo.loss import ppo_loss, standardize_advantage
+from purejaxppo.loss import ppo_loss
 from purejaxppo.networks import Network, as_network, make_network
 from purejaxppo.normalize import (
+    mean_and_variance,
     merge,
     merge_observations,
     no_moments,
     observation_moments,
     scale,
+    standardize_advantage,
     standardize_observations,
 )
 from purejaxppo.rollout import Actors, Policy, add_time, apply_policy, collect, start, values
@@ -123,9 +125,15 @@ def init(
     )
 
 
-def step(state: TrainState, *, env, network, config, loss, optimizer):
-    """One cycle: act for T steps, estimate advantages, learn for some epochs. Returns the next state and metrics."""
+def step(state: TrainState, *, env, network, config, loss, optimizer, axis_name=()):
+    """One cycle: act for T steps, estimate advantages, learn for some epochs. Returns the next state and metrics.
+
+    `axis_name` is the mesh axis whose shards hold the environments, each `config.num_envs` of them (see `sharded`).
+    """
     key, rollout_key, update_key = jax.random.split(state.key, 3)
+    if axis_name:  # what lies in a shard is drawn and shuffled there
+        shard = jax.lax.axis_index(axis_name)
+        rollout_key, update_key = jax.random.fold_in(rollout_key, shard), jax.random.fold_in(update_key, shard)
     progress = jnp.minimum(state.num_updates / config.num_updates, 1.0).astype(jnp.float32)
     hyperparams = state.hyperparams.at(progress)
     policy = state.policy
@@ -140,15 +148,25 @@ def step(state: TrainState, *, env, network, config, loss, optimizer):
         network=network,
         config=config,
     )
-    policy, reward = scale_rewards(policy, transitions, config)
+    policy, reward = scale_rewards(policy, transitions, config, axis_name)
     batch = estimate(policy, transitions, reward, actors.memory, hyperparams, network=network, config=config)
+    if config.normalize_advantage == "batch":
+        batch = batch.replace(advantage=standardize_advantage(batch.advantage, axis_name=axis_name))
     params, opt_state, learned = update(
-        update_key, policy.params, state.opt_state, batch, hyperparams, loss=loss, optimizer=optimizer, config=config
+        update_key,
+        policy.params,
+        state.opt_state,
+        batch,
+        hyperparams,
+        loss=loss,
+        optimizer=optimizer,
+        config=config,
+        axis_name=axis_name,
     )
 
     # The policy acted and learned under the old moments, so that its ratio began at 1; the next cycle has the new.
     if config.normalize_observation:
-        policy = policy.replace(observation=merge_observations(policy.observation, transitions.obs))
+        policy = policy.replace(observation=merge_observations(policy.observation, transitions.obs, axis_name))
     next_state = state.replace(
         key=key,
         policy=policy.replace(params=params),
@@ -156,7 +174,7 @@ def step(state: TrainState, *, env, network, config, loss, optimizer):
         actors=actors,
         num_updates=state.num_updates + 1,
     )
-    return next_state, learned | summarize(transitions, batch) | {"learning_rate": hyperparams.learning_rate}
+    return next_state, learned | summarize(transitions, batch, axis_name) | {"learning_rate": hyperparams.learning_rate}
 
 
 def train(state: TrainState, *, config, **parts):
@@ -164,14 +182,14 @@ def train(state: TrainState, *, config, **parts):
     return jax.lax.scan(lambda state, _: step(state, config=config, **parts), state, length=config.num_updates)
 
 
-def scale_rewards(policy: Policy, transitions, config: Config):
+def scale_rewards(policy: Policy, transitions, config: Config, axis_name=()):
     """The policy with this rollout's returns counted in, and the rewards to learn from, [T, N].
 
     Unlike observations, rewards take no part in the ratio: the newest moments are the right ones for them.
     """
     if not config.scale_reward:
         return policy, transitions.reward
-    moments = merge(policy.reward, transitions.discounted_return)
+    moments = merge(policy.reward, transitions.discounted_return, axis_name)
     return policy.replace(reward=moments), scale(moments, transitions.reward, config.reward_clip)
 
 
@@ -189,21 +207,26 @@ def estimate(policy: Policy, transitions, reward, last_memory, hyperparams: Hype
         action=transitions.action,
         log_prob=transitions.log_prob,
         value=value,
-        advantage=standardize_advantage(advantage) if config.normalize_advantage == "batch" else advantage,
+        advantage=advantage,
         target=advantage + value,
     )
 
 
-def summarize(transitions, batch: Batch) -> dict:
+def summarize(transitions, batch: Batch, axis_name=()) -> dict:
     """What a reader needs of a rollout, each one number; means over episodes are nan where none ended."""
-    done = transitions.done
-    num_episodes = done.sum(dtype=jnp.int32)
+    ended = jnp.stack([jnp.ones_like(batch.value), transitions.episode_return, transitions.episode_length])
+    sums = jnp.where(transitions.done, ended, 0).sum((1, 2))
+    num_episodes, episode_return, episode_length = jax.lax.psum(sums, axis_name)
+    values = jnp.stack([batch.value, batch.target, batch.target - batch.value])
+    (value_mean, _, _), (_, target_variance, error_variance) = (
+        x[:, 0, 0] for x in mean_and_variance(values, (1, 2), axis_name)
+    )
     return {
-        "episode_return": jnp.where(done, transitions.episode_return, 0).sum() / num_episodes,
-        "episode_length": jnp.where(done, transitions.episode_length, 0).sum() / num_episodes,
-        "num_episodes": num_episodes,
-        "explained_variance": 1 - (batch.target - batch.value).var() / batch.target.var(),
-        "value_mean": batch.value.mean(),
+        "episode_return": episode_return / num_episodes,
+        "episode_length": episode_length / num_episodes,
+        "num_episodes": num_episodes.astype(jnp.int32),
+        "explained_variance": 1 - error_variance / target_variance,
+        "value_mean": value_mean,
     }
 
 

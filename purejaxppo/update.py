@@ -10,6 +10,7 @@ from flax import struct
 from jax.flatten_util import ravel_pytree
 
 from purejaxppo.config import Config, Hyperparams
+from purejaxppo.normalize import standardize_advantage
 
 
 @struct.dataclass
@@ -45,20 +46,28 @@ def update(
     loss: Callable,
     optimizer: Callable,
     config: Config,
+    axis_name=(),
 ):
     """All epochs over one rollout: params, opt_state, and the means of what the minibatches reported.
 
     Every epoch draws a permutation of its own. With `stop_on_kl`, the first minibatch whose KL exceeds the target
     and all after it leave params and optimizer state as they are, and do not count in the means.
+    Where a rollout lies in shards along the mesh axis `axis_name`, a minibatch has an equal part in each.
     """
     segments = to_segments(batch, config.segment_length)
     transformation = optimizer(hyperparams)
+    chosen = minibatches(key, config)
+    advantage = segments.advantage[chosen]
+    if config.normalize_advantage == "minibatch":  # all at once, so that shards have one message to wait for
+        advantage = standardize_advantage(advantage, (1, 2), axis_name)
 
-    def learn(carry, chosen):
+    def learn(carry, minibatch):
         params, opt_state, stopped = carry
-        minibatch = take(segments, chosen)
+        chosen, advantage = minibatch
+        minibatch = take(segments, chosen).replace(advantage=advantage.T)
         (_, report), grads = jax.value_and_grad(loss, has_aux=True)(params, minibatch, hyperparams)
         _check_report(report, config)
+        grads, report = mean_over_shards((grads, report), axis_name)
         updates, new_opt_state = transformation.update(grads, opt_state, params)
         new_params = optax.apply_updates(params, updates)
         if config.stop_on_kl:
@@ -72,8 +81,16 @@ def update(
         )
 
     carry = params, opt_state, jnp.bool_(False)
-    (params, opt_state, _), (reports, counted) = jax.lax.scan(learn, carry, minibatches(key, config))
+    (params, opt_state, _), (reports, counted) = jax.lax.scan(learn, carry, (chosen, advantage))
     return params, opt_state, jax.tree.map(lambda x: _mean_where(counted, x), reports)
+
+
+def mean_over_shards(tree, axis_name):
+    """The mean of every leaf over the shards of a mesh axis, as one message; as it is where no axis is named."""
+    if not axis_name:
+        return tree
+    vector, unravel = ravel_pytree(tree)
+    return unravel(jax.lax.pmean(vector, axis_name))
 
 
 def minibatches(key, config: Config):

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from purejaxppo.loss import approximate_kl, policy_loss, standardize_advantage, value_loss
+from purejaxppo.loss import approximate_kl, policy_loss, value_loss
+from purejaxppo.normalize import standardize_advantage
 
 
 @pytest.mark.parametrize(

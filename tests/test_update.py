@@ -125,7 +125,9 @@ def test_adam_steps_follow_the_formula_on_a_whole_update(key):
     batch = Batch(obs=obs, first=jnp.zeros(shape, bool), memory=(), action=jnp.zeros(shape, jnp.int32), **normal)
     hyperparams = Hyperparams(learning_rate=0.1, max_grad_norm=0.01, adam_eps=1e-3)
     loss = partial(ppo_loss, network=ppo.network, config=config)
-    grads = jax.grad(lambda p: loss(p, batch, hyperparams)[0])(state.policy.params)
+    standardized = (batch.advantage - batch.advantage.mean()) / jnp.sqrt(batch.advantage.var() + 1e-8)
+    minibatch = batch.replace(advantage=standardized)
+    grads = jax.grad(lambda p: loss(p, minibatch, hyperparams)[0])(state.policy.params)
     norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in jax.tree.leaves(grads)))
     params, _, report = update(
         key, state.policy.params, state.opt_state, batch, hyperparams, loss=loss, optimizer=adam, config=config

@@ -37,6 +37,8 @@ class Train(Settings):
 
     num_seeds: int = 1
     """Agents, trained side by side in one program."""
+    num_devices: int = 1
+    """Devices, of a CPU its cores, among which the environments of every agent are shared out."""
     seed: int = 0
     """Where the random keys of all agents come from."""
     total_steps: int | None = None
@@ -78,23 +80,32 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(arguments: list[str]) -> int:
     """Trains, prints a table, and leaves a folder."""
-    options = _parse_train(arguments)
-
     import jax
+
+    from purejaxppo.experiment.program import cores_as_devices
+
+    cores_as_devices()  # first of all: to look an environment up has JAX begin
+    options = _parse_train(arguments)
 
     from purejaxppo.experiment import folder
     from purejaxppo.experiment.fit import fit
+    from purejaxppo.sharding import sharded
     from purejaxppo.sweep import batched, runs
 
     config = options.config
-    ppo = batched(_make(options))
+    ppo = _make(options)
+    devices = jax.devices()
+    if options.num_devices > len(devices):
+        raise ValueError(f"num_devices={options.num_devices} must be at most the {len(devices)} that JAX has here")
+    ppo = batched(sharded(ppo, devices[: options.num_devices]) if options.num_devices > 1 else ppo)
     keys, hyperparams = runs(jax.random.key(options.seed), num_seeds=options.num_seeds, hyperparams=options.hyperparams)
     folder.prepare(options.out)
-    settings = folder.describe(options.env, config, options.hyperparams, seed=options.seed, num_seeds=options.num_seeds)
+    more = {"seed": options.seed, "num_seeds": options.num_seeds, "num_devices": options.num_devices}
+    settings = folder.describe(options.env, config, options.hyperparams, **more)
     print(
         f"{options.env}: {_count(options.num_seeds, 'agent')} x {config.total_steps:,} steps "
         f"({config.num_updates} updates of {config.num_envs} environments x {config.num_steps} steps) "
-        f"on {jax.devices()[0].device_kind}",
+        f"on {f'{options.num_devices} x ' if options.num_devices > 1 else ''}{jax.devices()[0].device_kind}",
         flush=True,
     )
     result = fit(ppo, jax.jit(ppo.init)(keys, hyperparams))
@@ -171,7 +182,7 @@ def _print_envs():
 
 def _parse_train(arguments: list[str]) -> Train:
     options = _parse(Train, "train", arguments)
-    _check_whole(num_seeds=(options.num_seeds, 1), seed=(options.seed, 0))
+    _check_whole(num_seeds=(options.num_seeds, 1), seed=(options.seed, 0), num_devices=(options.num_devices, 1))
     if options.total_steps is not None:
         options = replace(options, config=options.config.with_total_steps(options.total_steps))
     time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")

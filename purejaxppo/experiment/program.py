@@ -1,5 +1,6 @@
 """Compiled training: a run, or a batch of runs in slices that suit the machine, through any number of updates."""
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -117,6 +118,13 @@ def compile(ppo: PPO, state: TrainState, num_updates: int | None = None, *, slic
         num_threads=min(num_threads, num_slices),
         compile_seconds=time.perf_counter() - start,
     )
+
+
+def cores_as_devices():
+    """Makes every core of a CPU a device, for `sharded`, unless JAX has begun to compute or was told how many."""
+    with contextlib.suppress(RuntimeError):
+        if jax.config.jax_num_cpu_devices < 0:
+            jax.config.update("jax_num_cpu_devices", _num_cores())
 
 
 def cache_compilation(folder):

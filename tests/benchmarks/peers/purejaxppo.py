@@ -1,4 +1,4 @@
-"""This package."""
+"""This package; a run with large minibatches is shared out over the cores (`sharded`), as its README says."""
 
 import time
 
@@ -6,10 +6,14 @@ import jax
 
 import purejaxppo as pjp
 from program import Program
+from purejaxppo.experiment.program import cores_as_devices
 from works import Work
+
+LARGE_MINIBATCH = 512  # transitions
 
 
 def prepare(work: Work) -> Program:
+    cores_as_devices()
     config = pjp.Config(
         num_envs=work.num_envs,
         num_steps=work.num_steps,
@@ -33,6 +37,8 @@ def prepare(work: Work) -> Program:
     )
     if work.num_seeds > 1:
         ppo = pjp.batched(ppo)
+    elif work.steps_per_update // work.num_minibatches >= LARGE_MINIBATCH and jax.device_count() > 1:
+        ppo = pjp.sharded(ppo)
     _, batch = pjp.runs(jax.random.key(0), num_seeds=work.num_seeds, hyperparams=hyperparams)
     init = jax.jit(ppo.init)
 

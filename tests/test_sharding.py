@@ -1,0 +1,139 @@
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import purejaxppo as pjp
+from probes import SMALL
+from purejaxppo.loss import ppo_loss
+from purejaxppo.normalize import mean_and_variance, merge, no_moments
+from purejaxppo.ppo import summarize
+from purejaxppo.update import adam, update
+
+over_shards = partial(jax.vmap, axis_name="envs")
+
+
+def cut(tree, num_shards):
+    """Leaves [T, N, ...] as [shards, T, N / shards, ...]."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0], num_shards, -1, *x.shape[2:]), 1, 0), tree)
+
+
+def assert_close(found, expected, **tolerance):
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, **tolerance)
+
+
+@pytest.fixture(scope="module")
+def rollout():
+    """Params, optimizer's state, transitions and the batch of one rollout of four environments."""
+    from purejaxppo.ppo import estimate
+    from purejaxppo.rollout import collect
+
+    config = replace(SMALL, num_envs=4, num_steps=16, num_minibatches=1, num_epochs=1)
+    ppo = pjp.make_ppo("CartPole-v1", config)
+    state = jax.jit(ppo.init)(jax.random.key(0))
+    parts = {"network": ppo.network, "config": config}
+    actors, transitions = collect(
+        jax.random.key(1), state.actors, state.policy, state.env_params, 0.99, env=ppo.env, **parts
+    )
+    batch = estimate(state.policy, transitions, transitions.reward, actors.memory, state.hyperparams, **parts)
+    return ppo, state, transitions, batch
+
+
+def test_a_minibatch_in_shards_makes_the_step_of_the_whole(rollout):
+    ppo, state, _, batch = rollout
+
+    def learn(key, batch, config, axis_name=()):
+        loss = partial(ppo_loss, network=ppo.network, config=config)
+        return update(
+            key, state.policy.params, state.opt_state, batch, state.hyperparams,
+            loss=loss, optimizer=adam, config=config, axis_name=axis_name,
+        )  # fmt: skip
+
+    # One minibatch has all transitions in it, however they are shuffled.
+    whole = learn(jax.random.key(2), batch, ppo.config)
+    shards = over_shards(partial(learn, config=replace(ppo.config, num_envs=1), axis_name="envs"))
+    found = shards(jax.random.split(jax.random.key(3), 4), cut(batch, 4))
+    for shard in range(4):
+        assert_close(jax.tree.map(lambda x: x[shard], found), whole, rtol=1e-4, atol=1e-6)
+
+
+def test_a_summary_of_shards_is_that_of_the_whole(rollout):
+    _, _, transitions, batch = rollout
+    assert transitions.done.any()
+    transitions = transitions.replace(distribution=None)
+    found = over_shards(partial(summarize, axis_name="envs"))(cut(transitions, 2), cut(batch, 2))
+    expected = summarize(transitions, batch)
+    assert_close(jax.tree.map(lambda x: x[1], found), expected, rtol=1e-4)
+
+
+def test_moments_of_shards_are_those_of_the_whole(key):
+    values = 100 + 3 * jax.random.normal(key, (4, 32, 5))
+    mean, variance = over_shards(partial(mean_and_variance, axes=(0,), axis_name="envs"))(values)
+    np.testing.assert_allclose(mean[2, 0], np.mean(values, (0, 1)), rtol=1e-6)
+    np.testing.assert_allclose(variance[2, 0], np.var(values, (0, 1)), rtol=1e-4)
+    merged = over_shards(lambda x: merge(no_moments((5,)), x, "envs"))(values)
+    assert_close(jax.tree.map(lambda x: x[0], merged), merge(no_moments((5,)), values), rtol=1e-4)
+
+
+FOUR_DEVICES = """
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+import numpy as np
+import purejaxppo as pjp
+from functools import partial
+from dataclasses import replace
+
+config = pjp.Config(num_envs=8, num_steps=16, num_updates=3, num_minibatches=4, widths=(8,), normalize_observation=True,
+                    scale_reward=True, bound_action="tanh")
+plain = pjp.make_ppo("Pendulum-v1", config)
+ppo = pjp.sharded(plain)
+start = jax.jit(ppo.init)(jax.random.key(0))
+assert start.actors.obs.sharding.spec == jax.sharding.PartitionSpec("envs")
+state, metrics = jax.jit(ppo.train)(start)
+assert metrics["loss"].shape == (3,) and state.actors.obs.shape == (8, 3) and state.num_updates == 3
+
+# Every device holds the same policy, to the bit.
+for x in jax.tree.leaves((state.policy, state.opt_state)):
+    for shard in x.addressable_shards:
+        np.testing.assert_array_equal(shard.data, x.addressable_shards[0].data)
+
+# The shards as lanes of one device.
+alone = plain.init(jax.random.key(0))
+actors = jax.tree.map(lambda x: x.reshape(4, 2, *x.shape[1:]), alone.actors)
+lanes = jax.tree.map(lambda _: None, alone).replace(actors=jax.tree.map(lambda _: 0, actors))
+train = partial(plain.train, config=replace(config, num_envs=2), axis_name="envs")
+expected, _ = jax.jit(jax.vmap(train, in_axes=(lanes,), axis_name="envs"))(alone.replace(actors=actors))
+for x, y in zip(jax.tree.leaves(state.policy), jax.tree.leaves(expected.policy), strict=True):
+    np.testing.assert_allclose(x, y[0], rtol=1e-3, atol=1e-5)
+
+# Chunks of a batch of such runs, and playing the result.
+many = pjp.batched(ppo)
+for num_seeds in (1, 2):
+    keys, hyperparams = pjp.runs(jax.random.key(1), num_seeds=num_seeds)
+    fit = pjp.fit(many, jax.jit(many.init)(keys, hyperparams), updates_per_chunk=1, progress=False)
+    assert np.isfinite(fit.metrics.loss).all() and fit.metrics.sizes == {"run": num_seeds, "update": 3}
+    assert fit.state.actors.obs.sharding.spec == jax.sharding.PartitionSpec(None, "envs")
+played = jax.jit(partial(plain.evaluate, num_episodes=2))(jax.random.key(2), jax.device_get(state.policy))
+assert np.isfinite(played.episode_return).all()
+print("done")
+"""
+
+
+def test_a_run_on_four_devices_is_the_run_of_its_shards():
+    done = subprocess.run([sys.executable, "-c", FOUR_DEVICES], capture_output=True, text=True)
+    assert done.stdout == "done\n", done.stderr
+
+
+def test_what_cannot_be_shared_out_is_refused_in_a_sentence():
+    two = jax.devices() * 2
+    with pytest.raises(ValueError, match="num_envs=3 must be a multiple of the 2 devices"):
+        pjp.sharded(pjp.make_ppo("CartPole-v1", pjp.Config(num_envs=3)), two)
+    with pytest.raises(ValueError, match="on each of 2 devices: num_minibatches=8 must divide the 4 transitions"):
+        pjp.sharded(pjp.make_ppo("CartPole-v1", pjp.Config(num_envs=4, num_steps=2, num_minibatches=8,
+                                                           normalize_advantage="off")), two)  # fmt: skip
