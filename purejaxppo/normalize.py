@@ -24,7 +24,7 @@ def no_moments(shape=()) -> Moments:
 def mean_and_variance(values, axes=None, axis_name=()):
     """Mean and population variance over some axes, all by default, and over the shards of a mesh axis if one is named.
 
-    The axes stay, with length 1.
+    The axes stay, with length 1. `axis_name` is () where there are no shards.
     """
     mean = jax.lax.pmean(values.mean(axes, keepdims=True), axis_name)
     return mean, jax.lax.pmean(((values - mean) ** 2).mean(axes, keepdims=True), axis_name)

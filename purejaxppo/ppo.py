@@ -55,6 +55,7 @@ class PPO(NamedTuple):
     env: Env
     network: Network
     config: Config
+    mesh: Any = None  # of the devices that share the environments of a run (see `sharded`)
 
 
 def make_ppo(
@@ -63,8 +64,9 @@ def make_ppo(
     """PPO for an environment: a name, a gymnax environment, a pair (gymnax environment, params), or an `Env`.
 
     What plugs in: `network`, a `Network` or a flax linen module (see `networks`); `loss`, a function like
-    `loss.ppo_loss`; `optimizer`, a function from `Hyperparams` to an optax transformation. Raises ValueError, before
-    anything compiles, where the environment, the network and the config do not fit together.
+    `loss.ppo_loss`, given advantages that are standardised by then; `optimizer`, a function from `Hyperparams` to an
+    optax transformation. Raises ValueError, before anything compiles, where the environment, the network and the
+    config do not fit together.
     """
     env = make_env(env)
     problems = check_shapes(env)
@@ -128,7 +130,8 @@ def init(
 def step(state: TrainState, *, env, network, config, loss, optimizer, axis_name=()):
     """One cycle: act for T steps, estimate advantages, learn for some epochs. Returns the next state and metrics.
 
-    `axis_name` is the mesh axis whose shards hold the environments, each `config.num_envs` of them (see `sharded`).
+    `axis_name` is the mesh axis whose shards hold the environments, each `config.num_envs` of them (see `sharded`);
+    () is none.
     """
     key, rollout_key, update_key = jax.random.split(state.key, 3)
     if axis_name:  # what lies in a shard is drawn and shuffled there
@@ -215,18 +218,16 @@ def estimate(policy: Policy, transitions, reward, last_memory, hyperparams: Hype
 def summarize(transitions, batch: Batch, axis_name=()) -> dict:
     """What a reader needs of a rollout, each one number; means over episodes are nan where none ended."""
     ended = jnp.stack([jnp.ones_like(batch.value), transitions.episode_return, transitions.episode_length])
-    sums = jnp.where(transitions.done, ended, 0).sum((1, 2))
+    sums = jnp.where(transitions.done[None], ended, 0).sum((1, 2))
     num_episodes, episode_return, episode_length = jax.lax.psum(sums, axis_name)
     values = jnp.stack([batch.value, batch.target, batch.target - batch.value])
-    (value_mean, _, _), (_, target_variance, error_variance) = (
-        x[:, 0, 0] for x in mean_and_variance(values, (1, 2), axis_name)
-    )
+    mean, variance = (x[:, 0, 0] for x in mean_and_variance(values, (1, 2), axis_name))
     return {
         "episode_return": episode_return / num_episodes,
         "episode_length": episode_length / num_episodes,
         "num_episodes": num_episodes.astype(jnp.int32),
-        "explained_variance": 1 - error_variance / target_variance,
-        "value_mean": value_mean,
+        "explained_variance": 1 - variance[2] / variance[1],
+        "value_mean": mean[0],
     }
 
 

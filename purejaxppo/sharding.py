@@ -1,7 +1,7 @@
 """One big run on several devices: its environments shared out, its gradients averaged."""
 
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 
 import jax
 import numpy as np
@@ -19,35 +19,38 @@ def sharded(ppo: PPO, devices=None) -> PPO:
     Every device acts in N / D environments and learns from an equal part of every minibatch; gradients and moments
     are averaged at every step, so that the policy is the same everywhere. Settings and states are those of the whole:
     `evaluate`, `act` and a saved policy know nothing of devices. The draws are not those of one device, since each
-    shuffles what it holds. Raises ValueError where a rollout cannot be shared out evenly.
+    shuffles what it holds. A loss of one's own must be a mean over transitions. Raises ValueError where a rollout
+    cannot be shared out evenly.
     """
     devices = jax.devices() if devices is None else list(devices)
+    if ppo.mesh is not None or not devices:
+        raise ValueError("sharded takes a PPO that is not sharded yet, and one device or more")
     config = _config_of_shard(ppo.config, len(devices))
     mesh = Mesh(np.array(devices), AXIS)
 
-    def place(state):
+    @wraps(ppo.init)
+    def init(*args, **kwargs):
+        state = ppo.init(*args, **kwargs)
         return jax.lax.with_sharding_constraint(state, jax.tree.map(partial(NamedSharding, mesh), _specs(state)))
 
     def on_shards(function):
+        @wraps(function)
         def run(state):
             specs = _specs(state)
             shard = partial(function, config=config, axis_name=AXIS)
-            # Whether all shards agree on what is shared is tested, rather than checked by types.
-            return jax.shard_map(
-                shard, mesh=mesh, in_specs=(specs,), out_specs=(specs, PartitionSpec()), check_vma=False
-            )(state)
+            # That all shards agree on what they share is tested, not checked by types.
+            out = specs, PartitionSpec()
+            return jax.shard_map(shard, mesh=mesh, in_specs=(specs,), out_specs=out, check_vma=False)(state)
 
         return run
 
-    return ppo._replace(
-        init=lambda *args, **kwargs: place(ppo.init(*args, **kwargs)),
-        step=on_shards(ppo.step),
-        train=on_shards(ppo.train),
-    )
+    return ppo._replace(init=init, step=on_shards(ppo.step), train=on_shards(ppo.train), mesh=mesh)
 
 
 def _specs(state: TrainState):
     """Where every leaf of a state lies: environments in shards, all else everywhere."""
+    if state.num_updates.ndim:
+        raise ValueError("sharded takes the PPO of one run: for many runs write batched(sharded(ppo))")
     everywhere = jax.tree.map(lambda _: PartitionSpec(), state)
     return everywhere.replace(actors=jax.tree.map(lambda _: PartitionSpec(AXIS), state.actors))
 

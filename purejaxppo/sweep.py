@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import fields, replace
+from functools import wraps
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,7 @@ def batched(ppo: PPO) -> PPO:
 def _over_runs(function):
     """A function of one state as one of a batch of R; a single run goes through without its axis, which is faster."""
 
+    @wraps(function)
     def run(state):
         if len(state.num_updates) > 1:
             return jax.vmap(function)(state)

@@ -58,7 +58,8 @@ def update(
     transformation = optimizer(hyperparams)
     chosen = minibatches(key, config)
     advantage = segments.advantage[chosen]
-    if config.normalize_advantage == "minibatch":  # all at once, so that shards have one message to wait for
+    if config.normalize_advantage == "minibatch":
+        # For all minibatches at once, so that shards wait for each other once and not in every one.
         advantage = standardize_advantage(advantage, (1, 2), axis_name)
 
     def learn(carry, minibatch):
@@ -67,6 +68,7 @@ def update(
         minibatch = take(segments, chosen).replace(advantage=advantage.T)
         (_, report), grads = jax.value_and_grad(loss, has_aux=True)(params, minibatch, hyperparams)
         _check_report(report, config)
+        report = {name: jnp.asarray(value, jnp.float32) for name, value in report.items()}
         grads, report = mean_over_shards((grads, report), axis_name)
         updates, new_opt_state = transformation.update(grads, opt_state, params)
         new_params = optax.apply_updates(params, updates)

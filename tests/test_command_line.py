@@ -1,6 +1,7 @@
 """The command line, in this process but for one run that proves the installed command."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -130,3 +131,20 @@ def test_help_names_every_setting(capsys):
 def test_the_module_runs_as_a_command():
     done = subprocess.run([sys.executable, "-m", "purejaxppo", "train", "nothing"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("purejaxppo: env='nothing'")
+
+
+def test_a_run_on_two_devices_loads_as_any_other(tmp_path):
+    command = [sys.executable, "-m", "purejaxppo", "train", "CartPole-v1", *TINY, "--num-devices"]
+    environment = {name: x for name, x in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    if len(os.sched_getaffinity(0)) > 1:
+        folder = tmp_path / "run"
+        done = subprocess.run(
+            [*command, "2", "--out", str(folder)], capture_output=True, text=True, env=environment, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        assert "on 2 x cpu" in done.stdout
+        saved = load(folder)
+        assert saved.settings["num_devices"] == 2 and saved.metrics.sizes == {"seed": 1, "update": 6}
+    done = subprocess.run([*command, "999"], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "num_devices=999 must be at most the " in done.stderr

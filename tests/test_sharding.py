@@ -131,7 +131,7 @@ def test_a_run_on_four_devices_is_the_run_of_its_shards():
 
 
 def test_what_cannot_be_shared_out_is_refused_in_a_sentence():
-    two = jax.devices() * 2
+    two = jax.devices()[:1] * 2
     with pytest.raises(ValueError, match="num_envs=3 must be a multiple of the 2 devices"):
         pjp.sharded(pjp.make_ppo("CartPole-v1", pjp.Config(num_envs=3)), two)
     with pytest.raises(ValueError, match="on each of 2 devices: num_minibatches=8 must divide the 4 transitions"):

@@ -60,6 +60,16 @@ def test_a_batch_equals_a_loop_over_its_runs(ppo, key):
         chex.assert_trees_all_close(mine, (state.policy.params, one), rtol=1e-5, atol=1e-5)
 
 
+def test_a_batch_of_one_run_equals_that_run(ppo, key):
+    many = batched(ppo)
+    states, metrics = jax.jit(many.train)(many.init(key[None]))
+    state, one = jax.jit(ppo.train)(ppo.init(key))
+    chex.assert_trees_all_close(
+        (states.policy.params, metrics), jax.tree.map(lambda x: x[None], (state.policy.params, one)), rtol=1e-5
+    )
+    assert jax.tree.map(jnp.shape, states) == jax.tree.map(jnp.shape, many.init(key[None]))
+
+
 def test_identical_lanes_are_identical_to_the_bit_whatever_else_is_in_the_batch(ppo, key):
     many = batched(ppo)
     keys = jnp.stack([key, jax.random.key(7), key, jax.random.key(8)])

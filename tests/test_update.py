@@ -111,6 +111,29 @@ def test_clip_and_entropy_coefficient_may_be_schedules():
     np.testing.assert_allclose([seen.clip, seen.entropy_coefficient], [0.15, 0.25])
 
 
+def test_advantages_are_standardised_within_each_minibatch_of_segments(key):
+    config = Config(num_envs=4, num_steps=8, num_epochs=2, num_minibatches=2, segment_length=2)
+    advantage = np.random.default_rng(0).normal(3, 2, (8, 4)).astype(np.float32)
+    batch = make_batch(8, 4).replace(advantage=jnp.asarray(advantage))
+
+    def loss(params, minibatch, hyperparams):  # reports what pairs every advantage with the transition that it is of
+        assert minibatch.advantage.shape == (2, 8)
+        return 0.0 * params, {"product": (minibatch.advantage * minibatch.action**2).mean()}
+
+    *_, report = update(
+        key, jnp.float32(0), optax.identity().init(0), batch, Hyperparams(),
+        loss=loss, optimizer=lambda _: optax.identity(), config=config,
+    )  # fmt: skip
+    segments = [(slice(2 * i, 2 * i + 2), n) for i in range(4) for n in range(4)]
+    action = np.arange(32.0).reshape(8, 4)
+    expected = []
+    for chosen in np.asarray(minibatches(key, config)):
+        of = np.array([advantage[segments[i]] for i in chosen]).astype(np.float64)
+        squares = np.array([action[segments[i]] ** 2 for i in chosen])
+        expected.append(((of - of.mean()) / of.std() * squares).mean())
+    np.testing.assert_allclose(report["product"], np.mean(expected), rtol=1e-4)
+
+
 def test_adam_steps_follow_the_formula_on_a_whole_update(key):
     """One epoch of one minibatch by hand: gradient, global norm, Adam's first step."""
     config = Config(num_envs=4, num_steps=8, num_updates=1, num_epochs=1, num_minibatches=1, widths=(8,))

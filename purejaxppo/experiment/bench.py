@@ -77,9 +77,9 @@ def time_parts(ppo: PPO, hyperparams: Hyperparams, *, rounds: int, seconds: floa
     """(part, milliseconds of a cycle, share of the cycle); each part is a program of its own.
 
     Acting is a rollout less its environment, learning is the update less drawing its shuffles (gathering minibatches
-    is in it). A part alone, with its inputs
-    and outputs touched once per round, may take more or less than inside the cycle: `other` is what the cycle takes
-    beyond the sum, and may be negative. For a PPO with the loss and the optimizer of this package.
+    is in it). A part alone, with its inputs and outputs touched once per round, may take more or less than inside the
+    cycle: `other` is what the cycle takes beyond the sum, and may be negative. For a PPO with the loss and the
+    optimizer of this package.
     """
     state = jax.jit(ppo.init)(jax.random.key(0), hyperparams)
     settings = {"network": ppo.network, "config": ppo.config}

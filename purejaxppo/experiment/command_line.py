@@ -82,9 +82,10 @@ def train(arguments: list[str]) -> int:
     """Trains, prints a table, and leaves a folder."""
     import jax
 
-    from purejaxppo.experiment.program import cores_as_devices
+    if any(argument.startswith(("--num-devices", "--num_devices")) for argument in arguments):
+        from purejaxppo.experiment.program import cores_as_devices
 
-    cores_as_devices()  # first of all: to look an environment up has JAX begin
+        cores_as_devices()  # before all else: even to look the environment up has JAX begin
     options = _parse_train(arguments)
 
     from purejaxppo.experiment import folder
@@ -118,7 +119,8 @@ def train(arguments: list[str]) -> int:
     }
     folder.save(options.out, settings, metrics, result.state.policy)
     _draw(options, metrics)
-    evaluation = jax.jit(ppo.evaluate)(keys, result.state.policy, result.state.env_params)
+    final = jax.device_get((result.state.policy, result.state.env_params))  # to be played on one device
+    evaluation = jax.jit(ppo.evaluate)(keys, *final)
     print(_table(options, result, metrics, evaluation))
     return 0
 

@@ -84,7 +84,9 @@ def compile(ppo: PPO, state: TrainState, num_updates: int | None = None, *, slic
     num_runs = state.num_updates.size
     if slice_size is not None and not 1 <= slice_size <= num_runs:
         raise ValueError(f"slice_size={slice_size} must be from 1 to the {num_runs} runs of the state")
-    on_cpu = _devices(state) == {"cpu"}
+    if ppo.mesh is not None:
+        _check_shards(ppo, state, slice_size)
+    on_cpu = ppo.mesh is None and _devices(state) == {"cpu"}
     num_threads = _num_cores() if on_cpu else 1
     slice_size = slice_size or (best_slice_size(num_runs, num_threads, ppo.config) if on_cpu else num_runs)
     num_slices = -(-num_runs // slice_size)
@@ -123,7 +125,8 @@ def compile(ppo: PPO, state: TrainState, num_updates: int | None = None, *, slic
 def cores_as_devices():
     """Makes every core of a CPU a device, for `sharded`, unless JAX has begun to compute or was told how many."""
     with contextlib.suppress(RuntimeError):
-        if jax.config.jax_num_cpu_devices < 0:
+        told = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+        if jax.config.jax_num_cpu_devices < 0 and not told:
             jax.config.update("jax_num_cpu_devices", _num_cores())
 
 
@@ -145,6 +148,17 @@ def best_slice_size(num_runs: int, num_cores: int, config: Config) -> int:
     most = max(1, TRANSITIONS_PER_SLICE // config.steps_per_update)
     rounds = -(-num_runs // (most * num_cores))
     return -(-num_runs // (rounds * num_cores))
+
+
+def _check_shards(ppo: PPO, state, slice_size):
+    devices = state.num_updates.devices() if isinstance(state.num_updates, jax.Array) else ()
+    if set(devices) != set(ppo.mesh.devices.flat):
+        raise ValueError(
+            f"a run on {ppo.mesh.size} devices goes on from a state that lies on them: begin with the init of the "
+            f"sharded PPO, not on {len(devices)} devices"
+        )
+    if slice_size not in (None, state.num_updates.size):
+        raise ValueError(f"slice_size={slice_size} cannot be had: runs on {ppo.mesh.size} devices go through together")
 
 
 def _take(state, first, size: int):

@@ -13,7 +13,9 @@ LARGE_MINIBATCH = 512  # transitions
 
 
 def prepare(work: Work) -> Program:
-    cores_as_devices()
+    large = work.num_seeds == 1 and work.steps_per_update // work.num_minibatches >= LARGE_MINIBATCH
+    if large:
+        cores_as_devices()
     config = pjp.Config(
         num_envs=work.num_envs,
         num_steps=work.num_steps,
@@ -37,7 +39,7 @@ def prepare(work: Work) -> Program:
     )
     if work.num_seeds > 1:
         ppo = pjp.batched(ppo)
-    elif work.steps_per_update // work.num_minibatches >= LARGE_MINIBATCH and jax.device_count() > 1:
+    elif large and jax.device_count() > 1:
         ppo = pjp.sharded(ppo)
     _, batch = pjp.runs(jax.random.key(0), num_seeds=work.num_seeds, hyperparams=hyperparams)
     init = jax.jit(ppo.init)
