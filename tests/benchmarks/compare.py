@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 PEERS = {
     "rejax": ["rejax==0.1.3", "gymnax<0.1", "jax<0.11", "six"],
-    "purejaxrl": ["gymnax<0.1", "distrax", "brax", "jax<0.9", "six"],
+    "purejaxrl": ["gymnax<0.1", "distrax", "brax", "jax<0.9", "setuptools", "six"],
     "sbx": ["sbx-rl", "gymnasium"],
     "sb3": ["stable-baselines3", "gymnasium"],
     "brax": ["brax", "gymnax>=1.0.1", "jax<0.9", "six"],
