@@ -14,17 +14,17 @@ AXIS = "envs"
 
 
 def sharded(ppo: PPO, devices=None) -> PPO:
-    """The same PPO with its environments shared out over D devices, all there are by default: again a PPO.
+    """The same PPO with its environments shared out over `devices`, a list or how many; all by default: again a PPO.
 
-    Every device acts in N / D environments and learns from an equal part of every minibatch; gradients and moments
+    Each of D devices acts in N / D environments and learns from an equal part of every minibatch; gradients and moments
     are averaged at every step, so that the policy is the same everywhere. Settings and states are those of the whole:
     `evaluate`, `act` and a saved policy know nothing of devices. The draws are not those of one device, since each
     shuffles what it holds. A loss of one's own must be a mean over transitions. Raises ValueError where a rollout
     cannot be shared out evenly.
     """
-    devices = jax.devices() if devices is None else list(devices)
-    if ppo.mesh is not None or not devices:
-        raise ValueError("sharded takes a PPO that is not sharded yet, and one device or more")
+    if ppo.mesh is not None:
+        raise ValueError(f"this PPO is sharded already, over {ppo.mesh.size} devices")
+    devices = _choose(devices)
     config = _config_of_shard(ppo.config, len(devices))
     mesh = Mesh(np.array(devices), AXIS)
 
@@ -47,6 +47,27 @@ def sharded(ppo: PPO, devices=None) -> PPO:
     return ppo._replace(init=init, step=on_shards(ppo.step), train=on_shards(ppo.train), mesh=mesh)
 
 
+def _choose(devices) -> list[jax.Device]:
+    present = jax.devices()
+    cores = (
+        "jax.config.update('jax_num_cpu_devices', ...), before JAX computes anything, makes devices of a CPU's cores"
+    )
+    if devices is None:
+        if len(present) == 1:
+            raise ValueError(f"there is one device to share a run out to ({cores})")
+        return present
+    if isinstance(devices, int):
+        if not 1 <= devices <= len(present):
+            raise ValueError(f"devices={devices} must be from 1 to the {len(present)} that JAX has here ({cores})")
+        return present[:devices]
+    devices = list(devices)
+    if not devices or not all(isinstance(d, jax.Device) for d in devices) or len(set(devices)) < len(devices):
+        raise ValueError(
+            f"devices={devices} must be a number, or a list of different devices such as jax.devices()[:2]"
+        )
+    return devices
+
+
 def _specs(state: TrainState):
     """Where every leaf of a state lies: environments in shards, all else everywhere."""
     if state.num_updates.ndim:
@@ -58,7 +79,10 @@ def _specs(state: TrainState):
 def _config_of_shard(config: Config, num_devices: int) -> Config:
     """The settings of one of the shards."""
     if config.num_envs % num_devices:
-        raise ValueError(f"num_envs={config.num_envs} must be a multiple of the {num_devices} devices that share them")
+        more = config.num_envs + -config.num_envs % num_devices
+        raise ValueError(
+            f"num_envs={config.num_envs} must be a multiple of the {num_devices} devices that share them (try {more})"
+        )
     try:
         return replace(
             config,

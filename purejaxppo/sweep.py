@@ -44,6 +44,8 @@ def _over_runs(function):
 
     @wraps(function)
     def run(state):
+        if state.num_updates.ndim == 0:
+            raise ValueError("a batch of runs takes states with a leading axis R, from its own init with keys [R]")
         if len(state.num_updates) > 1:
             return jax.vmap(function)(state)
         return jax.tree.map(lambda x: x[None], function(jax.tree.map(lambda x: x[0], state)))

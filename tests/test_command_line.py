@@ -147,4 +147,4 @@ def test_a_run_on_two_devices_loads_as_any_other(tmp_path):
         assert saved.settings["num_devices"] == 2 and saved.metrics.sizes == {"seed": 1, "update": 6}
     done = subprocess.run([*command, "999"], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "num_devices=999 must be at most the " in done.stderr
+    assert "num_devices=999 must be at most " in done.stderr

@@ -131,9 +131,55 @@ def test_a_run_on_four_devices_is_the_run_of_its_shards():
 
 
 def test_what_cannot_be_shared_out_is_refused_in_a_sentence():
-    two = jax.devices()[:1] * 2
-    with pytest.raises(ValueError, match="num_envs=3 must be a multiple of the 2 devices"):
-        pjp.sharded(pjp.make_ppo("CartPole-v1", pjp.Config(num_envs=3)), two)
-    with pytest.raises(ValueError, match="on each of 2 devices: num_minibatches=8 must divide the 4 transitions"):
-        pjp.sharded(pjp.make_ppo("CartPole-v1", pjp.Config(num_envs=4, num_steps=2, num_minibatches=8,
-                                                           normalize_advantage="off")), two)  # fmt: skip
+    program = """
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+import purejaxppo as pjp
+
+def refusal(devices, **config):
+    try:
+        pjp.sharded(pjp.make_ppo("CartPole-v1", pjp.Config(**config)), devices)
+    except ValueError as error:
+        print(error)
+
+refusal(2, num_envs=3)
+refusal(2, num_envs=4, num_steps=2, num_minibatches=8, normalize_advantage="off")
+for devices in (0, 3, [], "ab", jax.devices()[:1] * 2):
+    refusal(devices)
+plain = pjp.make_ppo("CartPole-v1")
+ppo = pjp.sharded(plain)
+keys = jax.random.split(jax.random.key(0))
+for call in (
+    lambda: pjp.sharded(ppo),
+    lambda: pjp.sharded(pjp.batched(plain)).init(keys),
+    lambda: pjp.compile(ppo, plain.init(keys[0])),
+):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    expected = (
+        "num_envs=3 must be a multiple of the 2 devices that share them (try 4)",
+        "on each of 2 devices: num_minibatches=8 must divide the 4 transitions",
+        "devices=0 must be from 1 to the 2",
+        "devices=3 must be from 1 to the 2",
+        *["must be a number, or a list of different devices"] * 3,
+        "this PPO is sharded already, over 2 devices",
+        "sharded takes the PPO of one run",
+        "the state must lie on the 2 devices that share the run, not on 1",
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(expected), done.stderr
+    for line, words in zip(lines, expected):
+        assert words in line
+    if jax.device_count() == 1:
+        with pytest.raises(ValueError, match="there is one device"):
+            pjp.sharded(pjp.make_ppo("CartPole-v1"))
+
+
+def test_a_state_without_the_axis_of_runs_is_refused_by_a_batch(key):
+    ppo = pjp.make_ppo("CartPole-v1", SMALL)
+    with pytest.raises(ValueError, match="takes states with a leading axis R"):
+        jax.eval_shape(pjp.batched(ppo).step, jax.eval_shape(ppo.init, key))

@@ -42,6 +42,8 @@ class Saved(NamedTuple):
 
 def prepare(folder: Path):
     """Makes a folder ready to take a run. Raises ValueError where it holds one already or cannot be written."""
+    if folder == Path():
+        raise ValueError(f"out={folder} is where you are: name a folder for this run")
     try:
         if (folder / "settings.json").exists():
             raise ValueError(f"out={folder} already holds a run (name another folder)")

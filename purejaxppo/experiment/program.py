@@ -154,8 +154,8 @@ def _check_shards(ppo: PPO, state, slice_size):
     devices = state.num_updates.devices() if isinstance(state.num_updates, jax.Array) else ()
     if set(devices) != set(ppo.mesh.devices.flat):
         raise ValueError(
-            f"a run on {ppo.mesh.size} devices goes on from a state that lies on them: begin with the init of the "
-            f"sharded PPO, not on {len(devices)} devices"
+            f"the state must lie on the {ppo.mesh.size} devices that share the run, not on {len(devices)} "
+            "(begin with the init of the sharded PPO)"
         )
     if slice_size not in (None, state.num_updates.size):
         raise ValueError(f"slice_size={slice_size} cannot be had: runs on {ppo.mesh.size} devices go through together")
