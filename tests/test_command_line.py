@@ -148,3 +148,10 @@ def test_a_run_on_two_devices_loads_as_any_other(tmp_path):
     done = subprocess.run([*command, "999"], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "num_devices=999 must be at most " in done.stderr
+
+
+def test_a_run_does_not_spill_into_the_current_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, error = run(capsys, "train", "CartPole-v1", *TINY, "--out", "")
+    assert status == 2 and "name a folder for this run" in error
+    assert not list(tmp_path.iterdir())
