@@ -6,7 +6,8 @@ from purejaxppo.envs import Box, Discrete, Env, MultiDiscrete, Step, check_env, 
 from purejaxppo.networks import Network, from_linen, from_nnx
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.sharding import sharded
-from purejaxppo.sweep import batched, grid, runs
+from purejaxppo.sweep import batched, concatenate, runs
+from purejaxppo.table import Table, choice, grid, integers, log_uniform, paired, sample, uniform
 
 __version__ = "0.1.0"
 

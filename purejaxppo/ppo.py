@@ -43,6 +43,10 @@ class TrainState:
     actors: Actors
     num_updates: jax.Array  # [] int32, done so far
 
+    def __getitem__(self, runs) -> "TrainState":
+        """Of a batch, one run by its index, or the batch of some by a slice, a mask or a list of indices."""
+        return jax.tree.map(lambda x: x[jnp.asarray(runs) if isinstance(runs, list) else runs], self)
+
 
 class PPO(NamedTuple):
     """Pure functions with their static arguments bound, and those arguments themselves."""

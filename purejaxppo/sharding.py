@@ -24,7 +24,7 @@ def sharded(ppo: PPO, devices=None) -> PPO:
     """
     if ppo.mesh is not None:
         raise ValueError(f"this PPO is sharded already, over {ppo.mesh.size} devices")
-    devices = _choose(devices)
+    devices = choose_devices(devices)
     config = _config_of_shard(ppo.config, len(devices))
     mesh = Mesh(np.array(devices), AXIS)
 
@@ -47,7 +47,8 @@ def sharded(ppo: PPO, devices=None) -> PPO:
     return ppo._replace(init=init, step=on_shards(ppo.step), train=on_shards(ppo.train), mesh=mesh)
 
 
-def _choose(devices) -> list[jax.Device]:
+def choose_devices(devices) -> list[jax.Device]:
+    """The devices that are meant by a list, a number or None (all). Raises ValueError where there are not so many."""
     present = jax.devices()
     cores = (
         "jax.config.update('jax_num_cpu_devices', ...), before JAX computes anything, makes devices of a CPU's cores"

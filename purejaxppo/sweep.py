@@ -1,22 +1,31 @@
 """Many runs in one program: the same functions and the same pytrees with one more axis R in front."""
 
-import itertools
+from collections.abc import Mapping
 from dataclasses import fields, replace
-from functools import wraps
+from functools import partial, wraps
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from purejaxppo.config import Hyperparams, as_arrays
-from purejaxppo.ppo import PPO
+from purejaxppo.ppo import PPO, TrainState
+from purejaxppo.sharding import choose_devices
+from purejaxppo.table import Table
+
+AXIS = "runs"
 
 
-def batched(ppo: PPO) -> PPO:
+def batched(ppo: PPO, devices=None) -> PPO:
     """The same PPO over R runs: again a PPO, whose keys, states, policies and metrics have a leading axis R.
 
-    In `init`, hyperparameters and environment parameters without that axis are shared by all runs.
+    In `init`, hyperparameters and environment parameters without that axis are shared by all runs. A run that would
+    turn nan or infinite is frozen: its state stays as it was before that update, in which `num_updates` tells when it
+    was, and from there on it reports nan and no episodes. `devices`, a list or how many, share the runs out among
+    them, R / D to each, with no communication.
     """
+    ppo = _freezing(ppo)
 
     def init(keys, hyperparams=Hyperparams(), env_params=None):
         if keys.ndim != 1:
@@ -24,7 +33,7 @@ def batched(ppo: PPO) -> PPO:
         num_runs = keys.shape[0]
         env_params = ppo.env.params if env_params is None else env_params
         hyperparams = _per_run(hyperparams, jax.tree.map(lambda _: 0.0, hyperparams), num_runs)
-        return jax.vmap(ppo.init)(keys, hyperparams, _per_run(env_params, ppo.env.params, num_runs))
+        return on_devices(jax.vmap(ppo.init))(keys, hyperparams, _per_run(env_params, ppo.env.params, num_runs))
 
     def evaluate(keys, policies, env_params=None, **options):
         env_params = ppo.env.params if env_params is None else env_params
@@ -36,62 +45,105 @@ def batched(ppo: PPO) -> PPO:
             env_params = _per_run(env_params, ppo.env.params, len(jax.tree.leaves(policies)[0]))
         return jax.vmap(ppo.act)(policies, obs, keys, memory, env_params)
 
-    return ppo._replace(init=init, step=_over_runs(ppo.step), train=_over_runs(ppo.train), evaluate=evaluate, act=act)
+    def over_runs(function):
+        return wraps(function)(on_devices(partial(_over_runs, function)))
+
+    mesh = _mesh(ppo, devices)
+    on_devices = partial(_on_devices, mesh)
+    return ppo._replace(
+        init=init, step=over_runs(ppo.step), train=over_runs(ppo.train), evaluate=evaluate, act=act,
+        mesh=mesh or ppo.mesh,
+    )  # fmt: skip
 
 
-def _over_runs(function):
-    """A function of one state as one of a batch of R; a single run goes through without its axis, which is faster."""
+def _over_runs(function, state):
+    """A function of one state for a batch of R; a single run goes through without its axis, which is faster."""
+    if state.num_updates.ndim == 0:
+        raise ValueError("a batch of runs takes states with a leading axis R, from its own init with keys [R]")
+    if len(state.num_updates) > 1:
+        return jax.vmap(function)(state)
+    return jax.tree.map(lambda x: x[None], function(jax.tree.map(lambda x: x[0], state)))
 
-    @wraps(function)
-    def run(state):
-        if state.num_updates.ndim == 0:
-            raise ValueError("a batch of runs takes states with a leading axis R, from its own init with keys [R]")
-        if len(state.num_updates) > 1:
-            return jax.vmap(function)(state)
-        return jax.tree.map(lambda x: x[None], function(jax.tree.map(lambda x: x[0], state)))
+
+def _freezing(ppo: PPO) -> PPO:
+    """A PPO whose run stays as it is instead of taking a step after which it would hold a number that is not finite."""
+
+    def step(state):
+        new, metrics = ppo.step(state)
+        learned = new.policy, new.opt_state, metrics.get("loss", 0.0)
+        finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(learned)]).all()
+        # The same state has the same key, and so the same step before it: once frozen it stays so.
+        state = jax.tree.map(lambda old, new: jnp.where(finite, new, old), state, new)
+        return state, {name: jnp.where(finite, x, _nothing(x)) for name, x in metrics.items()}
+
+    def train(state):
+        return jax.lax.scan(lambda state, _: step(state), state, length=ppo.config.num_updates)
+
+    return ppo._replace(step=wraps(ppo.step)(step), train=wraps(ppo.train)(train))
+
+
+def _nothing(metric):
+    return jnp.asarray(jnp.nan if jnp.issubdtype(metric.dtype, jnp.floating) else 0, metric.dtype)
+
+
+def _mesh(ppo: PPO, devices):
+    if devices is None:
+        return None
+    if ppo.mesh is not None:
+        raise ValueError(f"this PPO shares its environments out to {ppo.mesh.size} devices (leave devices=None)")
+    return Mesh(np.array(choose_devices(devices)), AXIS)
+
+
+def _on_devices(mesh, function):
+    """A function of arrays with a leading axis R, each device of a mesh with a share of the runs."""
+    if mesh is None:
+        return function
+
+    def run(*args):
+        num_runs = len(jax.tree.leaves(args)[0])
+        if num_runs % mesh.size:
+            raise ValueError(
+                f"{num_runs} runs must be a multiple of the {mesh.size} devices that share them "
+                f"(try {num_runs + -num_runs % mesh.size})"
+            )
+        share = PartitionSpec(AXIS)
+        return jax.shard_map(function, mesh=mesh, in_specs=share, out_specs=share, check_vma=False)(*args)
 
     return run
 
 
-def grid(**values) -> dict[str, np.ndarray]:
-    """Every combination of values of hyperparameters, as columns of equal length; the last name varies fastest.
+def concatenate(*states: TrainState) -> TrainState:
+    """The runs of several batches as one batch, in their order."""
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *states)
 
-    Raises ValueError for an empty grid.
+
+def runs(key, values: Table | Mapping | None = None, num_seeds: int = 1, hyperparams: Hyperparams = Hyperparams()):
+    """Keys [R] and Hyperparams [R] for every setting of a table times `num_seeds` seeds; seeds vary fastest.
+
+    `values` is a table of hyperparameters (`grid`, `paired`, `sample`) or a dict of columns. Seed i has the same key
+    under every setting and whatever `num_seeds` is, so settings are compared on the same draws. Raises ValueError for
+    a name that is no hyperparameter: `Sweep` takes those of every kind.
     """
-    try:
-        columns = {name: np.atleast_1d(np.asarray(column, np.float32)) for name, column in values.items()}
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"a grid takes lists of numbers, not {values} (learning_rate_annealing sweeps annealing)"
-        ) from None
-    for name, column in columns.items():
-        if column.ndim != 1 or not column.size:
-            raise ValueError(f"{name}={values[name]!r} must be a list of one number or more")
-    return dict(zip(columns, np.array(list(itertools.product(*columns.values())), np.float32).T))
-
-
-def runs(key, values: dict | None = None, num_seeds: int = 1, hyperparams: Hyperparams = Hyperparams()):
-    """Keys [R] and Hyperparams [R] for every setting in `values` times `num_seeds` seeds; seeds vary fastest.
-
-    Seed i has the same key under every setting and whatever `num_seeds` is, so settings are compared on the same
-    draws. Raises ValueError for a name that is no hyperparameter.
-    """
-    values = values or {}
+    values = values.columns() if isinstance(values, Table) else values or {}
     known = [field.name for field in fields(Hyperparams)]
     for name in values:
         if name not in known:
-            raise ValueError(f"{name} is not a hyperparameter (known: {', '.join(known)})")
+            raise ValueError(f"{name} is not a hyperparameter (known: {', '.join(known)}; Sweep takes other fields)")
     if num_seeds < 1:
         raise ValueError(f"num_seeds={num_seeds} must be at least 1")
     lengths = {name: len(column) for name, column in values.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"the columns of values must be equally long, not {lengths} (grid(...) combines them)")
     num_settings = max(lengths.values(), default=1)
-    seeds = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_seeds))
-    keys = seeds[jnp.tile(jnp.arange(num_seeds), num_settings)]
-    columns = {name: jnp.repeat(jnp.asarray(column), num_seeds) for name, column in values.items()}
+    keys = seed_keys(key, jnp.tile(jnp.arange(num_seeds), num_settings))
+    columns = {name: np.repeat(np.asarray(column), num_seeds) for name, column in values.items()}
     swept = as_arrays(replace(hyperparams, **columns))
     return keys, _per_run(swept, jax.tree.map(lambda _: 0.0, swept), keys.shape[0])
+
+
+def seed_keys(key, seeds):
+    """The keys [R] of the seeds with numbers [R]."""
+    return jax.vmap(partial(jax.random.fold_in, key))(seeds)
 
 
 def _per_run(tree, like, num_runs: int):

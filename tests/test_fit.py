@@ -10,7 +10,7 @@ from test_ppo import same_leaves
 
 from probes import SMALL
 from purejaxppo import batched, fit, make_ppo
-from purejaxppo.experiment.results import label, last_episodes, learning_curve, mean_interval
+from purejaxppo.experiment.metrics import label, last_episodes, learning_curve, mean_interval
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from purejaxppo import Config, Hyperparams, batched, fit, make_ppo, preset, runs
-from purejaxppo.experiment.results import last_episodes
+from purejaxppo.experiment.metrics import last_episodes
 
 
 def train(name, num_seeds, config=None, hyperparams=None):

@@ -1,65 +1,22 @@
-"""`purejaxppo train ENV`, `bench ENV`, `envs`: flags are made from `Config` and `Hyperparams`."""
+"""The commands `purejaxppo train`, `sweep`, `plot`, `bench` and `envs`."""
 
-import datetime
 import json
 import sys
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import tyro
 
-from purejaxppo.config import Config, Hyperparams
+from purejaxppo.experiment.options import Bench, Train, check_whole, parse, parse_plot, parse_sweep, parse_train
 
 USAGE = """usage: purejaxppo COMMAND ...
 
   purejaxppo train ENV [flags]   train one agent or many, by the preset of the environment
+  purejaxppo sweep ENV [flags]   train many settings with several seeds each, rank and draw them
+  purejaxppo plot FOLDER         draw the pictures of a sweep or of a run anew
   purejaxppo bench ENV [flags]   measure compile time, steps per second, memory, and where the time goes
   purejaxppo envs                list what can be trained, with its preset
   purejaxppo COMMAND --help      all flags of a command
 """
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What every command that trains takes. Flags that are not given come from the preset of the environment."""
-
-    env: tyro.conf.Positional[str]
-    """A name that `purejaxppo envs` lists."""
-    compile_cache: Path | None = None
-    """Folder that keeps compiled programs for the next time."""
-    config: tyro.conf.OmitArgPrefixes[Config] = field(default_factory=Config)
-    hyperparams: tyro.conf.OmitArgPrefixes[Hyperparams] = field(default_factory=Hyperparams)
-
-
-@dataclass(frozen=True)
-class Train(Settings):
-    """Train PPO on an environment. Flags that are not given come from its preset."""
-
-    num_seeds: int = 1
-    """Agents, trained side by side in one program."""
-    num_devices: int = 1
-    """Devices, of a CPU its cores, among which the environments of every agent are shared out; it pays from about 512
-    transitions per minibatch."""
-    seed: int = 0
-    """Where the random keys of all agents come from."""
-    total_steps: int | None = None
-    """Environment steps of each agent; sets num_updates to as many whole updates as fit."""
-    out: Path | None = None
-    """Folder for the results; runs/ENV-TIME if none is given."""
-
-
-@dataclass(frozen=True)
-class Bench(Settings):
-    """Measure training on this machine. Flags that are not given come from the preset of the environment."""
-
-    num_seeds: tuple[int, ...] = (1, 8, 32)
-    """Numbers of agents to be measured, each in one program."""
-    rounds: int = 5
-    """Repetitions; medians are printed, with the least and the most."""
-    seconds: float = 2.0
-    """Length of a repetition, about."""
-    out: Path | None = None
-    """File for the figures as JSON; none is written if none is given."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -87,7 +44,7 @@ def train(arguments: list[str]) -> int:
         from purejaxppo.experiment.program import cores_as_devices
 
         cores_as_devices()  # before all else: even to look the environment up has JAX begin
-    options = _parse_train(arguments)
+    options = parse_train(arguments)
 
     from purejaxppo.experiment import folder
     from purejaxppo.experiment.fit import fit
@@ -121,21 +78,70 @@ def train(arguments: list[str]) -> int:
         "steps_per_second": result.steps_per_second,
     }
     folder.save(options.out, settings, metrics, result.state.policy)
-    _draw(options, metrics)
+    _draw(metrics, options.out, options.env)
     final = jax.device_get((result.state.policy, result.state.env_params))  # to be played on one device
     evaluation = jax.jit(ppo.evaluate)(keys, *final)
     print(_table(options, result, metrics, evaluation))
     return 0
 
 
+def sweep(arguments: list[str]) -> int:
+    """Prints the plan, trains, prints a ranking, and leaves data and pictures."""
+    options, table = parse_sweep(arguments)
+
+    from purejaxppo.experiment.plan import plan_sweep
+    from purejaxppo.experiment.run import plan_missing, run_sweep
+    from purejaxppo.experiment.slices import check_folder
+    from purejaxppo.experiment.statistics import as_table
+    from purejaxppo.experiment.sweeps import Sweep
+
+    wanted = Sweep(options.env, table, options.num_seeds, options.config, options.hyperparams, options.seed)
+    if options.compile_cache is not None:
+        cache_compilation(options.compile_cache)
+    print(wanted, flush=True)
+    plan = plan_missing(wanted, options.out, slice_size=options.slice_size)
+    print(plan, flush=True)
+    if options.dry_run:
+        return 0
+    result = run_sweep(plan, options.out)
+    print(as_table(result.ranked()))
+    for sentence in result.failed():
+        print(f"  {sentence}")
+    pictures = _draw_sweep(result.metrics, options.out, options.env)
+    rate = result.steps / max(result.run_seconds, 1e-9)
+    print(f"  {result.steps:,} steps in {result.run_seconds:.1f} s, {rate:,.0f} per second")
+    print(f"  saved in {options.out}: results.nc, {', '.join(pictures)}")
+    return 0
+
+
+def plot(arguments: list[str]) -> int:
+    """Draws pictures from what lies in a folder."""
+    options = parse_plot(arguments)
+
+    from purejaxppo.experiment import folder
+    from purejaxppo.experiment.result import load_sweep
+
+    out = options.out or options.folder
+    folder.make_writable(out)
+    if (options.folder / "sweep.json").exists():
+        result = load_sweep(options.folder)
+        chosen = {"line": options.line, "panel": options.panel, "statistic": options.statistic}
+        pictures = _draw_sweep(result.metrics, out, result.sweep.env, **chosen)
+    else:
+        saved = folder.load(options.folder)
+        pictures = [_draw(saved.metrics, out, saved.settings["env"])]
+    print(f"drawn in {out}: {', '.join(pictures)}")
+    return 0
+
+
 def bench(arguments: list[str]) -> int:
     """Measures, prints tables, and leaves a file if one is named."""
-    options = _parse(Bench, "bench", arguments)
+    options = parse(Bench, "bench", arguments)
     if not options.num_seeds:
         raise ValueError("num_seeds must be one number or more")
     for number in options.num_seeds:
-        _check_whole(num_seeds=(number, 1))
-    _check_whole(rounds=(options.rounds, 1))
+        check_whole(num_seeds=(number, 1))
+    check_whole(rounds=(options.rounds, 1))
     if not 0 < options.seconds < float("inf"):
         raise ValueError(f"seconds={options.seconds} must be a positive number")
 
@@ -169,7 +175,7 @@ def envs(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"train": train, "bench": bench, "envs": envs}
+COMMANDS = {"train": train, "sweep": sweep, "plot": plot, "bench": bench, "envs": envs}
 
 
 def _print_envs():
@@ -183,39 +189,6 @@ def _print_envs():
         config, hyperparams = preset(name)
         changed = ", ".join(f"{key}={value}" for key, value in changed_settings(config, hyperparams).items())
         print(f"{name:{width}}  {config.total_steps:>10,}  {changed}")
-
-
-def _parse_train(arguments: list[str]) -> Train:
-    options = _parse(Train, "train", arguments)
-    _check_whole(num_seeds=(options.num_seeds, 1), seed=(options.seed, 0), num_devices=(options.num_devices, 1))
-    if options.total_steps is not None:
-        options = replace(options, config=options.config.with_total_steps(options.total_steps))
-    time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return options if options.out else replace(options, out=Path("runs") / f"{options.env}-{time}")
-
-
-def _parse(kind, command: str, arguments: list[str]):
-    """The flags of a command on top of the preset of the environment, which comes first."""
-    from purejaxppo.envs import env_names, make_env
-    from purejaxppo.experiment.presets import preset
-
-    env, asks_help = arguments[0] if arguments else "-", {"--help", "-h"} & set(arguments)
-    if env.startswith("-"):
-        if not asks_help:
-            raise ValueError(
-                f"name an environment first: purejaxppo {command} ENV [flags] (`purejaxppo envs` lists them)"
-            )
-        env = "CartPole-v1"
-    elif env not in env_names():
-        make_env(env)
-    return tyro.cli(kind, args=arguments, default=kind(env, **preset(env)._asdict()), prog=f"purejaxppo {command}")
-
-
-def _check_whole(**least):
-    """Refuses a number below its least, or too large for a key; each is given as (number, least)."""
-    for name, (number, low) in least.items():
-        if not low <= number < 2**31:
-            raise ValueError(f"{name}={number} must be from {low} to 2**31 - 1")
 
 
 def _make(options):
@@ -233,7 +206,7 @@ def _make(options):
 
 
 def _table(options: Train, result, metrics, evaluation) -> str:
-    from purejaxppo.experiment.results import last_episodes, mean_interval
+    from purejaxppo.experiment.metrics import last_episodes, mean_interval
 
     played = evaluation.episode_return.shape[1]
     rows = [
@@ -259,14 +232,28 @@ def _interval(mean: float, low: float, high: float) -> str:
     )
 
 
-def _draw(options: Train, metrics):
+def _draw(metrics, out: Path, title: str) -> str:
     import matplotlib
 
     matplotlib.use("Agg")
     from purejaxppo.experiment.plots import plot_learning_curve
 
-    ax = plot_learning_curve(metrics, title=options.env)
-    ax.figure.savefig(options.out / "learning_curve.png", dpi=150)
+    ax = plot_learning_curve(metrics, title=title)
+    ax.figure.savefig(out / "learning_curve.png", dpi=150)
+    return "learning_curve.png"
+
+
+def _draw_sweep(metrics, out: Path, title: str, **chosen) -> list[str]:
+    """Every picture that the sweep gives something to."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from purejaxppo.experiment.plots import plot_sweep
+
+    figures = plot_sweep(metrics, title=title, **chosen)
+    for name, figure in figures.items():
+        figure.savefig(out / f"{name}.png", dpi=150)
+    return [f"{name}.png" for name in figures]
 
 
 def _count(number: int, noun: str) -> str:

@@ -12,7 +12,7 @@ import xarray
 from tqdm.auto import tqdm
 
 from purejaxppo.experiment.program import Program, compile
-from purejaxppo.experiment.results import label
+from purejaxppo.experiment.metrics import label
 from purejaxppo.ppo import PPO, TrainState
 
 

@@ -57,12 +57,19 @@ def prepare(folder: Path):
 
 def describe(env: str, config: Config, hyperparams: Hyperparams, **more) -> dict:
     """Settings of a run about to start as plain JSON data, with what it runs on."""
-    device = jax.devices()[0]
     return {
         "env": env,
         "config": asdict(config),
         "hyperparams": {f.name: _json_number(getattr(hyperparams, f.name)) for f in fields(hyperparams)},
         **more,
+        **describe_machine(),
+    }
+
+
+def describe_machine() -> dict:
+    """Versions, device, command and time of what is about to start, as plain JSON data."""
+    device = jax.devices()[0]
+    return {
         "versions": {
             "purejaxppo": purejaxppo.__version__,
             "python": platform.python_version(),
@@ -78,9 +85,8 @@ def describe(env: str, config: Config, hyperparams: Hyperparams, **more) -> dict
 def save(folder: Path, settings: dict, metrics: xarray.Dataset, policy: Policy):
     """Writes a run; the settings come last, so that a folder with them is whole."""
     metrics.to_netcdf(folder / "metrics.nc", engine="scipy")
-    np.savez(
-        folder / "policy.npz", **{_name(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(policy)}
-    )
+    leaves = jax.tree_util.tree_leaves_with_path(policy)
+    np.savez(folder / "policy.npz", **{name_leaf(path): np.asarray(x) for path, x in leaves})
     (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
@@ -106,7 +112,7 @@ def _load_arrays(path: Path, like):
     with np.load(path, allow_pickle=False) as arrays:
 
         def read(where, x):
-            name = _name(where)
+            name = name_leaf(where)
             if name not in arrays or arrays[name].shape != x.shape:
                 found = arrays[name].shape if name in arrays else "nothing"
                 raise ValueError(f"{path} does not fit its settings: {name} should be {x.shape}, found {found}")
@@ -115,7 +121,8 @@ def _load_arrays(path: Path, like):
         return jax.tree_util.tree_map_with_path(read, like)
 
 
-def _name(path) -> str:
+def name_leaf(path) -> str:
+    """The name of a leaf of a pytree in a file, from its path."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

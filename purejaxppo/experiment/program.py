@@ -87,7 +87,7 @@ def compile(ppo: PPO, state: TrainState, num_updates: int | None = None, *, slic
     if ppo.mesh is not None:
         _check_shards(ppo, state, slice_size)
     on_cpu = ppo.mesh is None and _devices(state) == {"cpu"}
-    num_threads = _num_cores() if on_cpu else 1
+    num_threads = num_cores() if on_cpu else 1
     slice_size = slice_size or (best_slice_size(num_runs, num_threads, ppo.config) if on_cpu else num_runs)
     num_slices = -(-num_runs // slice_size)
     step = jax.jit(ppo.step)  # traced once, for its shapes and for the loop
@@ -127,7 +127,7 @@ def cores_as_devices():
     with contextlib.suppress(RuntimeError):
         told = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
         if jax.config.jax_num_cpu_devices < 0 and not told:
-            jax.config.update("jax_num_cpu_devices", _num_cores())
+            jax.config.update("jax_num_cpu_devices", num_cores())
 
 
 def cache_compilation(folder):
@@ -181,5 +181,6 @@ def _devices(state) -> set[str]:
     return {device.platform for device in devices} if len(devices) == 1 else {"several"}
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,195 @@
+"""Slices of a sweep: runs that go through a program together, kept in a folder as soon as they are done.
+
+sweep.json       the sweep, and of every session versions, device, command, time
+slices/*.npz     numpy.load opens each: names of its runs, metrics [runs, updates], the state of every run
+results.nc       all metrics, labelled: xarray.load_dataset opens it
+"""
+
+import hashlib
+import json
+import os
+import warnings
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from purejaxppo.experiment import folder as run_folder
+from purejaxppo.experiment.sweeps import Sweep, name_run
+
+DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some runs and what is known of them so far."""
+
+    runs: tuple[str, ...]
+    """Names of the runs (see `name_run`); the last may repeat the first, to fill the slice."""
+    metrics: dict[str, np.ndarray]
+    """[runs, updates done]"""
+    state: dict[str, np.ndarray]
+    """Leaves of the TrainState [runs, ...], by their paths."""
+
+    @property
+    def num_updates(self) -> int:
+        """Updates that are done, also by runs that froze."""
+        return next(iter(self.metrics.values())).shape[1] if self.metrics else 0
+
+    @property
+    def name(self) -> str:
+        """The same for the same runs."""
+        return hashlib.sha256("\n".join(self.runs).encode()).hexdigest()[:16]
+
+
+class Slices:
+    """The slices of a sweep, in its folder, or in memory where it has none."""
+
+    def __init__(self, folder: Path | None = None):
+        self.folder = folder
+        self._in_memory: dict[str, Slice] = {}
+
+    def write(self, part: Slice):
+        """Keeps a slice in place of what was known of it; on disk it is whole at any moment."""
+        if self.folder is None:
+            self._in_memory[part.name] = part
+            return
+        arrays = {f"metrics/{name}": x for name, x in part.metrics.items()}
+        arrays |= {f"state/{name}": x for name, x in part.state.items()}
+        path = self.folder / "slices" / f"{part.name}.npz"
+        half = path.with_suffix(f".{os.getpid()}.half")
+        with open(half, "wb") as file:
+            np.savez(file, runs=np.array(part.runs), **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(half, path)
+
+    def read(self) -> list[Slice]:
+        """All slices with their metrics; of the states only `num_updates`.
+
+        One that is damaged on disk is named in a warning and left out, so that it is computed anew.
+        """
+        if self.folder is None:
+            return list(self._in_memory.values())
+        slices = []
+        for path in sorted((self.folder / "slices").glob("*.npz")):
+            try:
+                slices.append(_read(path, only="num_updates"))
+            except DAMAGE as error:
+                warnings.warn(f"{path} is damaged and does not count; its runs are computed anew ({error})")
+        return slices
+
+    def load(self, name: str) -> Slice:
+        """One slice with its whole states. Raises ValueError where it is damaged."""
+        if self.folder is None:
+            return self._in_memory[name]
+        path = self.folder / "slices" / f"{name}.npz"
+        try:
+            return _read(path)
+        except DAMAGE as error:
+            raise ValueError(f"{path} is damaged: {error} (remove it and run the sweep again)") from None
+
+
+def open_slices(folder, sweep: Sweep) -> Slices:
+    """The slices of a sweep in a folder, which is made ready, or found with what an earlier call left there.
+
+    The folder's sweep may have fewer settings or seeds: what it holds counts. Raises ValueError where it is another's.
+    """
+    if folder is None:
+        return Slices()
+    folder = Path(folder)
+    run_folder.prepare(folder)
+    (folder / "slices").mkdir(exist_ok=True)
+    sessions = []
+    if (folder / "sweep.json").exists():
+        _check_same(folder, sweep)
+        sessions = json.loads((folder / "sweep.json").read_text())["sessions"]
+    if jax.process_index() == 0:
+        sessions.append(run_folder.describe_machine())
+        half = folder / "sweep.json.half"
+        half.write_text(json.dumps({"sweep": sweep.to_json(), "sessions": sessions}, indent=2) + "\n")
+        os.replace(half, folder / "sweep.json")
+    return Slices(folder)
+
+
+def load_sweep_of(folder) -> Sweep:
+    """The sweep that a folder holds. Raises ValueError where it holds none."""
+    path = Path(folder) / "sweep.json"
+    try:
+        return Sweep.from_json(json.loads(path.read_text())["sweep"])
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no sweep: it has no sweep.json") from None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def to_arrays(state) -> dict[str, np.ndarray]:
+    """A state as plain arrays by their paths; random keys as their data."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {run_folder.name_leaf(path): np.asarray(_key_data(x)) for path, x in leaves}
+
+
+def from_arrays(arrays: dict[str, np.ndarray], like):
+    """The state that `to_arrays` wrote, with the structure of `like`.
+
+    Raises ValueError where the two do not fit.
+    """
+
+    def read(path, x):
+        name = run_folder.name_leaf(path)
+        is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+        shape = jax.eval_shape(jax.random.key_data, x).shape if is_key else x.shape
+        if name not in arrays or arrays[name].shape[1:] != shape[1:]:
+            found = arrays[name].shape if name in arrays else "nothing"
+            raise ValueError(f"a slice does not fit its sweep: {name} should be {shape}, found {found}")
+        return jax.random.wrap_key_data(arrays[name]) if is_key else jax.numpy.asarray(arrays[name])
+
+    return jax.tree_util.tree_map_with_path(read, like)
+
+
+def _key_data(x):
+    return jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+
+def _read(path: Path, only: str = "") -> Slice:
+    """A slice from its file; of the states all leaves, or `only` one."""
+    kinds = {"metrics": {}, "state": {}}
+    with np.load(path, allow_pickle=False) as file:
+        runs = tuple(file["runs"].tolist())
+        for name in file.files:
+            kind, _, leaf = name.partition("/")
+            if kind == "metrics" or (kind == "state" and only in ("", leaf)):
+                kinds[kind][leaf] = file[name]
+    if not kinds["metrics"] or not kinds["state"]:
+        raise ValueError("it lacks metrics or states")
+    return Slice(runs, **kinds)
+
+
+def _check_same(folder: Path, sweep: Sweep):
+    there = load_sweep_of(folder)
+    mine, theirs = sweep.to_json(), there.to_json()
+    flat = [{"env": x["env"], "seed": x["seed"]} | x["config"] | x["hyperparams"] for x in (mine, theirs)]
+    differing = [name for name in flat[0] if flat[0][name] != flat[1].get(name)]
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"out={folder} holds another sweep, with {name}={flat[1].get(name)} instead of {flat[0][name]} "
+            "(name another folder)"
+        )
+    missing = set(_settings(there)) - set(_settings(sweep))
+    if missing:
+        raise ValueError(
+            f"out={folder} holds another sweep, with the setting {sorted(missing)[0]} (name another folder)"
+        )
+    if there.num_seeds > sweep.num_seeds:
+        raise ValueError(
+            f"out={folder} holds {there.num_seeds} seeds of every setting, more than num_seeds={sweep.num_seeds} "
+            "(name another folder, or as many seeds)"
+        )
+
+
+def _settings(sweep: Sweep) -> list[str]:
+    return [name_run(row, 0) for row in sweep.table.rows()]

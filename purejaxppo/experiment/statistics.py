@@ -1,0 +1,274 @@
+"""What the scores of many runs say: aggregates with intervals, comparisons, rankings, and what mattered.
+
+A run without a score (it turned nan, or no episode ended) is never left out unseen. `aggregate` says how many there
+are in `num_missing`; where settings are compared such a run counts as the worst: as the lowest score of the sweep
+(`rank`, `best`, `importance`) or below every score (`probability_of_improvement`). A higher score is better.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import xarray
+from scipy import stats
+
+from purejaxppo.experiment.metrics import last_episodes
+
+STATISTICS = {"iqm": lambda x, axis: stats.trim_mean(x, 0.25, axis=axis), "mean": np.mean, "median": np.median}
+
+
+class Separation(NamedTuple):
+    num_seeds: float  # that each setting needs; inf where the two do not differ
+    num_more: float  # than the setting with fewer has
+    probability: float  # of improvement, as estimated from the runs there are
+
+
+def swept_fields(data) -> dict[str, str]:
+    """The swept fields and the dimension along which each varies; those of paired settings share one."""
+    fields = {}
+    for dim in map(str, data.dims):
+        names = [str(name) for name, x in data.coords.items() if x.dims == (dim,) and name != "setting"]
+        if dim not in ("seed", "update"):
+            fields |= dict.fromkeys(names or [dim], dim)
+    return fields
+
+
+def lost(metrics: xarray.Dataset) -> xarray.DataArray:
+    """Which updates came after a run turned nan: those before its end of which no loss or the like is left.
+
+    Returns of episodes cannot tell, as they are nan wherever none ended; where there is nothing else it is False.
+    """
+    silent = ("episode_return", "episode_length", "learning_rate")
+    others = [x.isnull() for name, x in metrics.items() if x.dtype.kind == "f" and name not in silent]
+    if not others:
+        return xarray.zeros_like(metrics["episode_return"], bool)
+    return (math.prod(others[1:], start=others[0]) & metrics["step"].notnull()).transpose(*others[0].dims)
+
+
+def final_scores(metrics: xarray.Dataset, num_episodes: int = 100) -> xarray.DataArray:
+    """Mean return of the last training episodes of each run; nan for runs that turned nan or ended no episode."""
+    return last_episodes(metrics, num_episodes).where(~lost(metrics).any("update"))
+
+
+def area_under_curve(metrics: xarray.Dataset) -> xarray.DataArray:
+    """Mean height of each run's learning curve over its environment steps, by trapezoids; nan for runs that turned nan.
+
+    Every stretch of steps counts alike. (Weighting by episodes would count stretches of short ones more.) Where no
+    episode ended the curve goes straight between its neighbours; up to the first finished episode it lies at the
+    height of that one, not at 0, and likewise after the last.
+    """
+    heights = xarray.apply_ufunc(
+        _mean_height, metrics["episode_return"], metrics["step"], input_core_dims=[["update"]] * 2, vectorize=True
+    )
+    return heights.where(~lost(metrics).any("update")).rename("area_under_curve")
+
+
+def _mean_height(returns, steps):
+    returns, steps = returns[~np.isnan(steps)], steps[~np.isnan(steps)]
+    known = ~np.isnan(returns)
+    if not known.any():
+        return np.nan
+    heights = np.interp(steps, steps[known], returns[known])
+    return np.trapezoid(heights, steps) / (steps[-1] - steps[0]) if len(steps) > 1 else heights[0]
+
+
+def aggregate(
+    scores: xarray.DataArray, statistic="iqm", over="seed", confidence=0.95, num_resamples=2000, seed=0
+) -> xarray.Dataset:
+    """A statistic of all runs along `over` together, with a percentile bootstrap interval, for every setting.
+
+    `statistic` is "iqm" (mean of the middle half, Agarwal et al., 2021), "mean" or "median", over the flattened runs.
+    `over` is "seed" or, as ("env", "seed"), more; seeds are resampled within each of those, never across. Variables:
+    `value`, `low`, `high`, `num_runs` with a score, which are those that count, and `num_missing`, those without.
+    Where an environment has no score `value` is nan, and where one has fewer than two the interval is nan, as it is
+    for `num_resamples=0`. Settings share the draws of the bootstrap: compare them by `probability_of_improvement`.
+    """
+    over = (over,) if isinstance(over, str) else tuple(over)
+    _check(scores, statistic, over)
+    rest = [dim for dim in scores.dims if dim not in over]
+    strata = [dim for dim in over if dim != "seed"]
+    ordered = scores.astype(np.float64).transpose(*rest, *strata, "seed")
+    num_seeds = scores.sizes["seed"]
+    num_strata = math.prod(scores.sizes[dim] for dim in strata)
+    values = np.sort(ordered.values.reshape(-1, num_strata, num_seeds), axis=-1)  # nan goes last
+    counts = (~np.isnan(values)).sum(-1)
+    result = np.full((3, len(values)), np.nan)
+    for pattern in np.unique(counts, axis=0):
+        members = (counts == pattern).all(1)
+        if pattern.min(initial=num_seeds) > 0:
+            samples = [values[members, k, :n] for k, n in enumerate(pattern)]
+            result[:, members] = _bootstrap(_pooled(STATISTICS[statistic]), samples, confidence, num_resamples, seed)
+    like = ordered.isel({dim: 0 for dim in over}, drop=True)
+    columns = dict(zip(("value", "low", "high"), result)) | {"num_runs": counts.sum(1)}
+    columns["num_missing"] = num_strata * num_seeds - counts.sum(1)
+    return xarray.Dataset({name: like.copy(data=x.reshape(like.shape)).rename(None) for name, x in columns.items()})
+
+
+def _pooled(function):
+    return lambda *samples, axis: function(np.concatenate(samples, axis=axis), axis=axis)
+
+
+def _bootstrap(statistic, samples, confidence, num_resamples, seed):
+    """Value, low and high of a statistic of samples [..., n], each resampled by itself."""
+    value = statistic(*samples, axis=-1)
+    if not num_resamples or min(x.shape[-1] for x in samples) < 2:
+        return value, np.full_like(value, np.nan), np.full_like(value, np.nan)
+    batch = max(1, 2_000_000 // sum(x.size for x in samples))  # resamples at a time: 16 MB
+    settings = {"confidence_level": confidence, "n_resamples": num_resamples, "batch": min(batch, num_resamples)}
+    interval = stats.bootstrap(
+        samples, statistic, vectorized=True, axis=-1, method="percentile", rng=np.random.default_rng(seed), **settings
+    ).confidence_interval
+    return value, interval.low, interval.high
+
+
+def _check(scores, statistic, over):
+    if statistic not in STATISTICS:
+        raise ValueError(f"statistic={statistic!r} is unknown (known: {', '.join(STATISTICS)})")
+    if "seed" not in over:
+        raise ValueError(f"over={over} must name seed, whose runs are resampled, as in ('env', 'seed')")
+    for dim in over:
+        if dim not in scores.dims:
+            raise ValueError(f"the scores have no dimension {dim} (theirs: {', '.join(map(str, scores.dims))})")
+
+
+def probability_of_improvement(a, b, confidence=0.95, num_resamples=2000, seed=0) -> xarray.Dataset:
+    """How probably a run of `a` scores higher than one of `b`, P(a > b) + P(a = b) / 2, with a bootstrap interval.
+
+    It is Mann and Whitney's U / (m n). `a` and `b` are scores of two settings along `seed`, or along `env` too, over
+    which the probability is averaged (Agarwal et al., 2021). Variables: `value`, `low`, `high`.
+    """
+    samples = _samples(a, "a"), _samples(b, "b")
+    if len(samples[0]) != len(samples[1]):
+        raise ValueError(f"a and b must have runs in the same environments, not {len(samples[0])} and {len(samples[1])}")
+
+    def statistic(*samples, axis):
+        half = len(samples) // 2
+        return np.mean([_win_rate(x, y) for x, y in zip(samples[:half], samples[half:])], axis=0)
+
+    values = _bootstrap(statistic, [*samples[0], *samples[1]], confidence, num_resamples, seed)
+    return xarray.Dataset({name: float(x) for name, x in zip(("value", "low", "high"), values)})
+
+
+def _win_rate(x, y):
+    with np.errstate(invalid="ignore"):  # the unused p-value of nothing but ties
+        u = stats.mannwhitneyu(x, y, axis=-1, method="asymptotic").statistic
+    return u / (x.shape[-1] * y.shape[-1])
+
+
+def _samples(scores, name: str) -> list[np.ndarray]:
+    """Scores of one setting as one array per environment, -inf for runs without one."""
+    if not isinstance(scores, xarray.DataArray):
+        scores = xarray.DataArray(np.asarray(scores, np.float64).reshape(-1), dims="seed")
+    others = [dim for dim in scores.dims if dim not in ("env", "seed")]
+    if others or "seed" not in scores.dims or not scores.size:
+        raise ValueError(f"{name} has dimensions {scores.dims}: select one setting, so that seed is left, or env, seed")
+    values = scores.transpose(..., "seed").values.reshape(-1, scores.sizes["seed"]).astype(np.float64)
+    return list(np.where(np.isnan(values), -np.inf, values))
+
+
+def seeds_to_separate(a, b, power=0.8, confidence=0.95) -> Separation:
+    """Seeds per setting with which a two-sided Mann-Whitney test tells two settings apart, as often as `power`.
+
+    n = (z_{(1 + confidence) / 2} + z_power)^2 / (6 (p - 1/2)^2), where p is the probability of improvement and both
+    settings have n runs (Noether, 1987). It is as uncertain as p is: a guide for what to run next, not a test.
+    """
+    samples = _samples(a, "a"), _samples(b, "b")
+    if len(samples[0]) > 1 or len(samples[1]) > 1:
+        raise ValueError("a and b have several environments: select one, as in scores.sel(env=...)")
+    p = float(_win_rate(samples[0][0], samples[1][0]))
+    z = stats.norm.ppf((1 + confidence) / 2) + stats.norm.ppf(power)
+    needed = math.inf if p == 0.5 else float(math.ceil(z**2 / (6 * (p - 0.5) ** 2)))
+    return Separation(needed, max(needed - min(len(x[0]) for x in samples), 0.0), p)
+
+
+def rank(scores, statistic="iqm", over="seed", confidence=0.95, num_resamples=2000, seed=0) -> xarray.Dataset:
+    """All settings along one dimension `setting`, best first by `statistic`, the swept fields as its coordinates.
+
+    `scores` may also be metrics, of which the `final_scores` are taken. Variables: `iqm`, `mean`, `median`, `low` and
+    `high` of `statistic`, `num_runs` and `num_missing`. The coordinate `setting` counts in the order of the sweep.
+    """
+    rows = _rows(_scores(scores), over)
+    found = aggregate(filled(rows), statistic, over, confidence, num_resamples, seed)
+    ranked = found[["low", "high"]].assign(aggregate(rows, over=over, num_resamples=0)[["num_runs", "num_missing"]])
+    for name in STATISTICS:
+        ranked[name] = aggregate(filled(rows), name, over, num_resamples=0)["value"]
+    order = np.argsort(-ranked[statistic].values, kind="stable")  # nan goes last
+    return ranked.isel(setting=order)[[*STATISTICS, "low", "high", "num_runs", "num_missing"]]
+
+
+def _scores(scores):
+    return final_scores(scores) if isinstance(scores, xarray.Dataset) else scores
+
+
+def filled(scores: xarray.DataArray) -> xarray.DataArray:
+    """Scores in which runs without one have the lowest of all."""
+    return scores.fillna(scores.min())
+
+
+def _rows(scores, over="seed"):
+    """Scores [setting, ...]: all but `over` stacked, numbered, with the fields as coordinates."""
+    over = (over,) if isinstance(over, str) else tuple(over)
+    _check(scores, "iqm", over)
+    dims = [dim for dim in scores.dims if dim not in over]
+    rows = scores.stack(row=dims, create_index=False) if dims else scores.expand_dims("row")
+    rows = rows.drop_vars("setting", errors="ignore").rename(row="setting").transpose("setting", ...)
+    return rows.assign_coords(setting=np.arange(rows.sizes["setting"]))
+
+
+def best(scores, statistic="iqm", over="seed") -> dict:
+    """The fields of the best setting by `rank`, each with its value."""
+    first = rank(scores, statistic, over, num_resamples=0).isel(setting=0)
+    fields = {name: x.item() for name, x in first.coords.items() if name != "setting"}
+    return fields or {"setting": first["setting"].item()}
+
+
+def as_table(ranked: xarray.Dataset, max_rows: int = 20) -> str:
+    """A ranking as text in aligned columns."""
+    shown = ranked.isel(setting=slice(max_rows))
+    fields = [name for name in shown.coords if name != "setting"] or ["setting"]
+    names = [*fields, *shown.data_vars]
+    if not ranked["num_missing"].any():
+        names.remove("num_missing")
+    columns = [[name, *(x if isinstance(x, str) else f"{x:g}" for x in shown[name].values.tolist())] for name in names]
+    widths = [max(map(len, column)) for column in columns]
+    lines = ["  ".join(x.rjust(width) for x, width in zip(row, widths)) for row in zip(*columns)]
+    more = ranked.sizes["setting"] - shown.sizes["setting"]
+    return "\n".join(lines + ([f"... and {more} more"] if more else []))
+
+
+def importance(scores) -> xarray.DataArray:
+    """Share of the variance of all runs' scores that the values of each swept field explain by themselves.
+
+    That is the main effect in an analysis of variance, less what chance would give: in a grid what the spread over
+    seeds would; for fields that vary together, as in sampled settings, what the spread over the other settings would.
+    Such fields are cut into at most five bins of equally many settings, and fields that go hand in hand all get the
+    credit. `seeds` is the share of luck, `rest` what is left: interactions, and detail within a bin. With one seed
+    luck cannot be told from the rest.
+    """
+    scores = _scores(scores)
+    rows = filled(_rows(scores))
+    values = rows.values
+    num_settings, num_seeds = values.shape
+    means = values.mean(1)
+    total = ((values - values.mean()) ** 2).sum()
+    noise = values.var(1, ddof=1).mean() if num_seeds > 1 else 0.0
+    dims = swept_fields(scores)
+    shares = {}
+    for name, dim in dims.items():
+        alone = list(dims.values()).count(dim) == 1
+        group = _bins(rows[name].values, None if alone else num_settings)
+        group_means = np.array([means[group == i].mean() for i in group])
+        chance = noise if alone else num_seeds * ((means - group_means) ** 2).sum() / max(num_settings - group.max() - 1, 1)
+        between = num_seeds * ((group_means - values.mean()) ** 2).sum()
+        shares[name] = max(between - group.max() * chance, 0.0) / total if total else 0.0
+    seeds = min(noise / values.var(ddof=1), 1.0) if total else 0.0
+    shares |= {"seeds": seeds, "rest": max(1 - sum(shares.values()) - seeds, 0.0) if total else 0.0}
+    return xarray.DataArray(list(shares.values()), {"field": list(shares)}, name="importance")
+
+
+def _bins(column, num_settings):
+    """The group, from 0, of each setting: by value, or by rank where that would make too many for `num_settings`."""
+    values, group = np.unique(column, return_inverse=True)
+    if num_settings is None or column.dtype.kind in "UO" or len(values) <= (num_bins := max(2, min(5, num_settings // 4))):
+        return group
+    return np.unique((stats.rankdata(column, "min") - 1) * num_bins // num_settings, return_inverse=True)[1]
