@@ -13,19 +13,25 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Box", "Categorical", "Config", "Discrete", "Env", "Hyperparams", "MultiCategorical", "MultiDiscrete", "Network",
-    "Normal", "PPO", "Step", "TanhNormal", "TrainState", "a2c", "batched", "cache_compilation", "check_env", "compile",
-    "fit", "from_linen", "from_nnx", "grid", "linear", "load", "make_env", "make_ppo", "plot_learning_curve", "preset",
-    "runs", "sharded", "time_limit",
+    "Normal", "PPO", "Result", "Step", "Sweep", "Table", "TanhNormal", "TrainState", "a2c", "batched",
+    "cache_compilation", "check_env", "choice", "compile", "concatenate", "fit", "from_linen", "from_nnx", "grid",
+    "integers", "linear", "load", "load_sweep", "log_uniform", "make_env", "make_ppo", "paired", "plan_sweep",
+    "plot_learning_curve", "preset", "run_sweep", "runs", "sample", "sharded", "time_limit", "uniform",
 ]  # fmt: skip
 
 LAZY = {
+    "Result": "purejaxppo.experiment.result",
+    "Sweep": "purejaxppo.experiment.sweeps",
+    "a2c": "purejaxppo.experiment.presets",
     "cache_compilation": "purejaxppo.experiment.program",
     "compile": "purejaxppo.experiment.program",
     "fit": "purejaxppo.experiment.fit",
     "load": "purejaxppo.experiment.folder",
+    "load_sweep": "purejaxppo.experiment.result",
+    "plan_sweep": "purejaxppo.experiment.plan",
     "plot_learning_curve": "purejaxppo.experiment.plots",
     "preset": "purejaxppo.experiment.presets",
-    "a2c": "purejaxppo.experiment.presets",
+    "run_sweep": "purejaxppo.experiment.run",
 }
 
 

@@ -47,9 +47,12 @@ def sharded(ppo: PPO, devices=None) -> PPO:
     return ppo._replace(init=init, step=on_shards(ppo.step), train=on_shards(ppo.train), mesh=mesh)
 
 
-def choose_devices(devices) -> list[jax.Device]:
-    """The devices that are meant by a list, a number or None (all). Raises ValueError where there are not so many."""
-    present = jax.devices()
+def choose_devices(devices, present=None) -> list[jax.Device]:
+    """The devices that are meant by a list, a number or None (all), out of those `present`, all of JAX's by default.
+
+    Raises ValueError where there are not so many.
+    """
+    present = jax.devices() if present is None else present
     cores = (
         "jax.config.update('jax_num_cpu_devices', ...), before JAX computes anything, makes devices of a CPU's cores"
     )

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -73,7 +72,7 @@ def sample(key, num_settings: int, *, sobol: bool = False, **distributions) -> T
     if isinstance(num_settings, bool) or not isinstance(num_settings, (int, np.integer)) or num_settings < 1:
         raise ValueError(f"num_settings={num_settings} must be a whole number, at least 1")
     for name, distribution in distributions.items():
-        if not callable(distribution):
+        if not isinstance(distribution, Distribution):
             raise ValueError(f"{name}={distribution!r} must be a distribution, such as log_uniform(1e-4, 1e-2)")
     if not distributions:
         raise ValueError("a sample needs one field or more, such as learning_rate=log_uniform(1e-4, 1e-2)")
@@ -87,32 +86,48 @@ def sample(key, num_settings: int, *, sobol: bool = False, **distributions) -> T
     return Table(({name: tuple(map(f, u)) for (name, f), u in zip(distributions.items(), points.T.tolist())},))
 
 
-def uniform(low: float, high: float) -> Callable:
+@dataclass(frozen=True)
+class Distribution:
+    """What a sampled field is drawn from; calling it maps a number in [0, 1) to a value."""
+
+    kind: str
+    """"uniform", "log_uniform", "integers" or "choice"."""
+    values: tuple
+    """Its two bounds, or for "choice" what there is to choose from."""
+
+    def __call__(self, u: float):
+        if self.kind == "choice":
+            return self.values[int(u * len(self.values))]
+        low, high = self.values
+        if self.kind == "integers":
+            return low + int(u * (high - low + 1))
+        return low * (high / low) ** u if self.kind == "log_uniform" else low + (high - low) * u
+
+
+def uniform(low: float, high: float) -> Distribution:
     """Numbers evenly between two bounds."""
-    _check_bounds(low, high)
-    return lambda u: low + (high - low) * u
+    return Distribution("uniform", _bounds(low, high))
 
 
-def log_uniform(low: float, high: float) -> Callable:
+def log_uniform(low: float, high: float) -> Distribution:
     """Positive numbers whose logarithm is evenly between those of two bounds."""
-    _check_bounds(low, high)
+    bounds = _bounds(low, high)
     if low <= 0:
         raise ValueError(f"low={low} of log_uniform must be above 0")
-    return lambda u: low * (high / low) ** u
+    return Distribution("log_uniform", bounds)
 
 
-def integers(low: int, high: int) -> Callable:
+def integers(low: int, high: int) -> Distribution:
     """Whole numbers from `low` to `high`, both included, all as likely."""
-    _check_bounds(low, high)
+    bounds = _bounds(low, high)
     if int(low) != low or int(high) != high:
         raise ValueError(f"integers({low}, {high}) needs whole bounds")
-    return lambda u: int(low) + int(u * (int(high) - int(low) + 1))
+    return Distribution("integers", tuple(map(int, bounds)))
 
 
-def choice(*values) -> Callable:
+def choice(*values) -> Distribution:
     """One of the values, all as likely."""
-    values = _values("choice", values)
-    return lambda u: values[int(u * len(values))]
+    return Distribution("choice", _values("choice", values))
 
 
 def align(rows: list[dict], most: int = 16) -> str:
@@ -159,7 +174,8 @@ def _length(axis: dict) -> int:
     return len(next(iter(axis.values())))
 
 
-def _check_bounds(low, high):
+def _bounds(low, high) -> tuple:
     numbers = all(isinstance(x, (int, float)) and math.isfinite(x) for x in (low, high))
     if not numbers or not low < high:
         raise ValueError(f"low={low} must be a number below high={high}")
+    return low, high

@@ -12,7 +12,7 @@ import purejaxppo
 ROOT = Path(purejaxppo.__file__).parent
 ORDER = [
     "config", "envs.base", "envs.check", "envs.from_gymnax", "envs", "distributions", "normalize", "networks",
-    "rollout", "advantages", "loss", "update", "evaluate", "ppo", "sharding", "sweep",
+    "rollout", "advantages", "loss", "update", "evaluate", "ppo", "sharding", "table", "sweep", "population",
 ]  # fmt: skip
 
 

@@ -7,18 +7,12 @@ import numpy as np
 import pytest
 
 from probes import SMALL
-from purejaxppo import Hyperparams, batched, grid, linear, make_ppo, runs
+from purejaxppo import Hyperparams, batched, concatenate, grid, linear, make_ppo, runs
 
 
 @pytest.fixture(scope="module")
 def ppo():
     return make_ppo("CartPole-v1", SMALL)
-
-
-def test_a_grid_holds_every_combination_once():
-    columns = grid(learning_rate=[1e-3, 1e-4], discount=[0.9, 0.95, 0.99])
-    np.testing.assert_allclose(columns["learning_rate"], np.repeat([1e-3, 1e-4], 3))
-    np.testing.assert_allclose(columns["discount"], np.tile([0.9, 0.95, 0.99], 2))
 
 
 def test_runs_cross_settings_with_seeds_and_pair_their_draws(key):
@@ -34,11 +28,11 @@ def test_runs_cross_settings_with_seeds_and_pair_their_draws(key):
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda key: grid(learning_rate=[]), "learning_rate=.*one number"),
         (lambda key: runs(key, grid(learning_rat=[1e-3])), "learning_rat is not a hyperparameter"),
         (lambda key: runs(key, grid(discount=[0.9, 1.5])), "discount=1.5"),
         (lambda key: runs(key, num_seeds=0), "num_seeds=0"),
-        (lambda key: grid(learning_rate=[linear(1e-3, 0.0)]), "lists of numbers"),
+        (lambda key: grid(learning_rate=[linear(1e-3, 0.0)]), "must be a number"),
+        (lambda key: runs(key, grid(num_envs=[4])), "num_envs is not a hyperparameter.*Sweep"),
         (lambda key: batched(make_ppo("CartPole-v1", SMALL)).init(key), "one for each run"),
         (lambda key: runs(key, {"discount": [0.9], "clip": [0.1, 0.2]}), "equally long"),
     ],
@@ -77,8 +71,23 @@ def test_identical_lanes_are_identical_to_the_bit_whatever_else_is_in_the_batch(
     states, _ = jax.jit(many.train)(jax.jit(many.init)(keys, rates))
     for x in jax.tree.leaves(states.policy.params):
         np.testing.assert_array_equal(x[0], x[2])
-        assert np.isfinite(x[0]).all()
-    assert np.isnan(states.policy.params["params"]["value"]["weight"][1]).any()
+
+
+@pytest.mark.parametrize("num_runs", [1, 2])
+def test_a_run_that_turns_nan_is_frozen_as_it_was_and_reports_nothing_from_there_on(ppo, key, num_runs):
+    """The rate is finite in the first update and beyond float32 in the second."""
+    many = batched(ppo)
+    schedule = jax.tree_util.Partial(lambda high, progress: jnp.where(progress > 0.3, high, 1e-3), jnp.inf)
+    step = jax.jit(many.step)
+    first, metrics = step(jax.jit(many.init)(jax.random.split(key, num_runs), Hyperparams(learning_rate=schedule)))
+    assert np.isfinite(metrics["loss"]).all()
+    second, metrics = step(first)
+    chex.assert_trees_all_equal(first, second)
+    assert first.num_updates.tolist() == [1] * num_runs
+    assert np.isnan(metrics["loss"]).all() and np.isnan(metrics["episode_return"]).all()
+    assert metrics["num_episodes"].tolist() == [0] * num_runs
+    trained, _ = jax.jit(many.train)(first)
+    chex.assert_trees_all_equal(first, trained)
 
 
 def test_a_poisoned_lane_changes_no_other(ppo, key):
@@ -88,7 +97,7 @@ def test_a_poisoned_lane_changes_no_other(ppo, key):
     def first_lane(other_rate):
         rates = Hyperparams(learning_rate=jnp.array([1e-3, other_rate]))
         states, _ = jax.jit(many.train)(jax.jit(many.init)(keys, rates))
-        return jax.tree.map(lambda x: x[0], states.policy)
+        return states[0].policy
 
     chex.assert_trees_all_equal(first_lane(1e-3), first_lane(1e30))
 
@@ -119,3 +128,21 @@ def test_a_batch_evaluates_and_acts_run_by_run(ppo, key):
     assert evaluation.episode_return.shape == (3, 4)
     action, _ = many.act(states.policy, jnp.zeros((3, 4)))
     assert action.shape == (3,)
+
+
+def test_members_are_taken_out_and_put_together(ppo, key):
+    states = jax.jit(batched(ppo).init)(jax.random.split(key, 4))
+    one = ppo.init(jax.random.split(key, 4)[2])
+    chex.assert_trees_all_close(states[2].policy, one.policy, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_equal(states[[0, 3]], states[np.array([True, False, False, True])])
+    chex.assert_trees_all_equal(concatenate(states[:1], states[1:]), states)
+
+
+def test_some_runs_go_on_without_the_others(ppo, key):
+    many = batched(ppo)
+    step = jax.jit(many.step)
+    states, _ = step(jax.jit(many.init)(jax.random.split(key, 4)))
+    chosen = np.array([False, True, True, False])
+    alone, _ = step(states[chosen])
+    together, _ = step(states)
+    chex.assert_trees_all_close(alone.policy.params, together[chosen].policy.params, rtol=1e-5, atol=1e-6)

@@ -89,9 +89,8 @@ def sweep(arguments: list[str]) -> int:
     """Prints the plan, trains, prints a ranking, and leaves data and pictures."""
     options, table = parse_sweep(arguments)
 
-    from purejaxppo.experiment.plan import plan_sweep
+    from purejaxppo.experiment.program import cache_compilation
     from purejaxppo.experiment.run import plan_missing, run_sweep
-    from purejaxppo.experiment.slices import check_folder
     from purejaxppo.experiment.statistics import as_table
     from purejaxppo.experiment.sweeps import Sweep
 
@@ -110,7 +109,7 @@ def sweep(arguments: list[str]) -> int:
     pictures = _draw_sweep(result.metrics, options.out, options.env)
     rate = result.steps / max(result.run_seconds, 1e-9)
     print(f"  {result.steps:,} steps in {result.run_seconds:.1f} s, {rate:,.0f} per second")
-    print(f"  saved in {options.out}: results.nc, {', '.join(pictures)}")
+    print(f"  saved in {options.out}: {', '.join(['results.nc', *pictures])}")
     return 0
 
 
@@ -250,7 +249,13 @@ def _draw_sweep(metrics, out: Path, title: str, **chosen) -> list[str]:
     matplotlib.use("Agg")
     from purejaxppo.experiment.plots import plot_sweep
 
-    figures = plot_sweep(metrics, title=title, **chosen)
+    try:
+        figures = plot_sweep(metrics, title=title, **chosen)
+    except ValueError as error:
+        if any(chosen.get(name) for name in ("line", "panel")):
+            raise
+        print(f"  no pictures: {error}")
+        return []
     for name, figure in figures.items():
         figure.savefig(out / f"{name}.png", dpi=150)
     return [f"{name}.png" for name in figures]

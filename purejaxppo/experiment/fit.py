@@ -11,8 +11,8 @@ import numpy as np
 import xarray
 from tqdm.auto import tqdm
 
-from purejaxppo.experiment.program import Program, compile
 from purejaxppo.experiment.metrics import label
+from purejaxppo.experiment.program import Program, compile
 from purejaxppo.ppo import PPO, TrainState
 
 

@@ -41,12 +41,17 @@ class Saved(NamedTuple):
 
 
 def prepare(folder: Path):
-    """Makes a folder ready to take a run. Raises ValueError where it holds one already or cannot be written."""
+    """Makes a folder ready to take results. Raises ValueError where it holds a run already or cannot be written."""
     if folder == Path():
         raise ValueError(f"out={folder} is where you are: name a folder for this run")
+    if (folder / "settings.json").exists():
+        raise ValueError(f"out={folder} already holds a run (name another folder)")
+    make_writable(folder)
+
+
+def make_writable(folder: Path):
+    """Makes a folder if there is none. Raises ValueError where it cannot be written."""
     try:
-        if (folder / "settings.json").exists():
-            raise ValueError(f"out={folder} already holds a run (name another folder)")
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.write_text("")

@@ -109,7 +109,7 @@ def plan_sweep(
     planned, where not all are. Raises ValueError, before
     anything compiles, for an environment or a parameter of it that does not exist.
     """
-    devices = jax.local_devices() if devices is None else choose_devices(devices)
+    devices = jax.local_devices() if devices is None else choose_devices(devices, jax.local_devices())
     groups = sweep.groups()
     ppos = [make(group.env, group.config) for group in groups]
     for group, ppo in zip(groups, ppos):
@@ -164,7 +164,7 @@ def _plan_group(sweep, group: Group, ppo: PPO, devices, slice_size, updates_per_
         runs = [(group.settings[0], 0)] * (size * len(devices))
         arguments = wave_arguments(sweep, ppo, runs)
         with jax.default_device(devices[0]):
-            start = jax.jit(partial(_start, many, jax.random.key(sweep.seed))).lower(*arguments).compile()
+            start = jax.jit(partial(_start, many, sweep.seed)).lower(*arguments).compile()
             state = start(*arguments)
             return start, state, compile(many, state, chunk, slice_size=len(runs))
 
@@ -191,8 +191,8 @@ def _plan_group(sweep, group: Group, ppo: PPO, devices, slice_size, updates_per_
     )
 
 
-def _start(ppo: PPO, key, seeds, hyperparams, env_params) -> TrainState:
-    return ppo.init(seed_keys(key, seeds), hyperparams, env_params)
+def _start(ppo: PPO, seed: int, seeds, hyperparams, env_params) -> TrainState:
+    return ppo.init(seed_keys(jax.random.key(seed), seeds), hyperparams, env_params)
 
 
 def _slice_size(num_runs: int, at_once: int, config, on_cpu: bool) -> int:

@@ -2,6 +2,7 @@
 
 import difflib
 import textwrap
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -45,6 +46,34 @@ def plot_learning_curve(metrics: xarray.Dataset, title: str = "", ax=None):
     return ax
 
 
+def plot_sweep(metrics, line=None, panel=None, statistic="iqm", title="") -> dict:
+    """Every picture that the swept fields give something to, as name -> matplotlib figure.
+
+    Learning curves always; of a grid of two fields a heat map; of more fields, or sampled ones, parallel coordinates
+    and importance. Each environment has its own, since returns of several do not compare.
+    """
+    names = np.unique(metrics["env"]) if "env" in metrics.coords else []
+    if len(names) > 1:
+        parts = {name: metrics.isel({metrics["env"].dims[0]: metrics["env"].values == name}) for name in names}
+        line, panel = (None if name == "env" else name for name in (line, panel))
+        return {
+            f"{kind}-{name}": figure
+            for name, part in parts.items()
+            for kind, figure in plot_sweep(part, line, panel, statistic, str(name)).items()
+        }
+    scores = _scores(metrics)
+    fields = [name for name in swept_fields(scores) if np.unique(scores[name]).size > 1]
+    grid = [name for name in fields if _field(scores, name).grid]
+    figures = {"learning_curves": plot_curves(metrics, line, panel, statistic, title=title)}
+    if len(grid) > 1:
+        figures["heatmap"] = plot_heatmap(metrics, *grid[:2], statistic, title).figure
+    if len(fields) > 2 or len(fields) > len(grid):
+        figures["parallel"] = plot_parallel(metrics, statistic, title).figure
+    if len(fields) > 1:
+        figures["importance"] = plot_importance(metrics, title).figure
+    return figures
+
+
 def plot_curves(metrics, line=None, panel=None, statistic="iqm", confidence=0.95, max_lines=None, title=""):
     """Draws learning curves of a sweep, one line per value of the field `line`, one panel per value of `panel`.
 
@@ -59,25 +88,28 @@ def plot_curves(metrics, line=None, panel=None, statistic="iqm", confidence=0.95
     line, panel = _choose_fields(scores, line, panel)
     highest = _best_index(scores, statistic)
     members = _choose_members(scores, line, highest, statistic, max_lines)
-    figure, axes = _panels(_size(scores, panel))
+    colors = plt.get_cmap("viridis")(np.linspace(0, 0.87, len(members))) if line.numbers is not None else COLORS
+    figure, axes = _panels(len(panel.labels))
     for j, ax in enumerate(axes):
-        for i, color in zip(members, _colors(scores, line, len(members))):
-            where = highest | _at(scores, line, i) | _at(scores, panel, j)
+        for i, color in zip(members, colors):
+            where = {dim: k for dim, k in (highest | {line.dim: i, panel.dim: j}).items() if dim}
             curve = _curve(metrics.isel(where), scores.min().item(), statistic, confidence)
-            _draw_line(ax, curve["step"], curve["value"], color, _label(scores, line, i))
+            _draw_line(ax, curve["step"], curve["value"], color, line.labels[i])
             _draw_band(ax, curve["step"], curve["low"], curve["high"], color)
-        ax.set_title(f"{_words(panel)} = {_label(scores, panel, j)}" if panel else "", fontsize="medium")
+        ax.set_title(f"{panel.title} = {panel.labels[j]}" if panel.dim else "", fontsize="medium")
         ax.set(xlabel="environment steps", ylabel="episode return")
         ax.label_outer()
         _tidy(ax)
     interval = f" with {100 * confidence:g} % interval" if metrics.sizes["seed"] > 1 else ""
-    notes = _notes(scores, statistic + interval, highest, line, panel)
-    figure.suptitle(_heading(figure, title, notes), fontsize="medium")
-    if line:
-        some = f"\n({len(members)} of {_size(scores, line)})" if len(members) < _size(scores, line) else ""
-        heading = " / ".join(map(_words, _names(scores, line))) + some
-        place = "outside lower center" if len(_names(scores, line)) > 2 else "outside right center"
+    notes = _notes(scores, statistic + interval, highest, line.dim, panel.dim)
+    if line.dim:
+        below = line.title.count("/") > 1
+        figure.set_figheight(figure.get_figheight() + below * 0.23 * (len(members) + 2))
+        shown, size = len(members), len(line.labels)
+        heading = line.title + (f"\n({shown} {'' if line.grid else 'best '}of {size})" if shown < size else "")
+        place = "outside lower center" if below else "outside right center"
         figure.legend(*axes[0].get_legend_handles_labels(), loc=place, title=heading, frameon=False)
+    figure.suptitle(_heading(figure, title, notes), fontsize="medium")
     return figure
 
 
@@ -88,8 +120,9 @@ def plot_heatmap(metrics, x, y, statistic="iqm", title="", ax=None):
     say how many they are. Returns the matplotlib axes.
     """
     scores = _scores(metrics)
-    for name in (x, y):
-        if _names(scores, name) != [name] or name not in scores.dims:
+    fields = [_field(scores, name) for name in (x, y)]
+    for name, field in zip((x, y), fields):
+        if not field.grid:
             raise ValueError(f"{name!r} varies together with other fields, not in a grid (use plot_parallel)")
     if x == y:
         raise ValueError(f"x={x!r} and y={y!r} must be two fields")
@@ -107,11 +140,10 @@ def plot_heatmap(metrics, x, y, statistic="iqm", title="", ax=None):
         ax.text(i, j, text, color=color, ha="center", va="center", fontsize="small", linespacing=1)
     corner = highest[x] - 0.5, highest[y] - 0.5
     ax.add_patch(plt.Rectangle(corner, 1, 1, fill=False, color=COLORS[3], linewidth=2.5, clip_on=False, zorder=3))
-    labels = [_label(scores, x, i) for i in range(columns)]
-    slanted = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if max(map(len, labels)) > 7 else {}
-    ax.set_xticks(range(columns), labels, **slanted)
-    ax.set_yticks(range(rows), [_label(scores, y, i) for i in range(rows)])
-    ax.set(xlabel=_words(x), ylabel=_words(y))
+    slanted = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if max(map(len, fields[0].labels)) > 7 else {}
+    ax.set_xticks(range(columns), fields[0].labels, **slanted)
+    ax.set_yticks(range(rows), fields[1].labels)
+    ax.set(xlabel=fields[0].title, ylabel=fields[1].title)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     bar = ax.figure.colorbar(image, ax=ax, label="episode return at the end", format=EngFormatter(sep=""))
@@ -130,7 +162,7 @@ def plot_parallel(metrics, statistic="iqm", title="", ax=None):
     ranked = rank(scores, statistic, num_resamples=0).isel(setting=slice(None, None, -1))
     fields = [name for name in swept_fields(scores) if np.unique(ranked[name]).size > 1]
     ax = ax or _axes(1.5 * len(fields) + 2.5, 3.8)
-    scales = [*(_scale(ranked[name].values) for name in fields), _scale(ranked[statistic].values, may_be_log=False)]
+    scales = [*(_scale(ranked[name].values) for name in fields), _scale(ranked[statistic].values, is_score=True)]
     lines = np.stack([heights for heights, _ in scales], axis=1)
     for heights, color in zip(lines[:-1], plt.get_cmap("YlGnBu")(np.linspace(0.15, 1, len(lines) - 1))):
         ax.plot(heights, color=color, linewidth=1.2 if len(lines) <= 64 else 0.7, zorder=2)
@@ -160,7 +192,9 @@ def plot_importance(metrics, title="", ax=None):
     fields = shares.drop(["seeds", "rest"]).sort_values(ascending=False)
     bars = [(_words(name), share, COLORS[0]) for name, share in fields.items()]
     num_seeds = scores.sizes["seed"]
-    bars += [("seeds", shares["seeds"], "0.7"), ("interactions and rest", shares["rest"], "0.7")][num_seeds == 1 :]
+    if num_seeds > 1:
+        bars.append(("seeds", shares["seeds"], "0.7"))
+    bars.append(("interactions and rest", shares["rest"], "0.7"))
     ax = ax or _axes(6, 0.9 + 0.34 * len(bars))
     names, lengths, colors = zip(*bars)
     drawn = ax.barh(names, lengths, color=colors, height=0.65)
@@ -188,33 +222,31 @@ def _scores(metrics) -> xarray.DataArray:
     return scores
 
 
-def _names(scores, name) -> list[str]:
-    """The fields that are meant by one's name, or by the dimension along which several vary together."""
+class _Field(NamedTuple):
+    """What lines or panels are for: a swept field, several that vary together, or nothing."""
+
+    title: str = ""
+    dim: str | None = None
+    labels: list = [None]  # of every value
+    numbers: np.ndarray | None = None  # where it is one field of numbers
+    grid: bool = True  # one field with a dimension of its own
+
+
+def _field(scores, name) -> _Field:
+    """The field of that name, or those along the dimension of that name; for None nothing."""
+    if name is None:
+        return _Field()
     dims = swept_fields(scores)
-    if name in dims:
-        return [name]
-    if name in dims.values():
-        return [field for field, dim in dims.items() if dim == name]
-    near = difflib.get_close_matches(str(name), dims, n=1)
-    hint = f"did you mean {near[0]!r}? Swept: " if near else "swept: "
-    raise ValueError(f"{name!r} was not swept ({hint}{', '.join(dims) or 'nothing'})")
-
-
-def _dim(scores, name) -> str:
-    return swept_fields(scores)[_names(scores, name)[0]]
-
-
-def _size(scores, name) -> int:
-    return 1 if name is None else scores.sizes[_dim(scores, name)]
-
-
-def _at(scores, name, index) -> dict:
-    return {} if name is None else {_dim(scores, name): index}
-
-
-def _label(scores, name, index) -> str | None:
-    """A field's value as text; those of several fields side by side."""
-    return None if name is None else " / ".join(_show(scores[field].values[index]) for field in _names(scores, name))
+    names = [name] if name in dims else [field for field, dim in dims.items() if dim == name]
+    if not names:
+        near = difflib.get_close_matches(str(name), dims, n=1)
+        hint = f"did you mean {near[0]!r}? Swept: " if near else "swept: "
+        raise ValueError(f"{name!r} was not swept ({hint}{', '.join(dims) or 'nothing'})")
+    columns = [scores[name].values for name in names]
+    labels = [" / ".join(map(_show, row)) for row in zip(*columns)]
+    numbers = columns[0] if len(names) == 1 and _is_number(columns[0]) else None
+    grid = list(dims.values()).count(dims[names[0]]) == 1
+    return _Field(" / ".join(map(_words, names)), dims[names[0]], labels, numbers, grid)
 
 
 def _best_index(scores, statistic) -> dict:
@@ -223,45 +255,37 @@ def _best_index(scores, statistic) -> dict:
     return {dim: int(i) for dim, i in value.argmax(list(value.dims)).items()} if value.dims else {}
 
 
-def _choose_fields(scores, line, panel):
-    """The fields of lines and panels: those given, or the first swept ones; None where there are no more."""
-    dims = swept_fields(scores)
-    alone = [name if list(dims.values()).count(dim) == 1 else dim for name, dim in dims.items()]
-    taken = [_dim(scores, name) for name in (line, panel) if name is not None]
-    free = [name for name in dict.fromkeys(alone) if _size(scores, name) > 1 and _dim(scores, name) not in taken]
-    if line is None and free:
-        line = free.pop(0)
-    if panel is None and free and max(_size(scores, line), _size(scores, free[0])) <= 8:
-        panel = free[0]
-    if len(taken) > len(set(taken)):
+def _choose_fields(scores, line, panel) -> tuple[_Field, _Field]:
+    """Of lines and of panels: those given, or the first swept ones."""
+    fields = _field(scores, line), _field(scores, panel)
+    dims = [field.dim for field in fields]
+    if dims[0] and dims[0] == dims[1]:
         raise ValueError(f"line={line!r} and panel={panel!r} vary together (leave out panel)")
-    if _size(scores, panel) > 12:
-        raise ValueError(f"panel={panel!r} has {_size(scores, panel)} values, more than 12 (select some before)")
+    swept = swept_fields(scores)
+    free = [name if list(swept.values()).count(dim) == 1 else dim for name, dim in swept.items() if dim not in dims]
+    free = [field for name in dict.fromkeys(free) if len((field := _field(scores, name)).labels) > 1]
+    line, panel = fields
+    if line.dim is None and free:
+        line = free.pop(0)
+    if panel.dim is None and free and max(len(line.labels), len(free[0].labels)) <= 8:
+        panel = free[0]
+    if len(panel.labels) > 12:
+        raise ValueError(f"panel={panel.title!r} has {len(panel.labels)} values, more than 12 (select some before)")
     return line, panel
 
 
-def _choose_members(scores, line, highest, statistic, max_lines) -> list:
-    """Which settings along a field are drawn, in order."""
+def _choose_members(scores, line: _Field, highest, statistic, max_lines) -> list:
+    """Which values of a field are drawn, in order."""
     if max_lines is not None and not 1 <= max_lines <= len(COLORS):
         raise ValueError(f"max_lines={max_lines} must be from 1 to {len(COLORS)}: more cannot be told apart")
-    if line is None:
-        return [None]
-    names, size = _names(scores, line), _size(scores, line)
-    column = scores[names[0]].values
-    members = np.argsort(column, kind="stable") if _is_number(column) else np.arange(size)
-    if line in scores.dims and len(names) == 1:
-        return list(members[np.linspace(0, size - 1, min(size, max_lines or 8)).round().astype(int)])
-    others = {dim: i for dim, i in highest.items() if dim != _dim(scores, line)}
+    size = len(line.labels)
+    order = np.arange(size) if line.numbers is None else np.argsort(line.numbers, kind="stable")
+    if line.grid:
+        return list(order[np.linspace(0, size - 1, min(size, max_lines or 8)).round().astype(int)])
+    others = {dim: i for dim, i in highest.items() if dim != line.dim}
     value = aggregate(filled(scores), statistic, num_resamples=0)["value"].isel(others).values
     best = list(np.argsort(-value, kind="stable")[: max_lines or 5])
-    return best if len(names) > 1 else [i for i in members if i in best]
-
-
-def _colors(scores, line, number: int):
-    """Colours of lines: a sequence for the values of a number, else ones that are easily told apart."""
-    if line and len(_names(scores, line)) == 1 and _is_number(scores[line].values):
-        return plt.get_cmap("viridis")(np.linspace(0, 0.87, number))
-    return COLORS[:number]
+    return best if line.numbers is None else [i for i in order if i in best]
 
 
 def _curve(metrics, lowest: float, statistic, confidence) -> xarray.Dataset:
@@ -269,22 +293,22 @@ def _curve(metrics, lowest: float, statistic, confidence) -> xarray.Dataset:
     alive = ~lost(metrics)
     returns, counts = metrics["episode_return"].where(alive, lowest), metrics["num_episodes"].where(alive, 1)
     metrics = metrics.assign(episode_return=returns, num_episodes=counts)
-    curve = learning_curve(metrics.isel(update=metrics["step"].notnull().values))
+    curve = learning_curve(metrics.isel(update=metrics["step"].notnull().values), num_points=50)
     found = aggregate(curve, statistic, confidence=confidence, num_resamples=1000)
     return found.isel(update=(2 * found["num_runs"] >= metrics.sizes["seed"]).values)
 
 
-def _scale(column, may_be_log: bool = True):
-    """Heights from 0 to 1 of a column's values, and its ticks as pairs of height and text."""
+def _scale(column, is_score: bool = False):
+    """Heights from 0 to 1 of a column's values, and its ticks as pairs of height and text; scores are never log."""
     values = np.unique(column)
     if not _is_number(values) or not np.isfinite(values).all() or len(values) == 1:
         order = sorted(values.tolist(), key=lambda x: (len(str(x)), x))  # "64,64" before "128,128"
         heights = dict(zip(order, np.linspace(0, 1, len(order)) if len(order) > 1 else [0.5]))
         return np.array([heights[x] for x in column.tolist()]), [(height, _show(x)) for x, height in heights.items()]
     low, high = values[[0, -1]]
-    is_log = may_be_log and low > 0 and high >= 10 * low
+    is_log = not is_score and low > 0 and high >= 10 * low
     ticks = values
-    if len(values) > 8:
+    if len(values) > 8 or is_score:
         locator = LogLocator(subs=(1, 3)) if is_log else MaxNLocator(5, steps=[1, 2, 5, 10])
         ticks = [x for x in locator.tick_values(low, high) if low <= x <= high]
     transform = np.log if is_log else np.asarray
@@ -305,7 +329,8 @@ def _panels(number: int):
     columns = min(number, 4)
     rows = -(-number // columns)
     size = (7, 4) if number == 1 else (2.6 * columns + 1.4, 2.4 * rows + 0.8)
-    figure, axes = plt.subplots(rows, columns, sharex=True, sharey=True, squeeze=False, figsize=size, layout="constrained")
+    figure = plt.figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for ax in axes.flat[number:]:
         ax.remove()
     return figure, list(axes.flat[:number])
@@ -327,18 +352,19 @@ def _tidy(ax):
 
 def _notes(scores, what: str, highest: dict, *drawn) -> list[str]:
     """What a reader must know: the statistic, where the fields lie that are not drawn, how many runs have no score."""
-    dims = [_dim(scores, name) for name in drawn if name is not None]
-    fields = {name: dim for name, dim in swept_fields(scores).items() if dim not in dims and scores.sizes[dim] > 1}
-    values = ", ".join(f"{_words(name)} = {_label(scores, name, highest[dim])}" for name, dim in fields.items())
+    fields = {name: dim for name, dim in swept_fields(scores).items() if dim not in drawn and scores.sizes[dim] > 1}
+    values = [f"{_words(name)} = {_show(scores[name].values[highest[dim]])}" for name, dim in fields.items()]
     num_seeds, missing = scores.sizes["seed"], int(scores.isnull().sum())
     notes = [f"{what.replace('iqm', 'interquartile mean')} of {num_seeds} seeds" if num_seeds > 1 else "one seed"]
-    notes += [f"{'at the best' if drawn else 'best:'} {values}"] if values else []
-    return notes + ([f"{missing} of {scores.size} runs have no score and count as the lowest"] if missing else [])
+    notes += [("at the best " if drawn else "best: ") + ", ".join(values)] if values else []
+    return notes + ([f"runs without a score, counted as the lowest: {missing} of {scores.size}"] if missing else [])
 
 
 def _heading(figure, title: str, notes: list[str]) -> str:
+    """A title and notes under it, each on its lines, without a break inside `field = value`."""
     width = int(figure.get_figwidth() * 11)
-    return "\n".join([*([title] if title else []), *textwrap.wrap("; ".join(notes), width)])
+    wrapped = [line for note in notes for line in textwrap.wrap(note.replace(" = ", "\xa0=\xa0"), width)]
+    return "\n".join([title, *wrapped] if title else wrapped)
 
 
 def _words(name: str) -> str:

@@ -86,7 +86,8 @@ def compile(ppo: PPO, state: TrainState, num_updates: int | None = None, *, slic
         raise ValueError(f"slice_size={slice_size} must be from 1 to the {num_runs} runs of the state")
     if ppo.mesh is not None:
         _check_shards(ppo, state, slice_size)
-    on_cpu = ppo.mesh is None and _devices(state) == {"cpu"}
+    # What is more than a batch of runs, such as a population, goes through together.
+    on_cpu = ppo.mesh is None and _devices(state) == {"cpu"} and isinstance(state, TrainState)
     num_threads = num_cores() if on_cpu else 1
     slice_size = slice_size or (best_slice_size(num_runs, num_threads, ppo.config) if on_cpu else num_runs)
     num_slices = -(-num_runs // slice_size)

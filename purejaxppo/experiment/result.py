@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import xarray
 
-from purejaxppo.experiment.metrics import last_episodes
+from purejaxppo.experiment.folder import describe_machine
 from purejaxppo.experiment.slices import Slice, Slices, from_arrays, load_sweep_of
-from purejaxppo.experiment.statistics import best, rank
+from purejaxppo.experiment.statistics import best, final_scores, rank
 from purejaxppo.experiment.sweeps import Sweep, name_run
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.rollout import Policy
@@ -31,12 +31,14 @@ class Result:
     none."""
     slices: Slices
     make: Callable = make_ppo
+    steps: int = 0
+    """Environment steps that this call made, of all runs."""
     run_seconds: float = 0.0
 
     @cached_property
     def scores(self) -> xarray.DataArray:
-        """Mean return of the last 100 training episodes of every run."""
-        return last_episodes(self.metrics)
+        """Mean return of the last 100 training episodes of every run; nan for those that turned nan."""
+        return final_scores(self.metrics)
 
     def ranked(self) -> xarray.Dataset:
         """Settings, best interquartile mean of `scores` first (see `statistics.rank`)."""
@@ -99,15 +101,14 @@ class Result:
         )
 
 
-def make_result(sweep: Sweep, slices: Slices, make: Callable, run_seconds: float = 0.0) -> Result:
+def make_result(sweep: Sweep, slices: Slices, make: Callable, steps: int, run_seconds: float) -> Result:
     """The result of what is there of a sweep; in its folder the metrics are written too."""
     metrics = label_sweep(sweep, slices.read())
     if slices.folder and jax.process_index() == 0:
-        metrics.attrs["sessions"] = json.dumps(json.loads((slices.folder / "sweep.json").read_text())["sessions"])
         half = slices.folder / "results.nc.half"
         metrics.to_netcdf(half, engine="scipy")
         os.replace(half, slices.folder / "results.nc")
-    return Result(sweep, metrics, slices, make, run_seconds)
+    return Result(sweep, metrics, slices, make, steps, run_seconds)
 
 
 def load_sweep(folder, make: Callable = make_ppo) -> Result:
@@ -153,7 +154,21 @@ def label_sweep(sweep: Sweep, slices: list[Slice]) -> xarray.Dataset:
         "update": update.astype(np.int32),
         "step": _where_it_varies(dims, steps.reshape(*shape, -1)),
     }
-    return xarray.Dataset(variables, coords, {"env": sweep.env, "sweep": json.dumps(sweep.to_json())})
+    return xarray.Dataset(variables, coords, _attributes(sweep))
+
+
+def _attributes(sweep: Sweep) -> dict:
+    """Where the metrics come from: plain text, and JSON under `sweep` and `machine`."""
+    machine = describe_machine()
+    return {
+        "env": sweep.env,
+        "purejaxppo": machine["versions"]["purejaxppo"],
+        "jax": machine["versions"]["jax"],
+        "device": machine["device"]["kind"],
+        "matmul_precision": sweep.config.matmul_precision,
+        "sweep": json.dumps(sweep.to_json()),
+        "machine": json.dumps(machine),
+    }
 
 
 def to_coordinate(value):

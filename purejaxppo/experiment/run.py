@@ -3,10 +3,10 @@
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 
 from purejaxppo.experiment.fit import noted_interrupt
 from purejaxppo.experiment.plan import Part, Plan, plan_sweep, wave_arguments
+from purejaxppo.experiment.program import Program
 from purejaxppo.experiment.result import Result, make_result
-from purejaxppo.experiment.slices import Slice, Slices, from_arrays, open_slices, to_arrays
+from purejaxppo.experiment.slices import Slice, Slices, find_slices, from_arrays, open_slices, to_arrays
 from purejaxppo.experiment.sweeps import Group, Sweep
-from purejaxppo.ppo import make_ppo
 
 
 def run_sweep(
@@ -27,8 +27,6 @@ def run_sweep(
     *,
     progress: bool = True,
     save_every: float = 60.0,
-    slice_size: int | None = None,
-    make: Callable = make_ppo,
     **options,
 ) -> Result:
     """Trains every run of a sweep, or of a plan, and returns the result, which `folder` holds too if one is named.
@@ -36,19 +34,16 @@ def run_sweep(
     A slice of runs is on disk as soon as it is done, and one at work every `save_every` seconds. Called again with the
     same folder, a sweep skips what is there, and one with more seeds or settings adds them. Ctrl-C ends it after
     the chunks in flight and keeps all that was done. With `jax.distributed` every process takes its share of the
-    slices; the folder must then be one that all see. `options` are those of `plan_sweep`. Raises ValueError for a
+    slices; the folder must then be one that all see. `options` are those of `plan_missing`. Raises ValueError for a
     folder of another sweep, or a disk that cannot hold the results.
     """
-    plan, sweep = (sweep, sweep.sweep) if isinstance(sweep, Plan) else (None, sweep)
     if folder is None and jax.process_count() > 1:
         raise ValueError(f"{jax.process_count()} processes need a folder that all of them see (folder=...)")
+    plan = sweep if isinstance(sweep, Plan) else plan_missing(sweep, folder, **options)
+    sweep = plan.sweep
+    begun = find_slices(folder, sweep).read()
+    _check_disk(folder, plan)
     slices = open_slices(folder, sweep)
-    begun = slices.read()
-    if plan is None:
-        sizes = {group: _size_begun(sweep, group, begun, slice_size) for group in sweep.groups()}
-        unfinished = [group for group in sizes if pending_slices(sweep, group, begun, 1)]
-        plan = plan_sweep(sweep, slice_size=sizes, make=make, only=unfinished, **options)
-    _check_disk(slices, plan)
     _wait_for_all_processes("begin")
 
     start = time.perf_counter()
@@ -69,7 +64,19 @@ def run_sweep(
                 + (f", and the same sweep in {folder} goes on from there" if folder else "")
             )
     _wait_for_all_processes("end")
-    return make_result(sweep, slices, plan.make, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return make_result(sweep, slices, plan.make, _steps(sweep, slices.read())[1] - done, seconds)
+
+
+def plan_missing(sweep: Sweep, folder=None, *, slice_size: int | None = None, **options) -> Plan:
+    """The plan of what a folder does not hold yet of a sweep; `options` are those of `plan_sweep`.
+
+    Slices are as large as those in the folder, since others would give other roundings.
+    """
+    begun = find_slices(folder, sweep).read()
+    sizes = {group: _size_begun(sweep, group, begun, slice_size) for group in sweep.groups()}
+    unfinished = [group for group in sizes if pending_slices(sweep, group, begun, 1)]
+    return plan_sweep(sweep, slice_size=sizes, only=unfinished, **options)
 
 
 def pending_slices(sweep: Sweep, group: Group, begun: list[Slice], slice_size: int) -> list[Slice]:
@@ -169,13 +176,14 @@ def _steps(sweep: Sweep, begun: list[Slice]) -> tuple[int, int]:
     return total, sum(config.steps_per_update * done.get(name, 0) for config, names in parts for name in names)
 
 
-def _check_disk(slices: Slices, plan: Plan):
-    if slices.folder is None:
+def _check_disk(folder, plan: Plan):
+    if folder is None:
         return
-    free = shutil.disk_usage(slices.folder).free
+    there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
     if plan.stored_bytes > free:
         raise ValueError(
-            f"out={slices.folder} has {free / 2**30:.1f} GiB free, but the results of {plan.sweep.num_runs} runs take "
+            f"out={folder} has {free / 2**30:.1f} GiB free, but the results of {plan.sweep.num_runs} runs take "
             f"about {plan.stored_bytes / 2**30:.1f} GiB (name a folder on another disk, or sweep less)"
         )
 

@@ -93,26 +93,32 @@ class Slices:
             raise ValueError(f"{path} is damaged: {error} (remove it and run the sweep again)") from None
 
 
-def open_slices(folder, sweep: Sweep) -> Slices:
-    """The slices of a sweep in a folder, which is made ready, or found with what an earlier call left there.
-
-    The folder's sweep may have fewer settings or seeds: what it holds counts. Raises ValueError where it is another's.
-    """
+def find_slices(folder, sweep: Sweep) -> Slices:
+    """What a folder holds of a sweep, perhaps nothing yet. Raises ValueError where it is another's."""
     if folder is None:
         return Slices()
     folder = Path(folder)
-    run_folder.prepare(folder)
-    (folder / "slices").mkdir(exist_ok=True)
-    sessions = []
     if (folder / "sweep.json").exists():
         _check_same(folder, sweep)
-        sessions = json.loads((folder / "sweep.json").read_text())["sessions"]
-    if jax.process_index() == 0:
-        sessions.append(run_folder.describe_machine())
-        half = folder / "sweep.json.half"
-        half.write_text(json.dumps({"sweep": sweep.to_json(), "sessions": sessions}, indent=2) + "\n")
-        os.replace(half, folder / "sweep.json")
     return Slices(folder)
+
+
+def open_slices(folder, sweep: Sweep) -> Slices:
+    """The slices of a sweep in a folder, which is made ready to take more. Raises ValueError where it cannot be."""
+    slices = find_slices(folder, sweep)
+    if folder is None:
+        return slices
+    run_folder.prepare(slices.folder)
+    (slices.folder / "slices").mkdir(exist_ok=True)
+    if jax.process_index() == 0:
+        path, sessions = slices.folder / "sweep.json", []
+        if path.exists():
+            sessions = json.loads(path.read_text())["sessions"]
+        half = path.with_suffix(".half")
+        sessions.append(run_folder.describe_machine())
+        half.write_text(json.dumps({"sweep": sweep.to_json(), "sessions": sessions}, indent=2) + "\n")
+        os.replace(half, path)
+    return slices
 
 
 def load_sweep_of(folder) -> Sweep:

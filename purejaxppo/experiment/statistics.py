@@ -27,22 +27,26 @@ def swept_fields(data) -> dict[str, str]:
     """The swept fields and the dimension along which each varies; those of paired settings share one."""
     fields = {}
     for dim in map(str, data.dims):
-        names = [str(name) for name, x in data.coords.items() if x.dims == (dim,) and name != "setting"]
+        names = [str(name) for name, x in data.coords.items() if x.dims == (dim,)]
+        together = [name for name in names if name != dim or not dim.startswith("setting")]
         if dim not in ("seed", "update"):
-            fields |= dict.fromkeys(names or [dim], dim)
+            fields |= dict.fromkeys(together or [dim], dim)
     return fields
 
 
 def lost(metrics: xarray.Dataset) -> xarray.DataArray:
-    """Which updates came after a run turned nan: those before its end of which no loss or the like is left.
+    """Which updates of a run come after it turned nan, as `failed_update` says.
 
-    Returns of episodes cannot tell, as they are nan wherever none ended; where there is nothing else it is False.
+    Without that they are those, before the run's end, of which no number is left; returns and lengths of episodes do
+    not count, as they are nan wherever none ended.
     """
-    silent = ("episode_return", "episode_length", "learning_rate")
-    others = [x.isnull() for name, x in metrics.items() if x.dtype.kind == "f" and name not in silent]
-    if not others:
-        return xarray.zeros_like(metrics["episode_return"], bool)
-    return (math.prod(others[1:], start=others[0]) & metrics["step"].notnull()).transpose(*others[0].dims)
+    returns = metrics["episode_return"]
+    if "failed_update" in metrics:
+        gone = (metrics["failed_update"] > 0) & (metrics["update"] >= metrics["failed_update"])
+    else:
+        names = [name for name, x in metrics.items() if x.dtype.kind == "f" and not name.startswith("episode_")]
+        gone = metrics[names].isnull().to_array().all("variable") if names else xarray.zeros_like(returns, bool)
+    return (gone & metrics["step"].notnull()).transpose(*returns.dims)
 
 
 def final_scores(metrics: xarray.Dataset, num_episodes: int = 100) -> xarray.DataArray:
@@ -85,6 +89,10 @@ def aggregate(
     """
     over = (over,) if isinstance(over, str) else tuple(over)
     _check(scores, statistic, over)
+
+    def pooled(*samples, axis):
+        return STATISTICS[statistic](np.concatenate(samples, axis=axis), axis=axis)
+
     rest = [dim for dim in scores.dims if dim not in over]
     strata = [dim for dim in over if dim != "seed"]
     ordered = scores.astype(np.float64).transpose(*rest, *strata, "seed")
@@ -97,15 +105,11 @@ def aggregate(
         members = (counts == pattern).all(1)
         if pattern.min(initial=num_seeds) > 0:
             samples = [values[members, k, :n] for k, n in enumerate(pattern)]
-            result[:, members] = _bootstrap(_pooled(STATISTICS[statistic]), samples, confidence, num_resamples, seed)
+            result[:, members] = _bootstrap(pooled, samples, confidence, num_resamples, seed)
     like = ordered.isel({dim: 0 for dim in over}, drop=True)
     columns = dict(zip(("value", "low", "high"), result)) | {"num_runs": counts.sum(1)}
     columns["num_missing"] = num_strata * num_seeds - counts.sum(1)
     return xarray.Dataset({name: like.copy(data=x.reshape(like.shape)).rename(None) for name, x in columns.items()})
-
-
-def _pooled(function):
-    return lambda *samples, axis: function(np.concatenate(samples, axis=axis), axis=axis)
 
 
 def _bootstrap(statistic, samples, confidence, num_resamples, seed):
@@ -114,11 +118,9 @@ def _bootstrap(statistic, samples, confidence, num_resamples, seed):
     if not num_resamples or min(x.shape[-1] for x in samples) < 2:
         return value, np.full_like(value, np.nan), np.full_like(value, np.nan)
     batch = max(1, 2_000_000 // sum(x.size for x in samples))  # resamples at a time: 16 MB
-    settings = {"confidence_level": confidence, "n_resamples": num_resamples, "batch": min(batch, num_resamples)}
-    interval = stats.bootstrap(
-        samples, statistic, vectorized=True, axis=-1, method="percentile", rng=np.random.default_rng(seed), **settings
-    ).confidence_interval
-    return value, interval.low, interval.high
+    settings = {"vectorized": True, "axis": -1, "method": "percentile", "batch": batch, "rng": seed}
+    found = stats.bootstrap(samples, statistic, n_resamples=num_resamples, confidence_level=confidence, **settings)
+    return value, found.confidence_interval.low, found.confidence_interval.high
 
 
 def _check(scores, statistic, over):
@@ -139,7 +141,7 @@ def probability_of_improvement(a, b, confidence=0.95, num_resamples=2000, seed=0
     """
     samples = _samples(a, "a"), _samples(b, "b")
     if len(samples[0]) != len(samples[1]):
-        raise ValueError(f"a and b must have runs in the same environments, not {len(samples[0])} and {len(samples[1])}")
+        raise ValueError(f"a has runs in {len(samples[0])} environments, b in {len(samples[1])}: give both the same")
 
     def statistic(*samples, axis):
         half = len(samples) // 2
@@ -170,7 +172,8 @@ def seeds_to_separate(a, b, power=0.8, confidence=0.95) -> Separation:
     """Seeds per setting with which a two-sided Mann-Whitney test tells two settings apart, as often as `power`.
 
     n = (z_{(1 + confidence) / 2} + z_power)^2 / (6 (p - 1/2)^2), where p is the probability of improvement and both
-    settings have n runs (Noether, 1987). It is as uncertain as p is: a guide for what to run next, not a test.
+    settings have n runs (Noether, 1987); for p near 0 or 1 it is somewhat too many. It is as uncertain as p is: a guide
+    for what to run next, not a test.
     """
     samples = _samples(a, "a"), _samples(b, "b")
     if len(samples[0]) > 1 or len(samples[1]) > 1:
@@ -211,8 +214,9 @@ def _rows(scores, over="seed"):
     _check(scores, "iqm", over)
     dims = [dim for dim in scores.dims if dim not in over]
     rows = scores.stack(row=dims, create_index=False) if dims else scores.expand_dims("row")
-    rows = rows.drop_vars("setting", errors="ignore").rename(row="setting").transpose("setting", ...)
-    return rows.assign_coords(setting=np.arange(rows.sizes["setting"]))
+    rows = rows.drop_vars([name for name in rows.coords if name == "setting" or name not in swept_fields(scores)])
+    rows = rows.rename(row="setting").transpose("setting", ...)
+    return rows.assign_coords(setting=np.arange(len(rows)))
 
 
 def best(scores, statistic="iqm", over="seed") -> dict:
@@ -247,28 +251,31 @@ def importance(scores) -> xarray.DataArray:
     """
     scores = _scores(scores)
     rows = filled(_rows(scores))
-    values = rows.values
+    values, means = rows.values, rows.values.mean(1)
     num_settings, num_seeds = values.shape
-    means = values.mean(1)
-    total = ((values - values.mean()) ** 2).sum()
-    noise = values.var(1, ddof=1).mean() if num_seeds > 1 else 0.0
+    total = ((values - values.mean()) ** 2).sum() or np.inf
+    luck = values.var(1, ddof=1).mean() if num_seeds > 1 else 0.0
     dims = swept_fields(scores)
     shares = {}
     for name, dim in dims.items():
-        alone = list(dims.values()).count(dim) == 1
-        group = _bins(rows[name].values, None if alone else num_settings)
-        group_means = np.array([means[group == i].mean() for i in group])
-        chance = noise if alone else num_seeds * ((means - group_means) ** 2).sum() / max(num_settings - group.max() - 1, 1)
-        between = num_seeds * ((group_means - values.mean()) ** 2).sum()
-        shares[name] = max(between - group.max() * chance, 0.0) / total if total else 0.0
-    seeds = min(noise / values.var(ddof=1), 1.0) if total else 0.0
-    shares |= {"seeds": seeds, "rest": max(1 - sum(shares.values()) - seeds, 0.0) if total else 0.0}
+        together = list(dims.values()).count(dim) > 1
+        group = _groups(rows[name].values, together)
+        center = np.array([means[group == i].mean() for i in group])
+        chance = luck
+        if together:
+            chance = num_seeds * ((means - center) ** 2).sum() / max(num_settings - group.max() - 1, 1)
+        explained = num_seeds * ((center - values.mean()) ** 2).sum() - group.max() * chance
+        shares[name] = max(explained, 0.0) / total
+    left = max(1 - sum(shares.values()), 0.0) if np.isfinite(total) else 0.0
+    shares["seeds"] = min(luck * (values.size - 1) / total, left)
+    shares["rest"] = left - shares["seeds"]
     return xarray.DataArray(list(shares.values()), {"field": list(shares)}, name="importance")
 
 
-def _bins(column, num_settings):
-    """The group, from 0, of each setting: by value, or by rank where that would make too many for `num_settings`."""
+def _groups(column, together: bool):
+    """The group, from 0, of each setting: by value, or by rank where that would make too many groups."""
     values, group = np.unique(column, return_inverse=True)
-    if num_settings is None or column.dtype.kind in "UO" or len(values) <= (num_bins := max(2, min(5, num_settings // 4))):
+    most = max(2, min(5, len(column) // 4))
+    if not together or column.dtype.kind in "UO" or len(values) <= most:
         return group
-    return np.unique((stats.rankdata(column, "min") - 1) * num_bins // num_settings, return_inverse=True)[1]
+    return np.unique((stats.rankdata(column, "min") - 1) * most // len(column), return_inverse=True)[1]

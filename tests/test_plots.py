@@ -1,0 +1,256 @@
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import xarray
+from scipy import stats
+
+from purejaxppo.experiment.metrics import mean_interval
+from purejaxppo.experiment.plots import (
+    plot_curves,
+    plot_heatmap,
+    plot_importance,
+    plot_learning_curve,
+    plot_parallel,
+)
+from purejaxppo.experiment.statistics import importance
+
+matplotlib.use("Agg")
+NUM_SEEDS, NUM_UPDATES = 8, 20
+GRID = {"learning_rate": [1e-4, 1e-3, 1e-2], "discount": [0.9, 0.99], "clip": [0.1, 0.2]}
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+def metrics(heights, **coords):
+    """Metrics of settings with these heights [...]: curves that rise to them, with noise, ten episodes an update."""
+    heights = np.asarray(heights, np.float64)
+    noise = np.random.default_rng(0).normal(size=(*heights.shape, NUM_SEEDS, NUM_UPDATES))
+    update = np.arange(1, NUM_UPDATES + 1)
+    returns = heights[..., None, None] * update / NUM_UPDATES + noise
+    dims = [*coords, "seed", "update"]
+    if coords and isinstance(next(iter(coords.values())), tuple):
+        dims = ["setting", "seed", "update"]
+    columns = {"episode_return": returns, "num_episodes": np.full(returns.shape, 10), "value_loss": np.abs(noise)}
+    coords = coords | {"seed": range(NUM_SEEDS), "update": update, "step": ("update", 500.0 * update)}
+    return xarray.Dataset({name: (dims, x) for name, x in columns.items()}, coords)
+
+
+def grid():
+    """The best setting is learning_rate=1e-3, discount=0.99, clip=0.1."""
+    rate, discount, clip = np.meshgrid([10, 30, 20], [0, 5], [2, 0], indexing="ij")
+    return metrics(rate + discount + clip, **GRID)
+
+
+def sample(num_settings=30):
+    """Settings of three fields that vary together; the last is the best."""
+    random = np.random.default_rng(1)
+    columns = {
+        "learning_rate": 10 ** random.uniform(-4, -2, num_settings),
+        "clip": random.uniform(0.1, 0.3, num_settings),
+        "widths": random.choice(["64,64", "128,128"], num_settings),
+    }
+    coords = {name: ("setting", column) for name, column in columns.items()}
+    return metrics(np.arange(num_settings) * 10.0, **coords)
+
+
+def texts(ax):
+    return [text.get_text() for text in ax.texts]
+
+
+def legend_of(figure):
+    (legend,) = figure.legends
+    return legend.get_title().get_text(), [text.get_text() for text in legend.get_texts()]
+
+
+def heading_of(figure):
+    return figure.get_suptitle().replace("\xa0", " ")
+
+
+def test_a_learning_curve_is_the_mean_of_its_runs_with_its_interval():
+    data = metrics(100.0)
+    ax = plot_learning_curve(data, title="here")
+    line = ax.lines[-1]
+    assert len(ax.lines) == NUM_SEEDS + 1 and ax.get_title() == "here"
+    np.testing.assert_allclose(line.get_ydata(), data["episode_return"].values.mean(0))
+    np.testing.assert_array_equal(line.get_xdata(), data["step"])
+    _, low, high = mean_interval(data["episode_return"].values[:, 7])
+    band = ax.collections[0].get_paths()[0].vertices
+    assert sorted(band[band[:, 0] == 4000, 1].tolist()) == pytest.approx([low, high])
+
+
+def test_curves_are_drawn_for_the_first_field_with_the_others_at_the_best_setting():
+    data = grid()
+    figure = plot_curves(data, title="here")
+    assert [ax.get_title() for ax in figure.axes] == ["discount = 0.9", "discount = 0.99"]
+    assert legend_of(figure) == ("learning rate", ["0.0001", "0.001", "0.01"])
+    assert heading_of(figure).split("\n") == [
+        "here",
+        "interquartile mean with 95 % interval of 8 seeds",
+        "at the best clip = 0.1",
+    ]
+    for j, ax in enumerate(figure.axes):
+        assert len(ax.lines) == len(ax.collections) == 3
+        for i, line in enumerate(ax.lines):
+            middle = np.sort(data["episode_return"].values[i, j, 0], axis=0)[2:6].mean(0)
+            np.testing.assert_allclose(line.get_ydata(), middle)
+            np.testing.assert_array_equal(line.get_xdata(), data["step"])
+
+
+def test_the_band_of_a_curve_is_the_interval_over_seeds():
+    data = metrics([10.0], learning_rate=[1e-3])
+    ax = plot_curves(data, statistic="mean", confidence=0.5).axes[0]
+    returns = data["episode_return"].values[0, :, 7]
+    half = stats.norm.ppf(0.75) * returns.std() / np.sqrt(NUM_SEEDS)
+    band = ax.collections[0].get_paths()[0].vertices
+    low, high = np.sort(band[band[:, 0] == 4000, 1])
+    assert [low, high] == pytest.approx([returns.mean() - half, returns.mean() + half], abs=0.05)
+
+
+def test_lines_and_panels_are_those_asked_for():
+    figure = plot_curves(grid(), line="clip", panel="learning_rate", statistic="median")
+    assert [len(ax.lines) for ax in figure.axes] == [2, 2, 2]
+    assert legend_of(figure) == ("clip", ["0.1", "0.2"])
+    assert heading_of(figure).endswith("at the best discount = 0.99")
+    figure = plot_curves(grid(), panel="learning_rate")
+    assert legend_of(figure)[0] == "discount"
+
+
+def test_one_seed_has_lines_without_a_band():
+    figure = plot_curves(grid().isel(seed=[0], discount=0, clip=0))
+    (ax,) = figure.axes
+    assert len(ax.lines) == 3 and heading_of(figure) == "one seed"
+    assert not any(len(band.get_paths()) for band in ax.collections)
+
+
+def test_where_nothing_was_swept_there_is_one_curve():
+    figure = plot_curves(metrics(100.0))
+    assert len(figure.axes[0].lines) == 1 and not figure.legends
+
+
+def test_of_many_values_some_are_drawn():
+    data = metrics(np.arange(20.0), learning_rate=np.geomspace(1e-4, 1e-2, 20))
+    title, labels = legend_of(plot_curves(data))
+    assert title == "learning rate\n(8 of 20)" and labels[0] == "0.0001" and labels[-1] == "0.01" and len(labels) == 8
+    assert len(legend_of(plot_curves(data, max_lines=3))[1]) == 3
+
+
+def test_of_a_sample_the_best_settings_are_drawn():
+    data = sample()
+    title, labels = legend_of(plot_curves(data))
+    assert title == "learning rate / clip / widths\n(5 best of 30)" and len(labels) == 5
+    first = data.isel(setting=29)
+    assert labels[0] == f"{first['learning_rate']:.4g} / {first['clip']:.4g} / {first['widths'].item()}"
+    _, labels = legend_of(plot_curves(data, line="learning_rate"))
+    assert [float(x) for x in labels] == pytest.approx(np.sort(data["learning_rate"][25:]).tolist(), rel=1e-3)
+
+
+def test_a_run_that_turned_nan_goes_on_at_the_lowest_score():
+    data = metrics([100.0, 50.0], learning_rate=[1e-4, 1e-3])
+    gone = (data["update"] > 10) & (data["seed"] < 6) & (data["learning_rate"] == 1e-4)
+    data = data.where(~gone).assign(num_episodes=data["num_episodes"].where(~gone, 0))
+    figure = plot_curves(data)
+    assert heading_of(figure).endswith("runs without a score, counted as the lowest: 6 of 16")
+    assert figure.axes[0].lines[0].get_ydata()[10:] == pytest.approx(np.full(10, 38), abs=3)
+    assert texts(plot_heatmap(data.expand_dims(clip=[0.1]), "learning_rate", "clip"))[0].endswith("\n6 missing")
+
+
+def test_a_line_begins_where_half_of_its_runs_have_ended_an_episode():
+    data = metrics([100.0], learning_rate=[1e-4])
+    data["episode_return"][0, :4, :3] = data["episode_return"][0, :5, :2] = np.nan
+    data["num_episodes"][0, :4, :3] = data["num_episodes"][0, :5, :2] = 0
+    assert plot_curves(data).axes[0].lines[0].get_xdata()[0] == 1500
+
+
+def test_settings_with_other_steps_per_update_have_their_own_steps():
+    data = metrics([10.0, 10.0], num_steps=[64, 128])
+    step = np.stack([64.0 * np.arange(1, 21), np.where(np.arange(20) < 10, 128.0 * np.arange(1, 21), np.nan)])
+    data = data.assign_coords(step=(("num_steps", "update"), step))
+    data = data.where(data["step"].notnull())
+    few, many = plot_curves(data).axes[0].lines
+    assert len(few.get_xdata()) == 20 and len(many.get_xdata()) == 10
+    assert few.get_xdata()[-1] == many.get_xdata()[-1] == 1280
+
+
+def test_a_heatmap_says_the_final_scores():
+    data = grid()
+    ax = plot_heatmap(data, "learning_rate", "discount")
+    final = data["episode_return"].isel(clip=0).values[..., -10:].mean(-1)
+    expected = stats.trim_mean(final, 0.25, axis=-1).T
+    np.testing.assert_allclose(ax.images[0].get_array(), expected)
+    assert [float(text) for text in texts(ax)] == pytest.approx(expected.ravel().tolist(), rel=0.01)
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0.0001", "0.001", "0.01"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("learning rate", "discount")
+    assert ax.get_title().replace("\xa0", " ").endswith("at the best clip = 0.1")
+    assert ax.patches[0].get_xy() == (0.5, 0.5)
+
+
+def test_parallel_lines_are_settings_with_the_best_on_top():
+    data = sample()
+    ax = plot_parallel(data)
+    (
+        *others,
+        best,
+    ) = [line for line in ax.lines if len(line.get_ydata()) == 4]
+    assert len(others) == 29
+    ends = [line.get_ydata()[-1] for line in others]
+    assert ends == sorted(ends) and best.get_ydata()[-1] == 1
+    low, high = np.log(np.sort(data["learning_rate"])[[0, -1]])
+    assert best.get_ydata()[0] == pytest.approx((np.log(data["learning_rate"][29]) - low) / (high - low))
+    labels = [label.get_text() for label in ax.get_xticklabels()]
+    assert labels == ["learning rate", "clip", "widths", "episode return\nat the end"]
+    assert {"64,64", "128,128", "0.001"} <= set(texts(ax))
+
+
+def test_parallel_lines_of_a_grid_leave_out_what_does_not_vary():
+    ax = plot_parallel(grid().isel(clip=[0]))
+    assert [label.get_text() for label in ax.get_xticklabels()][:2] == ["learning rate", "discount"]
+    assert len([line for line in ax.lines if len(line.get_ydata()) == 3]) == 6
+
+
+def test_infinity_and_truth_values_have_a_place_on_a_parallel_axis():
+    coords = {"target_kl": ("setting", [0.1, np.inf, 0.2]), "anneal": ("setting", [True, False, True])}
+    ax = plot_parallel(metrics([1.0, 2.0, 3.0], **coords))
+    assert {"0.1", "0.2", "inf", "True", "False"} <= set(texts(ax))
+    assert all(np.isfinite(line.get_ydata()).all() for line in ax.lines)
+
+
+def test_importance_is_drawn_from_the_most_to_the_least():
+    data = grid()
+    ax = plot_importance(data)
+    shares = importance(data)
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        "learning rate", "discount", "clip", "seeds", "interactions and rest",
+    ]  # fmt: skip
+    expected = shares.sel(field=["learning_rate", "discount", "clip", "seeds", "rest"]).values
+    assert [bar.get_width() for bar in ax.patches] == pytest.approx(expected.tolist())
+    assert texts(ax) == [f"{100 * x:.0f} %" for x in expected]
+
+
+@pytest.mark.parametrize(
+    "wrong, sentence",
+    [
+        (
+            lambda: plot_curves(grid(), line="learning"),
+            "'learning' was not swept .did you mean 'learning_rate'. Swept: ",
+        ),
+        (lambda: plot_curves(grid(), panel="x"), "'x' was not swept .swept: learning_rate, discount, clip"),
+        (lambda: plot_curves(grid(), line="clip", panel="clip"), "line='clip' and panel='clip' vary together"),
+        (lambda: plot_curves(sample(), line="clip", panel="widths"), "vary together"),
+        (lambda: plot_curves(sample(), panel="setting"), "more than 12"),
+        (lambda: plot_curves(grid(), max_lines=11), "max_lines=11 must be from 1 to 10"),
+        (lambda: plot_curves(grid(), statistic="max"), "statistic='max' is unknown"),
+        (lambda: plot_heatmap(sample(), "clip", "widths"), "'clip' varies together .*use plot_parallel"),
+        (lambda: plot_heatmap(grid(), "clip", "clip"), "must be two fields"),
+        (lambda: plot_parallel(grid().rename(seed="run")), "metrics have no dimension seed"),
+        (lambda: plot_importance(metrics([1.0, 2.0], env=["a", "b"])), "several environments do not compare"),
+        (lambda: plot_curves(grid() * np.nan), "no run has a score"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_in_one_sentence(wrong, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        wrong()

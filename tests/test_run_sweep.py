@@ -1,0 +1,297 @@
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+import xarray
+
+import purejaxppo as pjp
+from probes import SMALL
+from purejaxppo.experiment.run import plan_missing
+from purejaxppo.experiment.slices import from_arrays, to_arrays
+
+PROGRAM = Path(__file__).parent / "sweep_program.py"
+LEARNING_RATES, DISCOUNTS = [1e-3, 1e-2], [0.9, 0.99]
+
+
+def make_sweep(num_seeds=2, **values):
+    table = pjp.grid(**values or {"learning_rate": LEARNING_RATES, "discount": DISCOUNTS})
+    return pjp.Sweep("CartPole-v1", table, num_seeds, config=SMALL, hyperparams=pjp.Hyperparams())
+
+
+def run(sweep, folder=None, **options):
+    return pjp.run_sweep(sweep, folder, progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("sweep") / "one"
+
+
+@pytest.fixture(scope="module")
+def result(folder):
+    return run(make_sweep(), folder)
+
+
+def test_every_field_is_a_dimension_beside_seeds_and_updates(result):
+    episode_return = result.metrics["episode_return"]
+    assert episode_return.sizes == {"learning_rate": 2, "discount": 2, "seed": 2, "update": 3}
+    assert episode_return["learning_rate"].values.tolist() == LEARNING_RATES
+    assert result.metrics["step"].values.tolist() == [32, 64, 96]
+    assert not result.metrics["failed_update"].any() and not result.failed()
+
+
+def test_a_run_of_the_sweep_equals_that_run_alone(result):
+    """After the first update, to rounding; learning amplifies rounding beyond that."""
+    key = jax.random.fold_in(jax.random.key(0), 1)
+    ppo = pjp.make_ppo("CartPole-v1", SMALL)
+    _, alone = jax.jit(ppo.step)(ppo.init(key, pjp.Hyperparams(learning_rate=1e-2, discount=0.9)))
+    first = result.metrics.sel(learning_rate=1e-2, discount=0.9, seed=1).isel(update=0)
+    for name in ("loss", "value_loss", "approx_kl", "entropy", "grad_norm", "value_mean"):
+        np.testing.assert_allclose(first[name], alone[name], rtol=1e-5, atol=1e-5)
+
+
+def test_a_policy_comes_out_of_the_batch_ready_to_act_and_to_be_trained_on(result):
+    setting = {"learning_rate": 1e-2, "discount": 0.99}
+    ppo, state = result.ppo(**setting), result.state(seed=1, **setting)
+    assert float(state.hyperparams.learning_rate) == np.float32(1e-2) and int(state.num_updates) == 3
+    action, _ = ppo.act(result.policy(seed=1, **setting), np.zeros(4))
+    assert action in (0, 1)
+    state, _ = jax.jit(ppo.step)(state)
+    assert int(state.num_updates) == 4
+
+
+def test_the_folder_gives_the_same_result_back_in_open_formats(result, folder):
+    again = pjp.load_sweep(folder)
+    xarray.testing.assert_equal(again.metrics, result.metrics)
+    assert again.sweep == result.sweep and again.best() == result.best()
+    on_disk = xarray.load_dataset(folder / "results.nc", engine="scipy")
+    xarray.testing.assert_equal(on_disk, result.metrics)
+    assert {"purejaxppo", "jax", "device", "matmul_precision", "sweep", "machine"} <= on_disk.attrs.keys()
+    chex.assert_trees_all_equal(again.policy(**again.best()), result.policy(**result.best()))
+
+
+def test_a_finished_sweep_is_not_trained_again(result, folder):
+    assert plan_missing(result.sweep, folder).parts == []
+    again = run(result.sweep, folder)
+    assert again.steps == 0
+    xarray.testing.assert_equal(again.metrics, result.metrics)
+
+
+def test_seeds_and_settings_are_added_to_a_finished_sweep(result, tmp_path):
+    run(make_sweep(), tmp_path / "more")
+    more = make_sweep(3, learning_rate=[*LEARNING_RATES, 1e-1], discount=DISCOUNTS)
+    added = run(more, tmp_path / "more")
+    assert added.steps == (3 * 3 * 2 - 8) * SMALL.total_steps
+    before = added.metrics.sel(learning_rate=LEARNING_RATES).isel(seed=slice(2))
+    xarray.testing.assert_equal(before, result.metrics)
+    assert np.isfinite(added.metrics["loss"]).all()
+
+
+def test_static_fields_make_groups_of_their_own_with_as_many_steps(tmp_path):
+    sweep = make_sweep(1, widths=[(8,), (4, 4)], num_envs=[4, 2], learning_rate=LEARNING_RATES)
+    plan = plan_missing(sweep, tmp_path / "none")
+    assert len(plan.parts) == 4 and plan.total_steps == 8 * SMALL.total_steps
+    assert not (tmp_path / "none").exists()
+    for word in ("4,4", "8 runs", "slices", "memory per run"):
+        assert word in str(plan)
+    result = run(plan)
+    steps = result.metrics["step"]
+    assert steps.dims == ("num_envs", "update") and steps.sel(num_envs=2).values.tolist() == [16, 32, 48, 64, 80, 96]
+    loss = result.metrics["loss"]
+    assert np.isfinite(loss.sel(num_envs=2)).all() and np.isnan(loss.sel(num_envs=4).isel(update=slice(3, None))).all()
+    kernel = result.policy(widths=(4, 4), num_envs=2, learning_rate=1e-2).params["params"]["actor"]
+    assert "4,4" in result.metrics["widths"].values and jax.tree.leaves(kernel)
+
+
+def test_environments_and_their_parameters_are_swept():
+    table = pjp.paired(**{"env.g": [10.0, 0.0], "learning_rate": LEARNING_RATES})
+    result = run(pjp.Sweep("Pendulum-v1", table, 1, config=SMALL))
+    assert result.metrics["loss"].dims == ("setting", "seed", "update")
+    assert result.metrics["env.g"].values.tolist() == [10, 0]
+    assert float(result.state(**{"env.g": 0.0}).env_params.g) == 0
+    result = run(pjp.Sweep("CartPole-v1", pjp.grid(env=["CartPole-v1", "Acrobot-v1"]), 1, config=SMALL))
+    assert result.ppo(env="Acrobot-v1").env.name == "Acrobot-v1"
+
+
+def test_a_run_that_turns_nan_is_named_and_changes_no_other(result, folder):
+    poisoned = run(make_sweep(2, learning_rate=[1e-3, 1e30], discount=DISCOUNTS))
+    assert len(poisoned.failed()) == 4
+    assert poisoned.failed()[0].startswith("learning_rate=1e+30 discount=0.9 seed=0 turned nan in update")
+    before = poisoned.metrics["failed_update"].sel(learning_rate=1e30)
+    assert (before > 0).all() and np.isnan(poisoned.scores.sel(learning_rate=1e30)).all()
+    assert np.isfinite(jax.tree.leaves(poisoned.policy(learning_rate=1e30, discount=0.9).params)[0]).all()
+    xarray.testing.assert_equal(
+        poisoned.metrics.sel(learning_rate=1e-3).drop_vars("failed_update"),
+        result.metrics.sel(learning_rate=1e-3).drop_vars("failed_update"),
+    )
+
+
+def test_slices_do_not_change_the_first_update(result):
+    other = run(make_sweep(), slice_size=3)
+    for name in ("loss", "entropy", "episode_return", "num_episodes"):
+        np.testing.assert_allclose(
+            other.metrics[name].isel(update=0), result.metrics[name].isel(update=0), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_a_plan_compiles_training_once_for_each_group():
+    plan = plan_missing(make_sweep(2, learning_rate=np.geomspace(1e-4, 1e-2, 5), gae_lambda=[0.9, 0.95]))
+    assert len(plan.parts) == 1 and plan.parts[0].num_runs == 20
+    part = plan.parts[0]
+    assert part.num_slices * part.slice_size >= 20 and part.device_bytes > 1000 and part.stored_bytes > 1000
+
+
+def test_a_sweep_is_data_that_json_holds():
+    sweep = make_sweep(3, target_kl=[float("inf"), 0.1], widths=[(8,), (8, 8)], env=["CartPole-v1"])
+    assert pjp.Sweep.from_json(json.loads(json.dumps(sweep.to_json()))) == sweep
+    assert "12 runs" in str(sweep) and "8,8" in str(sweep)
+
+
+def test_states_go_to_arrays_and_back(key):
+    state = pjp.batched(pjp.make_ppo("CartPole-v1", SMALL)).init(jax.random.split(key, 2))
+    chex.assert_trees_all_equal(from_arrays(to_arrays(state), jax.eval_shape(lambda: state)), state)
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: make_sweep(learning_rte=[1e-3]), "learning_rte is no field.*did you mean learning_rate"),
+        (lambda: make_sweep(learning_rate=["fast"]), "learning_rate='fast' must be a number"),
+        (lambda: make_sweep(discount=[0.9, 1.5]), "discount=1.5"),
+        (lambda: make_sweep(num_envs=[4, 0]), "num_envs=0"),
+        (lambda: make_sweep(num_envs=["four"]), "num_envs='four'"),
+        (lambda: make_sweep(seed=[1]), "num_seeds says how many"),
+        (lambda: make_sweep(0), "num_seeds=0"),
+        (lambda: plan_missing(make_sweep(**{"env.gravityy": [1.0]})), "env.gravityy is no parameter of CartPole-v1"),
+        (lambda: plan_missing(make_sweep(**{"env.gravity": ["heavy"]})), "env.gravity=heavy must be a number"),
+        (lambda: plan_missing(make_sweep(**{"env.max_steps_in_episode": [9.5]})), "9.5 must be a whole number"),
+        (lambda: plan_missing(make_sweep(env=["CartPole-v9"])), "CartPole-v9"),
+        (lambda: plan_missing(make_sweep(), slice_size=9), "slice_size=9 must be from 1 to the 8 runs"),
+        (lambda: pjp.Sweep("CartPole-v1", {"clip": [1]}), "must be a Table"),
+        (
+            lambda: pjp.Sweep("CartPole-v1", hyperparams=pjp.Hyperparams(clip=pjp.linear(0.2, 0.1))),
+            "clip is a schedule",
+        ),
+    ],
+)
+def test_what_cannot_be_swept_is_refused_in_one_sentence(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"seed": 1}, "another sweep, with seed=0 instead of 1"),
+        ({"num_seeds": 1}, "2 seeds of every setting"),
+        ({"table": pjp.grid(learning_rate=[1e-3])}, "another sweep, with the setting"),
+        ({"config": replace(SMALL, num_epochs=1)}, "num_epochs=2 instead of 1"),
+    ],
+)
+def test_a_folder_of_another_sweep_is_refused_and_kept(result, folder, change, words):
+    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    with pytest.raises(ValueError, match=words):
+        run(replace(make_sweep(), **change), folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
+
+
+def test_results_that_do_not_fit_on_the_disk_are_refused_before_training(monkeypatch, tmp_path):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(ValueError, match="0.0 GiB free, but the results of 8 runs take"):
+        run(make_sweep(), tmp_path / "full")
+    assert not (tmp_path / "full").exists()
+
+
+@pytest.mark.parametrize("where, what", [(None, {}), ({"learning_rate": 5.0}, {}), ({"clip": 0.1}, {}), ({}, {"seed": 7})])
+def test_a_run_that_is_not_there_is_named(result, where, what):
+    with pytest.raises(ValueError, match="fits 4 settings|none of the 4|was not swept|seed=7"):
+        result.state(**what, **({"learning_rate": 1e-3, "discount": 0.9} if what else where or {}))
+
+
+def test_a_damaged_slice_is_named_and_computed_anew(result, tmp_path):
+    run(make_sweep(), tmp_path)
+    path = sorted((tmp_path / "slices").glob("*.npz"))[0]
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match=f"{path.name} is damaged"):
+        again = run(make_sweep(), tmp_path)
+    xarray.testing.assert_equal(again.metrics, result.metrics)
+
+
+def test_an_interrupt_keeps_what_is_done_and_the_next_call_goes_on(result, tmp_path, monkeypatch):
+    from purejaxppo.experiment import run as module
+
+    real, calls = module.Program.__call__, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(module.Program, "__call__", interrupted)
+    part = run(make_sweep(), tmp_path, updates_per_chunk=1)
+    monkeypatch.undo()
+    assert 0 < part.steps < 8 * SMALL.total_steps
+    assert np.isfinite(part.metrics["loss"]).any() and not part.failed()
+    rest = run(make_sweep(), tmp_path)
+    assert rest.steps + part.steps == 8 * SMALL.total_steps
+    xarray.testing.assert_equal(rest.metrics, result.metrics)
+
+
+def start(folder, *args):
+    env = os.environ | {"PYTHONPATH": str(PROGRAM.parent)}
+    command = [sys.executable, str(PROGRAM), str(folder), *map(str, args)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(*processes):
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert all(process.returncode == 0 for process in processes), outputs
+    return [stdout.split() for stdout, _ in outputs]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "sweep"
+    finish(start(folder))
+    return xarray.load_dataset(folder / "results.nc", engine="scipy")
+
+
+def test_a_sweep_killed_at_any_moment_and_started_again_ends_with_the_same_numbers(undisturbed, tmp_path):
+    folder = tmp_path / "killed"
+    random.seed(0)
+    for _ in range(4):
+        process = start(folder)
+        while process.poll() is None and not (folder / "slices").exists():
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 1.5))
+        process.kill()
+        process.communicate()
+    finish(start(folder))
+    xarray.testing.assert_equal(xarray.load_dataset(folder / "results.nc", engine="scipy"), undisturbed)
+
+
+def test_eight_devices_give_the_same_numbers_as_one(undisturbed, tmp_path):
+    assert finish(start(tmp_path / "eight", 8)) == [["1", "8", "8"]]
+    xarray.testing.assert_equal(xarray.load_dataset(tmp_path / "eight" / "results.nc", engine="scipy"), undisturbed)
+
+
+def test_two_processes_of_two_devices_give_the_same_numbers_as_one(undisturbed, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = tmp_path / "two"
+    printed = finish(*(start(folder, 2, process, 2, port) for process in range(2)))
+    assert printed == [["2", "2", "8"]] * 2
+    xarray.testing.assert_equal(xarray.load_dataset(folder / "results.nc", engine="scipy"), undisturbed)

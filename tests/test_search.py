@@ -1,0 +1,110 @@
+import jax
+import numpy as np
+import pytest
+
+import purejaxppo as pjp
+from probes import SMALL, copy_cue
+from purejaxppo.experiment.search import Ladder, optuna_search, successive_halving, train_runs
+
+
+def make_probe(env, config):
+    return pjp.make_ppo(copy_cue(), config)
+
+
+def make_sweep(rates, num_updates=45, num_seeds=2, **values):
+    config = SMALL.with_total_steps(32 * num_updates)
+    table = pjp.grid(learning_rate=rates, **values)
+    return pjp.Sweep("probe", table, num_seeds, config=config, hyperparams=pjp.Hyperparams())
+
+
+RATES = [1e-8, 1e-7, 1e-6, 1e-5, 3e-2, 1e-4, 1e-6 * 2, 1e30, 2e-5]
+
+
+@pytest.fixture(scope="module")
+def halving():
+    return successive_halving(make_sweep(RATES), num_rungs=3, num_places=3, progress=False, make=make_probe)
+
+
+def test_halving_finds_the_setting_that_learns_with_a_share_of_the_updates(halving):
+    assert halving.rungs == (5, 15, 45) and halving.best() == {"learning_rate": 3e-2}
+    assert halving.num_updates < 0.6 * 2 * 9 * 45
+    assert [row["updates"] for row in halving.ranked()][:2] == [45, 15]
+
+
+def test_every_setting_begins_and_a_third_of_a_rung_goes_on(halving):
+    reached = (~np.isnan(halving.scores)).sum(0)
+    assert reached[0] == 9 and 3 <= reached[1] < 9 and 1 <= reached[2] <= reached[1]
+
+
+def test_a_setting_that_turns_nan_does_not_go_on(halving):
+    assert np.isneginf(halving.scores[RATES.index(1e30), 0]) and np.isnan(halving.scores[RATES.index(1e30), 1:]).all()
+
+
+def test_a_survivor_is_the_run_that_training_without_halving_gives(halving):
+    alone = pjp.run_sweep(make_sweep([3e-2]), progress=False, make=make_probe)
+    for seed in range(2):
+        mine, other = halving.state(seed, learning_rate=3e-2), alone.state(seed)
+        assert mine.num_updates == other.num_updates == 45
+        for x, y in zip(jax.tree.leaves(mine.policy), jax.tree.leaves(other.policy)):
+            np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
+
+
+def test_the_ladder_promotes_from_the_highest_rung_and_fills_free_places_with_new_settings():
+    ladder = Ladder((1, 2), 2, 5)
+    assert ladder.next_settings(2) == [0, 1]
+    ladder.climb([0, 1], [5.0, 7.0])
+    assert ladder.next_settings(2) == [1, 2]  # the best of two goes on
+    ladder.climb([1, 2], [8.0, 9.0])
+    assert ladder.finished() == [1]
+    assert ladder.next_settings(2) == [2, 3]  # 2 is the best of three on the first rung
+    ladder.climb([2, 3], [1.0, 6.0])
+    assert ladder.next_settings(2) == [4]
+    ladder.climb([4], [-np.inf])
+    assert ladder.next_settings(2) == [] and ladder.finished() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: successive_halving(make_sweep(RATES, num_envs=[2, 4])), "need 2 programs"),
+        (lambda: successive_halving(make_sweep(RATES), num_rungs=4), "needs .* 27 settings.*there are 9"),
+        (lambda: successive_halving(make_sweep(RATES, 4), num_rungs=3), "needs 9 updates, but num_updates=4"),
+        (lambda: successive_halving(make_sweep(RATES), num_rungs=2, eta=1), "eta=1"),
+        (lambda: successive_halving(make_sweep(RATES), num_rungs=2, num_places=10), "num_places=10"),
+        (lambda: optuna_search("CartPole-v1", {"clip": 0.1}, num_trials=1, batch_size=1), "clip=0.1 must be a distri"),
+        (lambda: optuna_search("CartPole-v1", {}, num_trials=0, batch_size=1), "num_trials=0"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_optuna_is_asked_for_batches_and_a_study_goes_on_from_its_storage(tmp_path):
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    space = {"learning_rate": pjp.log_uniform(1e-5, 1e-1), "discount": pjp.choice(0.9, 0.99)}
+    storage = f"sqlite:///{tmp_path}/study.db"
+    options = {"batch_size": 4, "storage": storage, "config": SMALL, "make": make_probe, "progress": False}
+    study = optuna_search("probe", space, num_trials=4, **options)
+    first = [trial.params for trial in study.trials]
+    study = optuna_search("probe", space, num_trials=8, **options)
+    assert len(study.trials) == 8 and [trial.params for trial in study.trials][:4] == first
+    assert {trial.params["discount"] for trial in study.trials} <= {0.9, 0.99}
+    best = study.best_trial
+    table = pjp.paired(**{name: [value] for name, value in best.params.items()})
+    sweep = pjp.Sweep("probe", table, config=SMALL, hyperparams=pjp.preset("probe").hyperparams)
+    alone = pjp.run_sweep(sweep, progress=False, make=make_probe)
+    np.testing.assert_allclose(best.value, alone.scores.item(), atol=0.1)
+
+
+def test_training_some_runs_leaves_the_others_as_they_are(key):
+    from concurrent.futures import ThreadPoolExecutor
+
+    many = pjp.batched(pjp.make_ppo(copy_cue(), SMALL))
+    states = many.init(jax.random.split(key, 5))
+    program = pjp.compile(many, states[:2], 2, slice_size=2)
+    with ThreadPoolExecutor(2) as pool:
+        after, returns = train_runs(program, states, np.array([4, 0, 2]), 2, pool)
+    assert after.num_updates.tolist() == [2, 0, 2, 0, 2] and returns.shape == (3,)
+    np.testing.assert_array_equal(jax.random.key_data(after[[1, 3]].key), jax.random.key_data(states[[1, 3]].key))
