@@ -4,6 +4,7 @@ from purejaxppo.config import Config, Hyperparams, linear
 from purejaxppo.distributions import Categorical, MultiCategorical, Normal, TanhNormal
 from purejaxppo.envs import Box, Discrete, Env, MultiDiscrete, Step, check_env, make_env, time_limit
 from purejaxppo.networks import Network, from_linen, from_nnx
+from purejaxppo.population import evolving
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.sharding import sharded
 from purejaxppo.sweep import batched, concatenate, runs
@@ -14,9 +15,10 @@ __version__ = "0.1.0"
 __all__ = [
     "Box", "Categorical", "Config", "Discrete", "Env", "Hyperparams", "MultiCategorical", "MultiDiscrete", "Network",
     "Normal", "PPO", "Result", "Step", "Sweep", "Table", "TanhNormal", "TrainState", "a2c", "batched",
-    "cache_compilation", "check_env", "choice", "compile", "concatenate", "fit", "from_linen", "from_nnx", "grid",
-    "integers", "linear", "load", "load_sweep", "log_uniform", "make_env", "make_ppo", "paired", "plan_sweep",
-    "plot_learning_curve", "preset", "run_sweep", "runs", "sample", "sharded", "time_limit", "uniform",
+    "cache_compilation", "check_env", "choice", "compile", "concatenate", "evolving", "fit", "from_linen", "from_nnx",
+    "grid", "integers", "linear", "load", "load_sweep", "log_uniform", "make_env", "make_ppo", "optuna_search",
+    "paired", "plan_sweep", "plot_curves", "plot_heatmap", "plot_importance", "plot_learning_curve", "plot_parallel",
+    "preset", "run_sweep", "runs", "sample", "sharded", "successive_halving", "time_limit", "uniform",
 ]  # fmt: skip
 
 LAZY = {
@@ -28,10 +30,16 @@ LAZY = {
     "fit": "purejaxppo.experiment.fit",
     "load": "purejaxppo.experiment.folder",
     "load_sweep": "purejaxppo.experiment.result",
+    "optuna_search": "purejaxppo.experiment.search",
     "plan_sweep": "purejaxppo.experiment.plan",
+    "plot_curves": "purejaxppo.experiment.sweep_plots",
+    "plot_heatmap": "purejaxppo.experiment.sweep_plots",
+    "plot_importance": "purejaxppo.experiment.sweep_plots",
     "plot_learning_curve": "purejaxppo.experiment.plots",
+    "plot_parallel": "purejaxppo.experiment.sweep_plots",
     "preset": "purejaxppo.experiment.presets",
     "run_sweep": "purejaxppo.experiment.run",
+    "successive_halving": "purejaxppo.experiment.search",
 }
 
 

@@ -39,7 +39,7 @@ class Population:
         return self.runs.policy
 
 
-def population(
+def evolving(
     ppo: PPO,
     *,
     every: int,

@@ -6,14 +6,9 @@ import xarray
 from scipy import stats
 
 from purejaxppo.experiment.metrics import mean_interval
-from purejaxppo.experiment.plots import (
-    plot_curves,
-    plot_heatmap,
-    plot_importance,
-    plot_learning_curve,
-    plot_parallel,
-)
-from purejaxppo.experiment.statistics import importance
+from purejaxppo.experiment.plots import plot_learning_curve
+from purejaxppo.experiment.ranking import importance
+from purejaxppo.experiment.sweep_plots import plot_curves, plot_heatmap, plot_importance, plot_parallel, plot_sweep
 
 matplotlib.use("Agg")
 NUM_SEEDS, NUM_UPDATES = 8, 20
@@ -254,3 +249,9 @@ def test_importance_is_drawn_from_the_most_to_the_least():
 def test_what_cannot_be_drawn_is_refused_in_one_sentence(wrong, sentence):
     with pytest.raises(ValueError, match=sentence):
         wrong()
+
+
+def test_a_sweep_is_drawn_by_what_was_swept():
+    assert set(plot_sweep(grid())) == {"learning_curves", "heatmap", "parallel", "importance"}
+    assert set(plot_sweep(sample())) == {"learning_curves", "parallel", "importance"}
+    assert set(plot_sweep(grid().isel(clip=0, discount=0))) == {"learning_curves"}

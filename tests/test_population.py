@@ -10,7 +10,7 @@ import pytest
 import purejaxppo as pjp
 from probes import SMALL, copy_cue, make
 from purejaxppo import Hyperparams, batched, make_ppo
-from purejaxppo.population import Population, choose_parents, count_episodes, evolve, population
+from purejaxppo.population import Population, choose_parents, count_episodes, evolve, evolving
 
 ONE_MINIBATCH = {"num_epochs": 1, "num_minibatches": 1, "segment_length": 8}
 RECURRENT = replace(
@@ -159,7 +159,7 @@ def test_the_ratio_begins_at_one_after_an_evolution(four, evolved):
 
 
 def test_a_step_keeps_structure_shape_dtype_and_weak_type(ppo, key):
-    many = population(ppo, every=1)
+    many = evolving(ppo, every=1)
     state = jax.eval_shape(many.init, jax.random.split(key, 4))
     after, metrics = jax.eval_shape(many.step, state)
     describe = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
@@ -173,7 +173,7 @@ def test_a_step_keeps_structure_shape_dtype_and_weak_type(ppo, key):
 def weeded():
     """A population of which half can hardly learn: PPO, first state, last state, metrics."""
     ppo = make_ppo(copy_cue(), replace(SMALL, num_steps=64, num_updates=24, num_minibatches=4, share_encoder=True))
-    many = population(ppo, every=4)
+    many = evolving(ppo, every=4)
     rates = Hyperparams(learning_rate=jnp.repeat(jnp.array([1e-6, 1e-2]), 4), learning_rate_annealing=0.0)
     state = jax.jit(many.init)(jax.random.split(jax.random.key(0), 8), rates)
     return ppo, state, *jax.jit(many.train)(state)
@@ -219,7 +219,7 @@ def test_evolution_compares_the_episodes_since_the_last_one(weeded):
 
 def test_chunked_equals_unchunked_to_the_bit(weeded):
     ppo, state, whole, metrics = weeded
-    fitted = pjp.fit(population(ppo, every=4), state, updates_per_chunk=7, slice_size=8, progress=False)
+    fitted = pjp.fit(evolving(ppo, every=4), state, updates_per_chunk=7, slice_size=8, progress=False)
     chex.assert_trees_all_equal(plain(fitted.state), plain(whole))
     assert fitted.metrics.sizes == {"run": 8, "update": 24}
     for name, x in metrics.items():
@@ -228,7 +228,7 @@ def test_chunked_equals_unchunked_to_the_bit(weeded):
 
 def test_a_population_that_never_evolves_equals_its_batch_to_the_bit(weeded, unweeded):
     ppo, state, *_ = weeded
-    state, metrics = jax.jit(population(ppo, every=25).train)(state)
+    state, metrics = jax.jit(evolving(ppo, every=25).train)(state)
     chex.assert_trees_all_equal(plain(state.runs), plain(unweeded[0]))
     np.testing.assert_array_equal(metrics["current_learning_rate"], unweeded[1]["learning_rate"])
     for name, x in unweeded[1].items():
@@ -254,7 +254,7 @@ def test_a_frozen_run_goes_on_from_another(weeded):
     ppo, state, *_ = weeded
     policy = state.policy.replace(params=jax.tree.map(lambda x: x.at[5].set(jnp.nan), state.policy.params))
     state = state.replace(runs=state.runs.replace(policy=policy), fitness=state.fitness.at[:].set(0.0).at[5].set(99.0))
-    step = jax.jit(population(ppo, every=2).step)
+    step = jax.jit(evolving(ppo, every=2).step)
     state, metrics = step(state)
     assert state.num_updates.tolist() == [1, 1, 1, 1, 1, 0, 1, 1] and metrics["parent"].tolist() == list(range(8))
     state, metrics = step(state)
@@ -280,18 +280,18 @@ def test_a_frozen_run_goes_on_from_another(weeded):
 )
 def test_what_no_population_can_do_is_refused_in_a_sentence(ppo, options, words):
     with pytest.raises(ValueError, match=words):
-        population(ppo, **{"every": 1} | options)
+        evolving(ppo, **{"every": 1} | options)
 
 
 def test_a_population_that_is_too_small_is_refused_with_what_would_do(ppo, key):
-    many = population(ppo, every=1)
+    many = evolving(ppo, every=1)
     with pytest.raises(ValueError, match="fraction=0.25 of a population of 3 is no run.*try 4 runs, or fraction=0.34"):
         many.init(jax.random.split(key, 3))
     with pytest.raises(ValueError, match="population of 1 is no run to replace .try 2 runs."):
-        population(ppo, every=1, fraction=0.5).init(key[None])
-    assert jax.eval_shape(population(ppo, every=1, fraction=0.34).init, jax.random.split(key, 3)).fitness.shape == (3,)
+        evolving(ppo, every=1, fraction=0.5).init(key[None])
+    assert jax.eval_shape(evolving(ppo, every=1, fraction=0.34).init, jax.random.split(key, 3)).fitness.shape == (3,)
 
 
 def test_a_schedule_is_not_explored(ppo, key):
     with pytest.raises(ValueError, match="learning_rate is a schedule"):
-        population(ppo, every=1).init(jax.random.split(key, 4), Hyperparams(learning_rate=pjp.linear(1e-3, 0.0)))
+        evolving(ppo, every=1).init(jax.random.split(key, 4), Hyperparams(learning_rate=pjp.linear(1e-3, 0.0)))

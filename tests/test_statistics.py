@@ -3,16 +3,13 @@ import pytest
 import xarray
 from scipy import stats
 
+from purejaxppo.experiment.ranking import as_table, best, importance, rank
 from purejaxppo.experiment.statistics import (
     aggregate,
     area_under_curve,
-    as_table,
-    best,
     final_scores,
-    importance,
     lost,
     probability_of_improvement,
-    rank,
     seeds_to_separate,
     swept_fields,
 )
@@ -199,7 +196,7 @@ def test_paired_fields_share_a_dimension_with_or_without_a_grid():
 
 def test_a_table_has_aligned_columns():
     table = as_table(rank(runs([1, 1], [2.5, 2.5], [0, 0], x=[3e-4, 1e-3, 0.5])), max_rows=2).split("\n")
-    assert table[0].split() == ["x", "iqm", "mean", "median", "low", "high", "num_runs"]
+    assert table[0].split() == ["x", "iqm", "low", "high", "mean", "median", "num_runs"]
     assert table[1].split() == ["0.001", "2.5", "2.5", "2.5", "2.5", "2.5", "2"]
     assert table[2].split() == ["0.0003", "1", "1", "1", "1", "1", "2"]
     assert table[3] == "... and 1 more"

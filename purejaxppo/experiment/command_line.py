@@ -90,8 +90,8 @@ def sweep(arguments: list[str]) -> int:
     options, table = parse_sweep(arguments)
 
     from purejaxppo.experiment.program import cache_compilation
+    from purejaxppo.experiment.ranking import as_table
     from purejaxppo.experiment.run import plan_missing, run_sweep
-    from purejaxppo.experiment.statistics import as_table
     from purejaxppo.experiment.sweeps import Sweep
 
     wanted = Sweep(options.env, table, options.num_seeds, options.config, options.hyperparams, options.seed)
@@ -104,8 +104,11 @@ def sweep(arguments: list[str]) -> int:
         return 0
     result = run_sweep(plan, options.out)
     print(as_table(result.ranked()))
-    for sentence in result.failed():
+    failed = result.failed()
+    for sentence in failed[:5]:
         print(f"  {sentence}")
+    if len(failed) > 5:
+        print(f"  ... and {len(failed) - 5} more turned nan (failed_update in results.nc)")
     pictures = _draw_sweep(result.metrics, options.out, options.env)
     rate = result.steps / max(result.run_seconds, 1e-9)
     print(f"  {result.steps:,} steps in {result.run_seconds:.1f} s, {rate:,.0f} per second")
@@ -247,7 +250,7 @@ def _draw_sweep(metrics, out: Path, title: str, **chosen) -> list[str]:
     import matplotlib
 
     matplotlib.use("Agg")
-    from purejaxppo.experiment.plots import plot_sweep
+    from purejaxppo.experiment.sweep_plots import plot_sweep
 
     try:
         figures = plot_sweep(metrics, title=title, **chosen)

@@ -116,7 +116,9 @@ def parse_sweep(arguments: list[str]):
     table = grid(**columns)
     distributions = dict(_parse_distribution(text) for text in options.sample)
     if bool(distributions) != bool(options.num_samples):
-        raise ValueError(f"num_samples={options.num_samples} must be the number of settings to draw where --sample is given")
+        raise ValueError(
+            f"num_samples={options.num_samples} must be the number of settings to draw where --sample is given"
+        )
     if distributions:
         import jax
 

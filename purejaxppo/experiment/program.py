@@ -86,8 +86,10 @@ def compile(ppo: PPO, state: TrainState, num_updates: int | None = None, *, slic
         raise ValueError(f"slice_size={slice_size} must be from 1 to the {num_runs} runs of the state")
     if ppo.mesh is not None:
         _check_shards(ppo, state, slice_size)
-    # What is more than a batch of runs, such as a population, goes through together.
-    on_cpu = ppo.mesh is None and _devices(state) == {"cpu"} and isinstance(state, TrainState)
+    together = not isinstance(state, TrainState)  # a population
+    if together and slice_size not in (None, num_runs):
+        raise ValueError(f"slice_size={slice_size} cannot be had: the {num_runs} runs of a population go together")
+    on_cpu = ppo.mesh is None and not together and _devices(state) == {"cpu"}
     num_threads = num_cores() if on_cpu else 1
     slice_size = slice_size or (best_slice_size(num_runs, num_threads, ppo.config) if on_cpu else num_runs)
     num_slices = -(-num_runs // slice_size)

@@ -12,8 +12,9 @@ import numpy as np
 import xarray
 
 from purejaxppo.experiment.folder import describe_machine
+from purejaxppo.experiment.ranking import best, rank
 from purejaxppo.experiment.slices import Slice, Slices, from_arrays, load_sweep_of
-from purejaxppo.experiment.statistics import best, final_scores, rank
+from purejaxppo.experiment.statistics import final_scores
 from purejaxppo.experiment.sweeps import Sweep, name_run
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.rollout import Policy
@@ -55,7 +56,7 @@ class Result:
         rows = self.sweep.table.rows()
         updates = self.metrics["failed_update"].values.reshape(len(rows), self.sweep.num_seeds)
         return [
-            f"{_words(rows[setting])} seed={seed} turned nan in update {updates[setting, seed]} and was frozen before it"
+            f"{_words(rows[setting])} seed={seed} turned nan in update {updates[setting, seed]}; frozen as before it"
             for setting, seed in runs.values()
             if updates[setting, seed]
         ]
@@ -76,7 +77,9 @@ class Result:
             raise ValueError(f"{_words(row)} seed={seed} has not been trained yet (run the sweep again)")
         part = self.slices.load(part.name)
         i = part.runs.index(name)
-        like = jax.eval_shape(jax.vmap(self.ppo(**row).init), jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1)))  # noqa: E501
+        like = jax.eval_shape(
+            jax.vmap(self.ppo(**row).init), jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+        )  # noqa: E501
         return from_arrays({n: x[i : i + 1] for n, x in part.state.items()}, like)[0]
 
     def policy(self, seed: int = 0, **setting) -> Policy:

@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 
 from purejaxppo.experiment.fit import noted_interrupt
 from purejaxppo.experiment.plan import Part, Plan, plan_sweep, wave_arguments
-from purejaxppo.experiment.program import Program
 from purejaxppo.experiment.result import Result, make_result
 from purejaxppo.experiment.slices import Slice, Slices, find_slices, from_arrays, open_slices, to_arrays
 from purejaxppo.experiment.sweeps import Group, Sweep

@@ -114,9 +114,10 @@ class Sweep:
     def to_json(self) -> dict:
         """Plain data that `from_json` takes back."""
         hyperparams = {name: _to_number(value) for name, value in asdict(self.hyperparams).items()}
+        axes = self.table.axes
         return {
             "env": self.env,
-            "axes": [{name: [_to_number(v) for v in column] for name, column in axis.items()} for axis in self.table.axes],
+            "axes": [{name: list(map(_to_number, column)) for name, column in axis.items()} for axis in axes],
             "num_seeds": self.num_seeds,
             "seed": self.seed,
             "config": asdict(self.config),
@@ -126,7 +127,10 @@ class Sweep:
     @classmethod
     def from_json(cls, data: dict) -> "Sweep":
         """The sweep that `to_json` wrote."""
-        axes = [{name: tuple(_from_number(name, v) for v in column) for name, column in axis.items()} for axis in data["axes"]]  # noqa: E501
+        axes = [
+            {name: tuple(_from_number(name, value) for value in column) for name, column in axis.items()}
+            for axis in data["axes"]
+        ]
         return cls(
             env=data["env"],
             table=Table(tuple(axes)),

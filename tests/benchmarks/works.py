@@ -49,6 +49,7 @@ WORKS = {
     "seeds-8": replace(NARROW, num_seeds=8, total_steps=250_000),
     "seeds-32": replace(NARROW, num_seeds=32, total_steps=62_500),
     "seeds-128": replace(NARROW, num_seeds=128, total_steps=15_872),
+    "seeds-256": replace(NARROW, num_seeds=256, total_steps=30_720),
     "seeds-512": replace(NARROW, num_seeds=512, total_steps=4_096),
     "pixels-mlp": replace(PIXELS, total_steps=500_000),
     "pixels-cnn": replace(PIXELS, total_steps=100_000, encoder="cnn"),
