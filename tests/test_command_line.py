@@ -155,3 +155,37 @@ def test_a_run_does_not_spill_into_the_current_folder(tmp_path, capsys, monkeypa
     status, _, error = run(capsys, "train", "CartPole-v1", *TINY, "--out", "")
     assert status == 2 and "name a folder for this run" in error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_is_planned_run_ranked_drawn_and_drawn_anew(tmp_path, capsys):
+    folder = tmp_path / "sweep"
+    command = ["sweep", "CartPole-v1", *TINY, "--grid", "learning_rate=1e-3,1e30", "--grid", "discount=.9,.99"]
+    command += ["--num-seeds", "2", "--out", str(folder)]
+    status, printed, _ = run(capsys, *command, "--dry-run")
+    assert status == 0 and "4 settings x 2 seeds = 8 runs" in printed and not folder.exists()
+    status, printed, _ = run(capsys, *command)
+    assert status == 0 and "iqm" in printed and "learning_rate=1e+30 discount=0.9 seed=0 turned nan" in printed
+    pictures = {"learning_curves.png", "heatmap.png", "importance.png"}
+    assert {path.name for path in folder.iterdir()} == {"sweep.json", "slices", "results.nc"} | pictures
+    assert xarray.load_dataset(folder / "results.nc", engine="scipy")["loss"].sizes["seed"] == 2
+    status, printed, _ = run(capsys, "plot", str(folder), "--line", "discount", "--out", str(tmp_path / "pictures"))
+    assert status == 0 and {path.name for path in (tmp_path / "pictures").iterdir()} == pictures
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "nothing is swept"),
+        (["--grid", "learning_rte=1,2"], "learning_rte is no field of a sweep (did you mean learning_rate?"),
+        (["--grid", "learning_rate="], "must be FIELD=VALUE,VALUE"),
+        (["--grid", "learning_rate=fast"], "learning_rate='fast' must be a number"),
+        (["--grid", "num_envs=4.5"], "num_envs=4.5 must be a whole number"),
+        (["--grid", "widths=64xabc"], "widths='64xabc'"),
+        (["--grid", "clip=.1", "--grid", "clip=.2"], "names a field twice"),
+        (["--sample", "clip=uniform:.1:.2"], "num_samples=0"),
+        (["--sample", "clip=normal:.1:.2", "--num-samples", "2"], "FIELD=KIND:LOW:HIGH"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_one_sentence_and_status_two(arguments, words, capsys):
+    status, _, error = run(capsys, "sweep", "CartPole-v1", *arguments)
+    assert status == 2 and words in error and error.count("\n") == 1
