@@ -30,7 +30,7 @@ LAZY = {
     "fit": "purejaxppo.experiment.fit",
     "load": "purejaxppo.experiment.folder",
     "load_sweep": "purejaxppo.experiment.result",
-    "optuna_search": "purejaxppo.experiment.search",
+    "optuna_search": "purejaxppo.experiment.study",
     "plan_sweep": "purejaxppo.experiment.plan",
     "plot_curves": "purejaxppo.experiment.sweep_plots",
     "plot_heatmap": "purejaxppo.experiment.sweep_plots",
@@ -39,7 +39,7 @@ LAZY = {
     "plot_parallel": "purejaxppo.experiment.sweep_plots",
     "preset": "purejaxppo.experiment.presets",
     "run_sweep": "purejaxppo.experiment.run",
-    "successive_halving": "purejaxppo.experiment.search",
+    "successive_halving": "purejaxppo.experiment.halving",
 }
 
 

@@ -45,6 +45,20 @@ class Table:
         rows = self.rows()
         return {name: [row[name] for row in rows] for name in self.names}
 
+    def index(self, **setting) -> int:
+        """The number of the one setting with the given values. Raises ValueError where none fits, or several do."""
+        unknown = sorted(setting.keys() - set(self.names))
+        if unknown:
+            raise ValueError(f"{unknown[0]} was not swept (swept: {', '.join(self.names) or 'nothing'})")
+        rows = self.rows()
+        fitting = [i for i, row in enumerate(rows) if all(_same(row[name], x) for name, x in setting.items())]
+        if not fitting:
+            raise ValueError(f"{show_setting(setting)} is none of the {len(rows)} settings (print the table)")
+        if len(fitting) > 1:
+            given = show_setting(setting) or "no field"
+            raise ValueError(f"{given} fits {len(fitting)} settings; name more of {', '.join(self.names)}")
+        return fitting[0]
+
 
 def grid(**values) -> Table:
     """Every combination of values of fields; the last name varies fastest. Raises ValueError for an empty list."""
@@ -143,6 +157,20 @@ def show(value) -> str:
     if isinstance(value, (tuple, list)):
         return ",".join(map(show, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def show_setting(setting: dict) -> str:
+    """A setting as short text."""
+    return " ".join(f"{name}={show(value)}" for name, value in setting.items())
+
+
+def to_coordinate(value):
+    """A value of a field as labelled arrays and storages hold it: a tuple as text."""
+    return show(value) if isinstance(value, tuple) else value
+
+
+def _same(value, wanted) -> bool:
+    return value == (tuple(wanted) if isinstance(wanted, list) else wanted) or to_coordinate(value) == wanted
 
 
 def _values(name: str, column, distinct: bool = True) -> tuple:

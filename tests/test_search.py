@@ -4,7 +4,8 @@ import pytest
 
 import purejaxppo as pjp
 from probes import SMALL, copy_cue
-from purejaxppo.experiment.search import Ladder, optuna_search, successive_halving, train_runs
+from purejaxppo.experiment.halving import Ladder, successive_halving, train_runs
+from purejaxppo.experiment.study import optuna_search
 
 
 def make_probe(env, config):

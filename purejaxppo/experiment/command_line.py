@@ -110,8 +110,9 @@ def sweep(arguments: list[str]) -> int:
     if len(failed) > 5:
         print(f"  ... and {len(failed) - 5} more turned nan (failed_update in results.nc)")
     pictures = _draw_sweep(result.metrics, options.out, options.env)
-    rate = result.steps / max(result.run_seconds, 1e-9)
-    print(f"  {result.steps:,} steps in {result.run_seconds:.1f} s, {rate:,.0f} per second")
+    if result.steps:
+        rate = result.steps / max(result.run_seconds, 1e-9)
+        print(f"  {result.steps:,} steps in {result.run_seconds:.1f} s, {rate:,.0f} per second")
     print(f"  saved in {options.out}: {', '.join(['results.nc', *pictures])}")
     return 0
 

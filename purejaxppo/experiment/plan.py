@@ -3,14 +3,14 @@
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import jax
-import numpy as np
 
+from purejaxppo.experiment.inputs import env_columns, wave_arguments
 from purejaxppo.experiment.program import Program, best_slice_size, compile, num_cores
-from purejaxppo.experiment.sweeps import CONFIG_FIELDS, ENV_PREFIX, Group, Sweep
+from purejaxppo.experiment.sweeps import CONFIG_FIELDS, Group, Sweep
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.sharding import choose_devices
 from purejaxppo.sweep import batched, seed_keys
@@ -71,6 +71,8 @@ class Plan:
 
     def __str__(self) -> str:
         sweep = self.sweep
+        if not self.parts:
+            return f"{sweep.env}: all {sweep.num_runs} runs are done"
         lines = [
             f"{sweep.env}: {len(sweep.table)} settings x {sweep.num_seeds} seeds = {sweep.num_runs} runs, "
             f"{self.total_steps:,} steps, {len(self.parts)} compiled in "
@@ -89,7 +91,7 @@ class Plan:
             }
             for part in self.parts
         ]
-        return "\n".join(lines + ([align(rows)] if rows else []))
+        return "\n".join([*lines, align(rows)])
 
 
 def plan_sweep(
@@ -106,8 +108,8 @@ def plan_sweep(
     `slice_size` is the number of runs that a device takes at a time (chosen to fit its caches or its memory by
     default; a dict has it for some groups). `devices`, a list or how many, are all of this process by
     default. `make(env, config)` gives the PPO of a group, where it is not `make_ppo`. `only` are the groups to be
-    planned, where not all are. Raises ValueError, before
-    anything compiles, for an environment or a parameter of it that does not exist.
+    planned, where not all are. Raises ValueError, before anything compiles, for an environment or a parameter of it
+    that does not exist.
     """
     devices = jax.local_devices() if devices is None else choose_devices(devices, jax.local_devices())
     groups = sweep.groups()
@@ -123,40 +125,17 @@ def plan_sweep(
     return Plan(sweep, parts, make)
 
 
-def wave_arguments(sweep: Sweep, ppo: PPO, runs: list[tuple[int, int]]):
-    """What `Part.start` takes for runs given as (setting, seed)."""
-    rows = sweep.table.rows()
-    settings = [setting for setting, _ in runs]
-    each = [sweep.hyperparams_of(rows[setting]) for setting in settings]
-    hyperparams = jax.tree.map(lambda *xs: np.array(xs, np.float32), *each)
-    return np.array([seed for _, seed in runs], np.int32), hyperparams, env_columns(sweep, settings, ppo)
-
-
-def env_columns(sweep: Sweep, settings: list[int], ppo: PPO):
-    """Environment parameters [R] of runs under the given settings. Raises ValueError for what the env has not."""
-    rows = sweep.table.rows()
-    rows = [rows[setting] for setting in settings]
-    params = jax.tree.map(lambda x: np.full((len(rows), *np.shape(x)), x), ppo.env.params)
-    known = _fields_of(ppo.env.params)
-    for name in sweep.table.names:
-        if not name.startswith(ENV_PREFIX):
-            continue
-        field = name.removeprefix(ENV_PREFIX)
-        if field not in known:
-            raise ValueError(f"{name} is no parameter of {ppo.env.name} (it has {', '.join(known) or 'none'})")
-        params = _with_field(params, field, _column(name, [row[name] for row in rows], known[field]))
-    return params
-
-
 def _plan_group(sweep, group: Group, ppo: PPO, devices, slice_size, updates_per_chunk) -> Part:
     begun = time.perf_counter()
     num_runs = len(group.settings) * sweep.num_seeds
     on_cpu = devices[0].platform == "cpu"
     num_threads = num_cores() if on_cpu and len(devices) == 1 else 1
     many = batched(ppo) if len(devices) == 1 else batched(ppo, devices)
-    chunk = min(updates_per_chunk or -(-group.config.num_updates // 50), group.config.num_updates)
-    if chunk < 1:
+    if updates_per_chunk is None:
+        updates_per_chunk = -(-group.config.num_updates // 50)
+    if updates_per_chunk < 1:
         raise ValueError(f"updates_per_chunk={updates_per_chunk} must be at least 1")
+    chunk = min(updates_per_chunk, group.config.num_updates)
     if slice_size is not None and not 1 <= slice_size <= num_runs:
         raise ValueError(f"slice_size={slice_size} must be from 1 to the {num_runs} runs of its group")
 
@@ -225,29 +204,3 @@ def _memory_of(device) -> int:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return 2**33
-
-
-def _fields_of(params) -> dict:
-    """The named parameters of an environment."""
-    if isinstance(params, dict):
-        return params
-    names = getattr(params, "__dataclass_fields__", None) or getattr(params, "_fields", ())
-    return {name: getattr(params, name) for name in names}
-
-
-def _with_field(params, name: str, column):
-    if isinstance(params, dict):
-        return params | {name: column}
-    return replace(params, **{name: column}) if is_dataclass(params) else params._replace(**{name: column})
-
-
-def _column(name: str, values: list, like) -> np.ndarray:
-    """A swept environment parameter as an array of the type that the environment has it in."""
-    kind = np.asarray(like).dtype
-    whole = np.issubdtype(kind, np.integer)
-    for value in values:
-        if isinstance(value, (str, tuple)) or (whole and value != round(value)):
-            raise ValueError(f"{name}={show(value)} must be a {'whole ' if whole else ''}number")
-    if np.ndim(like):
-        raise ValueError(f"{name} has the shape {np.shape(like)}; only single numbers can be swept")
-    return np.asarray(values, kind)

@@ -4,21 +4,20 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import jax
 import numpy as np
 import xarray
 
-from purejaxppo.experiment.folder import describe_machine
 from purejaxppo.experiment.ranking import best, rank
 from purejaxppo.experiment.slices import Slice, Slices, from_arrays, load_sweep_of
 from purejaxppo.experiment.statistics import final_scores
 from purejaxppo.experiment.sweeps import Sweep, name_run
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.rollout import Policy
-from purejaxppo.table import show
+from purejaxppo.table import show_setting, to_coordinate
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Result:
         return final_scores(self.metrics)
 
     def ranked(self) -> xarray.Dataset:
-        """Settings, best interquartile mean of `scores` first (see `statistics.rank`)."""
+        """Settings, best interquartile mean of `scores` first (see `ranking.rank`)."""
         return rank(self.scores)
 
     def best(self) -> dict:
@@ -52,61 +51,43 @@ class Result:
 
     def failed(self) -> list[str]:
         """A sentence for every run that turned nan."""
-        runs = {name: where for name, where in self.sweep.runs().items()}
         rows = self.sweep.table.rows()
         updates = self.metrics["failed_update"].values.reshape(len(rows), self.sweep.num_seeds)
+        where = "{} seed={} turned nan in update {}; frozen as before it".format
         return [
-            f"{_words(rows[setting])} seed={seed} turned nan in update {updates[setting, seed]}; frozen as before it"
-            for setting, seed in runs.values()
+            where(show_setting(rows[setting]), seed, updates[setting, seed])
+            for setting, seed in self.sweep.runs().values()
             if updates[setting, seed]
         ]
 
     def ppo(self, **setting) -> PPO:
         """The PPO of a run under a setting, field=value for as many fields as tell it apart."""
-        row = self._row(setting)
+        row = self.sweep.table.rows()[self.sweep.table.index(**setting)]
         return self.make(self.sweep.env_of(row), self.sweep.config_of(row))
 
     def state(self, seed: int = 0, **setting) -> TrainState:
         """The whole state of one run, ready to be trained on. Raises ValueError where it is not there."""
-        row = self._row(setting)
+        row = self.sweep.table.rows()[self.sweep.table.index(**setting)]
         if not 0 <= seed < self.sweep.num_seeds:
             raise ValueError(f"seed={seed} must be from 0 to {self.sweep.num_seeds - 1}")
         name = name_run(row, seed)
         part = next((part for part in self.slices.read() if name in part.runs), None)
         if part is None:
-            raise ValueError(f"{_words(row)} seed={seed} has not been trained yet (run the sweep again)")
-        part = self.slices.load(part.name)
+            raise ValueError(f"{show_setting(row)} seed={seed} has not been trained yet (run the sweep again)")
+        states = self.slices.load(part.name).state
         i = part.runs.index(name)
-        like = jax.eval_shape(
-            jax.vmap(self.ppo(**row).init), jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
-        )  # noqa: E501
-        return from_arrays({n: x[i : i + 1] for n, x in part.state.items()}, like)[0]
+        keys = jax.eval_shape(partial(jax.random.split, num=1), jax.random.key(0))
+        like = jax.eval_shape(jax.vmap(self.ppo(**row).init), keys)
+        return from_arrays({name: x[i : i + 1] for name, x in states.items()}, like)[0]
 
     def policy(self, seed: int = 0, **setting) -> Policy:
         """The policy of one run, which the `act` and `evaluate` of `ppo(**setting)` take."""
         return self.state(seed, **setting).policy
 
-    def _row(self, setting: dict) -> dict:
-        rows = self.sweep.table.rows()
-        unknown = setting.keys() - set(self.sweep.table.names)
-        if unknown:
-            raise ValueError(
-                f"{min(unknown)} was not swept (swept: {', '.join(self.sweep.table.names) or 'nothing'}, seed)"
-            )
-        fitting = [row for row in rows if all(_same(row[name], value) for name, value in setting.items())]
-        if len(fitting) == 1:
-            return fitting[0]
-        if not fitting:
-            raise ValueError(f"{_words(setting)} is none of the {len(rows)} settings (see result.sweep.table)")
-        raise ValueError(
-            f"{_words(setting) or 'no field'} fits {len(fitting)} settings; name more of "
-            f"{', '.join(self.sweep.table.names)}"
-        )
-
 
 def make_result(sweep: Sweep, slices: Slices, make: Callable, steps: int, run_seconds: float) -> Result:
     """The result of what is there of a sweep; in its folder the metrics are written too."""
-    metrics = label_sweep(sweep, slices.read())
+    metrics = label_sweep(sweep, slices.read(), slices.machine())
     if slices.folder and jax.process_index() == 0:
         half = slices.folder / "results.nc.half"
         metrics.to_netcdf(half, engine="scipy")
@@ -121,11 +102,14 @@ def load_sweep(folder, make: Callable = make_ppo) -> Result:
     """
     folder = Path(folder)
     sweep, slices = load_sweep_of(folder), Slices(folder)
-    return Result(sweep, label_sweep(sweep, slices.read()), slices, make)
+    return Result(sweep, label_sweep(sweep, slices.read(), slices.machine()), slices, make)
 
 
-def label_sweep(sweep: Sweep, slices: list[Slice]) -> xarray.Dataset:
-    """The metrics of all runs with names to their axes; nan, and no episodes, where nothing is known."""
+def label_sweep(sweep: Sweep, slices: list[Slice], machine: dict) -> xarray.Dataset:
+    """The metrics of all runs with names to their axes; nan, and no episodes, where nothing is known.
+
+    `machine` says where they were made.
+    """
     if not slices:
         raise ValueError("nothing of this sweep is done yet")
     rows = sweep.table.rows()
@@ -157,12 +141,11 @@ def label_sweep(sweep: Sweep, slices: list[Slice]) -> xarray.Dataset:
         "update": update.astype(np.int32),
         "step": _where_it_varies(dims, steps.reshape(*shape, -1)),
     }
-    return xarray.Dataset(variables, coords, _attributes(sweep))
+    return xarray.Dataset(variables, coords, _attributes(sweep, machine))
 
 
-def _attributes(sweep: Sweep) -> dict:
+def _attributes(sweep: Sweep, machine: dict) -> dict:
     """Where the metrics come from: plain text, and JSON under `sweep` and `machine`."""
-    machine = describe_machine()
     return {
         "env": sweep.env,
         "purejaxppo": machine["versions"]["purejaxppo"],
@@ -172,11 +155,6 @@ def _attributes(sweep: Sweep) -> dict:
         "sweep": json.dumps(sweep.to_json()),
         "machine": json.dumps(machine),
     }
-
-
-def to_coordinate(value):
-    """A value of a field as a coordinate holds it: a tuple as text."""
-    return show(value) if isinstance(value, tuple) else value
 
 
 def _axes(sweep: Sweep):
@@ -203,11 +181,3 @@ def _where_it_varies(dims, steps: np.ndarray):
         if np.array_equal(np.broadcast_to(first, steps.shape), steps, equal_nan=True):
             steps, dims = np.take(steps, 0, axis), dims[:axis] + dims[axis + 1 :]
     return (*dims, "update"), steps
-
-
-def _same(value, wanted) -> bool:
-    return value == (tuple(wanted) if isinstance(wanted, list) else wanted) or to_coordinate(value) == wanted
-
-
-def _words(row: dict) -> str:
-    return " ".join(f"{name}={show(value)}" for name, value in row.items())

@@ -14,7 +14,8 @@ from jax.experimental import multihost_utils
 from tqdm.auto import tqdm
 
 from purejaxppo.experiment.fit import noted_interrupt
-from purejaxppo.experiment.plan import Part, Plan, plan_sweep, wave_arguments
+from purejaxppo.experiment.inputs import wave_arguments
+from purejaxppo.experiment.plan import Part, Plan, plan_sweep
 from purejaxppo.experiment.result import Result, make_result
 from purejaxppo.experiment.slices import Slice, Slices, find_slices, from_arrays, open_slices, to_arrays
 from purejaxppo.experiment.sweeps import Group, Sweep
@@ -38,6 +39,8 @@ def run_sweep(
     """
     if folder is None and jax.process_count() > 1:
         raise ValueError(f"{jax.process_count()} processes need a folder that all of them see (folder=...)")
+    if isinstance(sweep, Plan) and options:
+        raise ValueError(f"{min(options)} is settled in the plan (give it to plan_sweep, or a sweep to run_sweep)")
     plan = sweep if isinstance(sweep, Plan) else plan_missing(sweep, folder, **options)
     sweep = plan.sweep
     begun = find_slices(folder, sweep).read()

@@ -67,6 +67,12 @@ class Slices:
             os.fsync(file.fileno())
         os.replace(half, path)
 
+    def machine(self) -> dict:
+        """What the last session ran on (see `folder.describe_machine`)."""
+        if self.folder is None:
+            return run_folder.describe_machine()
+        return json.loads((self.folder / "sweep.json").read_text())["sessions"][-1]
+
     def read(self) -> list[Slice]:
         """All slices with their metrics; of the states only `num_updates`.
 

@@ -124,6 +124,7 @@ def _bootstrap(statistic, samples, confidence, num_resamples, seed):
 
 
 def check(scores, statistic, over):
+    """Refuses a statistic that is unknown, or dimensions to aggregate over that the scores have not."""
     if statistic not in STATISTICS:
         raise ValueError(f"statistic={statistic!r} is unknown (known: {', '.join(STATISTICS)})")
     if "seed" not in over:
