@@ -38,16 +38,24 @@ def plot_sweep(metrics, line=None, panel=None, statistic="iqm", title="") -> dic
             for kind, figure in plot_sweep(part, line, panel, statistic, str(name)).items()
         }
     scores = scores_to_draw(metrics)
-    fields = [name for name in swept_fields(scores) if np.unique(scores[name]).size > 1]
-    grid = [name for name in fields if find_field(scores, name).grid]
+    fields = _varied(scores)
+    grid = _fields_of_grid(scores)
     figures = {"learning_curves": plot_curves(metrics, line, panel, statistic, title=title)}
     if len(grid) > 1:
-        figures["heatmap"] = plot_heatmap(metrics, *grid[:2], statistic, title).figure
+        figures["heatmap"] = plot_heatmap(metrics, statistic=statistic, title=title).figure
     if len(fields) > 2 or len(fields) > len(grid):
         figures["parallel"] = plot_parallel(metrics, statistic, title).figure
     if len(fields) > 1:
         figures["importance"] = plot_importance(metrics, title).figure
     return figures
+
+
+def _varied(scores) -> list[str]:
+    return [name for name in swept_fields(scores) if np.unique(scores[name]).size > 1]
+
+
+def _fields_of_grid(scores) -> list[str]:
+    return [name for name in _varied(scores) if find_field(scores, name).grid]
 
 
 def plot_curves(metrics, line=None, panel=None, statistic="iqm", confidence=0.95, max_lines=None, title=""):
@@ -89,13 +97,19 @@ def plot_curves(metrics, line=None, panel=None, statistic="iqm", confidence=0.95
     return figure
 
 
-def plot_heatmap(metrics, x, y, statistic="iqm", title="", ax=None):
+def plot_heatmap(metrics, x=None, y=None, statistic="iqm", title="", ax=None):
     """Draws the final score, a statistic over seeds, for all values of two fields of a grid; the best is framed.
 
-    Further fields stay at the best setting, which is named. Runs without a score count as the lowest of all, and cells
-    say how many they are. Returns the matplotlib axes.
+    `x` and `y` are the first two swept fields of the grid where they are not given. Further fields stay at the best
+    setting, which is named. Runs without a score count as the lowest of all, and cells say how many they are. Returns
+    the matplotlib axes.
     """
     scores = scores_to_draw(metrics)
+    free = [name for name in _fields_of_grid(scores) if name not in (x, y)]
+    if (x is None) + (y is None) > len(free):
+        raise ValueError("a heat map needs two swept fields of a grid (plot_curves draws one, plot_parallel all)")
+    x = free.pop(0) if x is None else x
+    y = free.pop(0) if y is None else y
     fields = [find_field(scores, name) for name in (x, y)]
     for name, field in zip((x, y), fields):
         if not field.grid:
