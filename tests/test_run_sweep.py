@@ -17,9 +17,9 @@ import xarray
 
 import purejaxppo as pjp
 from probes import SMALL
+from purejaxppo.experiment.arrays import from_arrays, to_arrays
 from purejaxppo.experiment.program import Program
 from purejaxppo.experiment.run import plan_missing
-from purejaxppo.experiment.slices import from_arrays, to_arrays
 
 PROGRAM = Path(__file__).parent / "sweep_program.py"
 LEARNING_RATES, DISCOUNTS = [1e-3, 1e-2], [0.9, 0.99]

@@ -1,18 +1,20 @@
-"""The host loop over compiled chunks of a run: constant memory, progress, compile time told apart from run time."""
+"""The host loop over compiled chunks of a run: constant memory, progress, checkpoints, evaluation, logging."""
 
 import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 import xarray
 from tqdm.auto import tqdm
 
-from purejaxppo.experiment.metrics import label
+from purejaxppo.experiment.journal import Journal
 from purejaxppo.experiment.program import Program, compile
+from purejaxppo.experiment.sinks import guarded
 from purejaxppo.ppo import PPO, TrainState
 
 
@@ -23,15 +25,20 @@ class Fit:
     ppo: PPO
     state: TrainState
     metrics: xarray.Dataset
-    """Dimensions (`run`,) `update`, with environment steps of one run as the coordinate `step`."""
-    compile_seconds: float
-    run_seconds: float
+    """Dimensions (`run`,) `update`, with environment steps of one run as the coordinate `step`; of a folder's run all
+    of its updates, also those before this call."""
+    num_updates: int = 0
+    """Made by this call."""
+    compile_seconds: float = 0.0
+    run_seconds: float = 0.0
+    interrupted: bool = False
+    """Whether a signal ended it before its time."""
 
     @property
     def steps_per_second(self) -> float:
         """Environment steps of all runs per second of run time."""
         num_runs = self.metrics.sizes.get("run", 1)
-        return num_runs * self.metrics.sizes["update"] * self.ppo.config.steps_per_update / max(self.run_seconds, 1e-9)
+        return num_runs * self.num_updates * self.ppo.config.steps_per_update / max(self.run_seconds, 1e-9)
 
 
 def fit(
@@ -42,85 +49,135 @@ def fit(
     updates_per_chunk: int | None = None,
     slice_size: int | None = None,
     progress: bool = True,
+    folder=None,
+    save_every: float = 60.0,
+    keep: int = 2,
+    evaluate_every: int | None = None,
+    sinks: Sequence[Callable] = (),
+    settings: dict | None = None,
 ) -> Fit:
     """Trains from `state`, of one run or of a batch, to the end of the run or for `num_updates` updates.
 
     The numbers are those of `ppo.train`, in chunks of `updates_per_chunk` (a hundredth of the whole by default), and
-    `state` stays usable. A batch of runs goes through in slices of `slice_size` (see `compile`). An interrupt (Ctrl-C)
-    ends the loop after the chunk in flight; what was done is returned.
-    """
-    if num_updates is None:
-        num_updates = ppo.config.num_updates - int(np.max(state.num_updates))
-        if num_updates < 1:
-            raise ValueError(
-                f"this run is complete: its state has done all num_updates={ppo.config.num_updates} of its config"
-            )
-    if num_updates < 1:
-        raise ValueError(f"num_updates={num_updates} must be at least 1")
-    chunk = min(updates_per_chunk or -(-num_updates // 100), num_updates)
-    if chunk < 1:
-        raise ValueError(f"updates_per_chunk={updates_per_chunk} must be at least 1")
-    num_runs = int(np.prod(state.num_updates.shape))
-    done = int(np.max(state.num_updates))
-    steps_per_update = num_runs * ppo.config.steps_per_update
+    `state` stays usable. A batch of runs goes through in slices of `slice_size` (see `compile`). An interrupt (Ctrl-C,
+    SIGTERM) ends the loop after the chunk in flight; what was done is returned.
 
+    With a `folder` the whole run is kept there: the newest `keep` checkpoints, one every `save_every` seconds and at
+    the end, then all that `load` reads. The same call goes on from the newest checkpoint that is whole, to the same
+    numbers as if nothing had happened, to the bit on the same device and versions; on others it warns. With more
+    `num_updates` in its config a run is extended. `settings` are noted beside what describes the run.
+
+    After every `evaluate_every` updates each policy plays in environments of its own: `evaluation_return` is the mean
+    over 128 whole episodes. Every chunk of metrics goes to `sinks` (see `sinks`). Raises ValueError where the folder
+    holds another run, or checkpoints of which none is whole.
+    """
+    first = int(np.max(state.num_updates))
+    last = ppo.config.num_updates if num_updates is None else first + num_updates
+    if num_updates is None and first >= last:
+        raise ValueError(f"this run is complete: its state has done all num_updates={last} of its config")
+    numbers = {"num_updates": num_updates, "updates_per_chunk": updates_per_chunk, "evaluate_every": evaluate_every}
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name}={number} must be at least 1")
+    chunk = min(updates_per_chunk or -(-(last - first) // 100), evaluate_every or last, last - first)
+    steps_per_update = state.num_updates.size * ppo.config.steps_per_update
+
+    journal = Journal(ppo, state, folder, keep, save_every, settings)
+    begun = journal.num_updates
+    if begun >= last:
+        return Fit(ppo, journal.state, journal.metrics)
     with tqdm(
-        total=num_updates * steps_per_update, unit=" steps", unit_scale=True, desc="compiling",
-        disable=None if progress else True, mininterval=0.2,
+        total=(last - first) * steps_per_update, initial=(begun - first) * steps_per_update, unit=" steps",
+        unit_scale=True, desc="compiling", disable=None if progress else True, mininterval=0.2,
     ) as bar:  # fmt: skip
-        program = compile(ppo, state, chunk, slice_size=slice_size)
+        program = compile(ppo, journal.state, chunk, slice_size=slice_size or journal.settings.get("slice_size"))
+        journal.settings["slice_size"] = program.slice_size  # another would give other roundings
+        evaluate, last_return = jax.jit(ppo.evaluate), np.nan
         bar.set_description(f"compiled in {program.compile_seconds:.1f} s, training")
         bar.unpause()
-        collected, last_return = [], np.full(num_runs, np.nan)
+        sinks = [guarded(sink) for sink in sinks]
         start = time.perf_counter()
         with noted_interrupt() as interrupt:
-            for state, metrics in chunks(program, state, num_updates):
-                collected.append(metrics)
-                last_return = _latest(metrics["episode_return"].reshape(num_runs, -1), last_return)
+            for state, metrics in chunks(program, journal.state, begun, last, evaluate_every):
+                if evaluate_every:
+                    due = (journal.num_updates + metrics["learning_rate"].shape[-1]) % evaluate_every == 0
+                    metrics["evaluation_return"] = _evaluation(evaluate, state, metrics["learning_rate"].shape, due)
+                part = journal.add(state, metrics)
+                for sink in sinks:
+                    sink(part)
+                last_return = _latest(metrics["episode_return"], last_return)
                 if not np.isnan(last_return).all():
                     bar.set_postfix_str(f"return {np.nanmean(last_return):.1f}", refresh=False)
-                bar.update(metrics["learning_rate"].shape[-1] * steps_per_update)
+                bar.update(part.sizes["update"] * steps_per_update)
+                journal.save(now=interrupt.is_set() or journal.num_updates == last)
                 if interrupt.is_set():
                     bar.write("interrupted: the result holds what was done until here")
                     break
-        run_seconds = time.perf_counter() - start
-    metrics = {name: np.concatenate([m[name] for m in collected], axis=-1) for name in collected[0]}
-    return Fit(ppo, state, label(metrics, ppo.config, done), program.compile_seconds, run_seconds)
+        seconds = time.perf_counter() - start
+    result = Fit(
+        ppo=ppo,
+        state=journal.state,
+        metrics=journal.metrics,
+        num_updates=journal.num_updates - begun,
+        compile_seconds=program.compile_seconds,
+        run_seconds=seconds,
+        interrupted=journal.num_updates < last,
+    )
+    journal.finish(
+        compile_seconds=program.compile_seconds, run_seconds=seconds, steps_per_second=result.steps_per_second
+    )
+    return result
 
 
-def chunks(program: Program, state: TrainState, num_updates: int) -> Iterator:
-    """States and metrics (as numpy, [..., updates of the chunk]) after every chunk, the last one perhaps shorter."""
+def chunks(program: Program, state: TrainState, done: int, last: int, stop_every: int | None = None) -> Iterator:
+    """States and metrics (as numpy, [..., updates of the chunk]) after every chunk, from `done` updates to `last`.
+
+    A chunk is as long as the program has it, or ends where `stop_every` divides the number of updates.
+    """
     donate = False  # the first state is the caller's
-    while num_updates:
-        length = min(program.num_updates, num_updates)
+    while done < last:
+        length = min(program.num_updates, last - done, stop_every - done % stop_every if stop_every else last)
         state, metrics = program(state, length, donate=donate)
         yield state, metrics
-        num_updates, donate = num_updates - length, True
+        done, donate = done + length, True
 
 
 @contextlib.contextmanager
 def noted_interrupt():
-    """An event that Ctrl-C sets, instead of raising in the middle of a chunk; the second Ctrl-C raises as ever."""
+    """An event that Ctrl-C or SIGTERM sets, instead of ending all in the middle of a chunk; the second is as ever."""
     interrupt = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield interrupt
         return
-    before = signal.getsignal(signal.SIGINT)
-    before = signal.default_int_handler if before is None else before
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(*_):
         interrupt.set()
-        signal.signal(signal.SIGINT, before)
+        restore()
 
-    signal.signal(signal.SIGINT, note)
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in before:
+        signal.signal(number, note)
     try:
         yield interrupt
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
+
+
+def _evaluation(evaluate, state: TrainState, shape, due: bool):
+    """The mean return of every policy in fresh environments, at the last of the chunk's updates if it is due."""
+    returns = np.full(shape, np.nan, np.float32)
+    if due:
+        key, *rest = jax.device_get((jax.random.key_data(state.key), state.policy, state.env_params))
+        returns[..., -1] = evaluate(jax.random.wrap_key_data(key), *rest).episode_return.mean(-1)
+    return returns
 
 
 def _latest(returns, before):
-    """The last return of each run [R, updates] in which an episode ended, or the one from before."""
-    for column in returns.T:
+    """The last return of each run [..., updates] in which an episode ended, or the one from before."""
+    for column in np.moveaxis(returns, -1, 0):
         before = np.where(np.isnan(column), before, column)
     return before

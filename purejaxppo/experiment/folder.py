@@ -1,33 +1,27 @@
-"""The folder that a run leaves: settings as JSON, metrics as netCDF, the policy as plain arrays, a picture.
+"""The folder that a run leaves; an ordinary library opens every file in it.
 
-settings.json        environment, config, hyperparams, seeds, versions, device, precision, command, time
+settings.json        environment, config, hyperparams, seeds, and of every session versions, code, device, command, time
+checkpoints/         whole states to go on from, see `checkpoints`
 metrics.nc           xarray.load_dataset opens it: dimensions seed, update; coordinate step
 policy.npz           numpy.load opens it: one array per parameter, the seed in front
 learning_curve.png
 """
 
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
-import sys
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import xarray
 
-import purejaxppo
 from purejaxppo.config import Config, Hyperparams
+from purejaxppo.experiment.arrays import from_arrays, to_arrays
 from purejaxppo.ppo import PPO, make_ppo
 from purejaxppo.rollout import Policy
+from purejaxppo.sharding import sharded
 from purejaxppo.sweep import batched
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "gymnax", "numpy")
 
 
 class Saved(NamedTuple):
@@ -60,77 +54,71 @@ def make_writable(folder: Path):
         raise ValueError(f"out={folder} cannot be written: {error.strerror} (name another folder)") from None
 
 
-def describe(env: str, config: Config, hyperparams: Hyperparams, **more) -> dict:
-    """Settings of a run about to start as plain JSON data, with what it runs on."""
-    return {
-        "env": env,
-        "config": asdict(config),
-        "hyperparams": {f.name: _json_number(getattr(hyperparams, f.name)) for f in fields(hyperparams)},
-        **more,
-        **describe_machine(),
-    }
-
-
-def describe_machine() -> dict:
-    """Versions, device, command and time of what is about to start, as plain JSON data."""
-    device = jax.devices()[0]
-    return {
-        "versions": {
-            "purejaxppo": purejaxppo.__version__,
-            "python": platform.python_version(),
-            **{package: importlib.metadata.version(package) for package in PACKAGES},
-        },
-        "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
-        "cpu_cores": os.cpu_count(),
-        "command": sys.argv,
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
 def save(folder: Path, settings: dict, metrics: xarray.Dataset, policy: Policy):
-    """Writes a run; the settings come last, so that a folder with them is whole."""
-    metrics.to_netcdf(folder / "metrics.nc", engine="scipy")
-    leaves = jax.tree_util.tree_leaves_with_path(policy)
-    np.savez(folder / "policy.npz", **{name_leaf(path): np.asarray(x) for path, x in leaves})
-    (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+    """Writes what `load` reads of a run; of a batch the dimension `run` is named `seed` there."""
+    metrics = metrics.rename(run="seed") if "run" in metrics.dims else metrics
+    half = folder / "metrics.nc.half"
+    metrics.to_netcdf(half, engine="scipy")
+    os.replace(half, folder / "metrics.nc")
+    np.savez(folder / "policy.npz", **to_arrays(policy))
+    write_settings(folder, settings)
 
 
-def load(folder) -> Saved:
+def write_settings(folder: Path, settings: dict):
+    """Writes settings.json, whole at any moment."""
+    half = folder / "settings.json.half"
+    half.write_text(json.dumps(settings, indent=2) + "\n")
+    os.replace(half, folder / "settings.json")
+
+
+def read_settings(folder) -> dict:
+    """The settings of a run. Raises ValueError where the folder holds none, or damaged ones."""
+    path = Path(folder) / "settings.json"
+    try:
+        settings = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no run: it has no settings.json") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error} (checkpoints have a copy of it)") from None
+    missing = {"env", "config", "hyperparams", "num_runs"} - settings.keys()
+    if missing:
+        raise ValueError(f"{path} is none of a run: it lacks {min(missing)}")
+    return settings
+
+
+def load(folder, ppo: PPO | None = None) -> Saved:
     """Reads a run back: `ppo`, `hyperparams`, `policy` with the seed in front, `metrics`, `settings`.
 
-    Nothing is unpickled. Raises ValueError where the folder holds no run, or one of another shape.
+    `ppo` is the one that the run was trained with; it must be given where that is not `make_ppo` of a name and a
+    config. Nothing is unpickled. Raises ValueError where the folder holds no run, or one of another shape.
     """
     folder = Path(folder)
-    if not (folder / "settings.json").exists():
-        raise ValueError(f"{folder} holds no run: it has no settings.json")
-    settings = json.loads((folder / "settings.json").read_text())
-    config = Config(**settings["config"] | {"widths": tuple(settings["config"]["widths"])})
-    ppo = batched(make_ppo(settings["env"], config))
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), settings["num_seeds"]))
-    like = jax.eval_shape(ppo.init, keys).policy
+    settings = read_settings(folder)
+    if not (folder / "policy.npz").exists():
+        raise ValueError(f"the run in {folder} has not come to its end (`purejaxppo resume {folder}` goes on with it)")
+    ppo = remake(settings) if ppo is None else ppo
+    like = jax.eval_shape(ppo.init, keys_like(settings)).policy
     metrics = xarray.load_dataset(folder / "metrics.nc", engine="scipy")
-    hyperparams = Hyperparams(**{name: float(value) for name, value in settings["hyperparams"].items()})
-    return Saved(ppo, hyperparams, _load_arrays(folder / "policy.npz", like), metrics, settings)
+    with np.load(folder / "policy.npz", allow_pickle=False) as arrays:
+        policy = from_arrays(dict(arrays), like, f"{folder / 'policy.npz'}")
+    return Saved(ppo, hyperparams_of(settings), policy, metrics, settings)
 
 
-def _load_arrays(path: Path, like):
-    with np.load(path, allow_pickle=False) as arrays:
-
-        def read(where, x):
-            name = name_leaf(where)
-            if name not in arrays or arrays[name].shape != x.shape:
-                found = arrays[name].shape if name in arrays else "nothing"
-                raise ValueError(f"{path} does not fit its settings: {name} should be {x.shape}, found {found}")
-            return jnp.asarray(arrays[name], x.dtype)
-
-        return jax.tree_util.tree_map_with_path(read, like)
+def remake(settings: dict, num_devices: int = 1) -> PPO:
+    """The PPO of a run, of a name and a config, with the environments of each agent on several devices if need be."""
+    ppo = make_ppo(settings["env"], Config(**settings["config"]))
+    ppo = sharded(ppo, num_devices) if num_devices > 1 else ppo
+    return ppo if settings["num_runs"] is None else batched(ppo)
 
 
-def name_leaf(path) -> str:
-    """The name of a leaf of a pytree in a file, from its path."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+def keys_like(settings: dict):
+    """Shapes of the keys that the `init` of a run takes."""
+    num_runs = settings["num_runs"]
+    split = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_runs or 1))
+    return split if num_runs else jax.eval_shape(lambda: jax.random.key(0))
 
 
-def _json_number(value):
-    value = float(value)
-    return value if np.isfinite(value) else str(value)
+def hyperparams_of(settings: dict) -> Hyperparams:
+    """The hyperparameters of a run, arrays where its agents differ in them."""
+    values = settings["hyperparams"].items()
+    return Hyperparams(**{n: np.float32(x) if isinstance(x, list) else float(x) for n, x in values})

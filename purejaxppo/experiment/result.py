@@ -11,8 +11,9 @@ import jax
 import numpy as np
 import xarray
 
+from purejaxppo.experiment.arrays import from_arrays
 from purejaxppo.experiment.ranking import best, rank
-from purejaxppo.experiment.slices import Slice, Slices, from_arrays, load_sweep_of
+from purejaxppo.experiment.slices import Slice, Slices, load_sweep_of
 from purejaxppo.experiment.statistics import final_scores
 from purejaxppo.experiment.sweeps import Sweep, name_run
 from purejaxppo.ppo import PPO, TrainState, make_ppo

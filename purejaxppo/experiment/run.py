@@ -13,11 +13,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm.auto import tqdm
 
+from purejaxppo.experiment.arrays import from_arrays, to_arrays
 from purejaxppo.experiment.fit import noted_interrupt
 from purejaxppo.experiment.inputs import wave_arguments
 from purejaxppo.experiment.plan import Part, Plan, plan_sweep
 from purejaxppo.experiment.result import Result, make_result
-from purejaxppo.experiment.slices import Slice, Slices, find_slices, from_arrays, open_slices, to_arrays
+from purejaxppo.experiment.slices import Slice, Slices, find_slices, open_slices
 from purejaxppo.experiment.sweeps import Group, Sweep
 
 

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from purejaxppo.experiment import folder as run_folder
+from purejaxppo.experiment.provenance import describe_machine
 from purejaxppo.experiment.sweeps import Sweep, name_run
 
 DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
@@ -68,9 +69,9 @@ class Slices:
         os.replace(half, path)
 
     def machine(self) -> dict:
-        """What the last session ran on (see `folder.describe_machine`)."""
+        """What the last session ran on (see `describe_machine`)."""
         if self.folder is None:
-            return run_folder.describe_machine()
+            return describe_machine()
         return json.loads((self.folder / "sweep.json").read_text())["sessions"][-1]
 
     def read(self) -> list[Slice]:
@@ -121,7 +122,7 @@ def open_slices(folder, sweep: Sweep) -> Slices:
         if path.exists():
             sessions = json.loads(path.read_text())["sessions"]
         half = path.with_suffix(".half")
-        sessions.append(run_folder.describe_machine())
+        sessions.append(describe_machine())
         half.write_text(json.dumps({"sweep": sweep.to_json(), "sessions": sessions}, indent=2) + "\n")
         os.replace(half, path)
     return slices
@@ -136,34 +137,6 @@ def load_sweep_of(folder) -> Sweep:
         raise ValueError(f"{folder} holds no sweep: it has no sweep.json") from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
-
-
-def to_arrays(state) -> dict[str, np.ndarray]:
-    """A state as plain arrays by their paths; random keys as their data."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {run_folder.name_leaf(path): np.asarray(_key_data(x)) for path, x in leaves}
-
-
-def from_arrays(arrays: dict[str, np.ndarray], like):
-    """The state that `to_arrays` wrote, with the structure of `like`.
-
-    Raises ValueError where the two do not fit.
-    """
-
-    def read(path, x):
-        name = run_folder.name_leaf(path)
-        is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-        shape = jax.eval_shape(jax.random.key_data, x).shape if is_key else x.shape
-        if name not in arrays or arrays[name].shape[1:] != shape[1:]:
-            found = arrays[name].shape if name in arrays else "nothing"
-            raise ValueError(f"a slice does not fit its sweep: {name} should be {shape}, found {found}")
-        return jax.random.wrap_key_data(arrays[name]) if is_key else jax.numpy.asarray(arrays[name])
-
-    return jax.tree_util.tree_map_with_path(read, like)
-
-
-def _key_data(x):
-    return jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
 
 def _read(path: Path, only: str = "") -> Slice:

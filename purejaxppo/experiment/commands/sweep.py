@@ -1,56 +1,13 @@
-"""The flags of the command line, made from `Config` and `Hyperparams`, on top of the preset of an environment."""
+"""`purejaxppo sweep` and `purejaxppo plot`."""
 
-import datetime
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
 from purejaxppo.config import Config, Hyperparams
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What every command that trains takes. Flags that are not given come from the preset of the environment."""
-
-    env: tyro.conf.Positional[str]
-    """A name that `purejaxppo envs` lists."""
-    compile_cache: Path | None = None
-    """Folder that keeps compiled programs for the next time."""
-    config: tyro.conf.OmitArgPrefixes[Config] = field(default_factory=Config)
-    hyperparams: tyro.conf.OmitArgPrefixes[Hyperparams] = field(default_factory=Hyperparams)
-
-
-@dataclass(frozen=True)
-class Train(Settings):
-    """Train PPO on an environment. Flags that are not given come from its preset."""
-
-    num_seeds: int = 1
-    """Agents, trained side by side in one program."""
-    num_devices: int = 1
-    """Devices, of a CPU its cores, among which the environments of every agent are shared out; it pays from about 512
-    transitions per minibatch."""
-    seed: int = 0
-    """Where the random keys of all agents come from."""
-    total_steps: int | None = None
-    """Environment steps of each agent; sets num_updates to as many whole updates as fit."""
-    out: Path | None = None
-    """Folder for the results; runs/ENV-TIME if none is given."""
-
-
-@dataclass(frozen=True)
-class Bench(Settings):
-    """Measure training on this machine. Flags that are not given come from the preset of the environment."""
-
-    num_seeds: tuple[int, ...] = (1, 8, 32)
-    """Numbers of agents to be measured, each in one program."""
-    rounds: int = 5
-    """Repetitions; medians are printed, with the least and the most."""
-    seconds: float = 2.0
-    """Length of a repetition, about."""
-    out: Path | None = None
-    """File for the figures as JSON; none is written if none is given."""
+from purejaxppo.experiment.commands.options import Settings, check_whole, complete, parse
 
 
 @dataclass(frozen=True)
@@ -97,14 +54,60 @@ class Plot:
     """Folder for the pictures; that of the results if none is given."""
 
 
-def parse_train(arguments: list[str]) -> Train:
-    """The options of `train`."""
-    options = parse(Train, "train", arguments)
-    check_whole(num_seeds=(options.num_seeds, 1), seed=(options.seed, 0), num_devices=(options.num_devices, 1))
-    return _complete(options, options.env)
+def sweep(arguments: list[str]) -> int:
+    """Prints the plan, trains, prints a ranking, and leaves data and pictures."""
+    options, table = _parse_sweep(arguments)
+
+    from purejaxppo.experiment.program import cache_compilation
+    from purejaxppo.experiment.ranking import as_table
+    from purejaxppo.experiment.run import plan_missing, run_sweep
+    from purejaxppo.experiment.sweeps import Sweep
+
+    wanted = Sweep(options.env, table, options.num_seeds, options.config, options.hyperparams, options.seed)
+    if options.compile_cache is not None:
+        cache_compilation(options.compile_cache)
+    print(wanted, flush=True)
+    plan = plan_missing(wanted, options.out, slice_size=options.slice_size)
+    print(plan, flush=True)
+    if options.dry_run:
+        return 0
+    result = run_sweep(plan, options.out)
+    print(as_table(result.ranked()))
+    failed = result.failed()
+    for sentence in failed[:5]:
+        print(f"  {sentence}")
+    if len(failed) > 5:
+        print(f"  ... and {len(failed) - 5} more turned nan (failed_update in results.nc)")
+    pictures = _draw_sweep(result.metrics, options.out, options.env)
+    if result.steps:
+        rate = result.steps / max(result.run_seconds, 1e-9)
+        print(f"  {result.steps:,} steps in {result.run_seconds:.1f} s, {rate:,.0f} per second")
+    print(f"  saved in {options.out}: {', '.join(['results.nc', *pictures])}")
+    return 0
 
 
-def parse_sweep(arguments: list[str]):
+def plot(arguments: list[str]) -> int:
+    """Draws pictures from what lies in a folder."""
+    options = tyro.cli(Plot, args=arguments, prog="purejaxppo plot")
+
+    from purejaxppo.experiment import folder
+    from purejaxppo.experiment.commands.train import draw
+    from purejaxppo.experiment.result import load_sweep
+
+    out = options.out or options.folder
+    folder.make_writable(out)
+    if (options.folder / "sweep.json").exists():
+        result = load_sweep(options.folder)
+        chosen = {"line": options.line, "panel": options.panel, "statistic": options.statistic}
+        pictures = _draw_sweep(result.metrics, out, result.sweep.env, **chosen)
+    else:
+        saved = folder.load(options.folder)
+        pictures = [draw(saved.metrics, out, saved.settings["env"])]
+    print(f"drawn in {out}: {', '.join(pictures)}")
+    return 0
+
+
+def _parse_sweep(arguments: list[str]):
     """The options of `sweep`, and the table that they describe."""
     from purejaxppo.table import Table, grid, sample
 
@@ -127,14 +130,7 @@ def parse_sweep(arguments: list[str]):
         table *= sample(key, options.num_samples, sobol=options.sobol, **distributions)
     if table == Table():
         raise ValueError("nothing is swept: give --grid FIELD=VALUE,VALUE,... (or train with --num-seeds)")
-    return _complete(options, f"sweep-{options.env}"), table
-
-
-def _complete(options, name: str):
-    if options.total_steps is not None:
-        options = replace(options, config=options.config.with_total_steps(options.total_steps))
-    time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return options if options.out else replace(options, out=Path("runs") / f"{name}-{time}")
+    return complete(options, f"sweep-{options.env}"), table
 
 
 def _parse_column(text: str) -> tuple[str, list]:
@@ -184,30 +180,20 @@ def _parse_number(text: str) -> int | float:
         return int(number) if number.is_integer() and "e" in text.lower() else number
 
 
-def parse_plot(arguments: list[str]) -> Plot:
-    """The options of `plot`."""
-    return tyro.cli(Plot, args=arguments, prog="purejaxppo plot")
+def _draw_sweep(metrics, out: Path, title: str, **chosen) -> list[str]:
+    """Every picture that the sweep gives something to."""
+    import matplotlib
 
+    matplotlib.use("Agg")
+    from purejaxppo.experiment.sweep_plots import plot_sweep
 
-def parse(kind, command: str, arguments: list[str]):
-    """The flags of a command on top of the preset of the environment, which comes first."""
-    from purejaxppo.envs import env_names, make_env
-    from purejaxppo.experiment.presets import preset
-
-    env, asks_help = arguments[0] if arguments else "-", {"--help", "-h"} & set(arguments)
-    if env.startswith("-"):
-        if not asks_help:
-            raise ValueError(
-                f"name an environment first: purejaxppo {command} ENV [flags] (`purejaxppo envs` lists them)"
-            )
-        env = "CartPole-v1"
-    elif env not in env_names():
-        make_env(env)
-    return tyro.cli(kind, args=arguments, default=kind(env, **preset(env)._asdict()), prog=f"purejaxppo {command}")
-
-
-def check_whole(**least):
-    """Refuses a number below its least, or too large for a key; each is given as (number, least)."""
-    for name, (number, low) in least.items():
-        if not low <= number < 2**31:
-            raise ValueError(f"{name}={number} must be from {low} to 2**31 - 1")
+    try:
+        figures = plot_sweep(metrics, title=title, **chosen)
+    except ValueError as error:
+        if any(chosen.get(name) for name in ("line", "panel")):
+            raise
+        print(f"  no pictures: {error}")
+        return []
+    for name, figure in figures.items():
+        figure.savefig(out / f"{name}.png", dpi=150)
+    return [f"{name}.png" for name in figures]
