@@ -177,7 +177,7 @@ class CNN(nn.Module):
         kernel = self.param("kernel", orthogonal(2**0.5), (3, 3, grids.shape[-1], 16), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (16,), jnp.float32)
         x = self.activation(convolve(grids, kernel) + bias[None, None, None])
-        return dense_layers(x.reshape(len(x), -1).T, self.widths, self.activation)
+        return dense_layers(x.reshape(x.shape[0], -1).T, self.widths, self.activation)
 
 
 def dense_layers(columns, widths, activation):

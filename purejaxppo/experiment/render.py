@@ -1,0 +1,97 @@
+"""An episode of a trained policy, as states and as a moving picture."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from purejaxppo.envs.base import action_space, bound_action
+from purejaxppo.ppo import PPO, in_precision
+from purejaxppo.rollout import Policy, add_time, apply_policy
+
+CLASSIC = ("Acrobot-v1", "CartPole-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Pendulum-v1")
+GRIDS = (
+    "Asterix-MinAtar", "Breakout-MinAtar", "Catch-bsuite", "Freeway-MinAtar", "FourRooms-misc", "MetaMaze-misc",
+    "PointRobot-misc", "Pong-misc", "Seaquest-MinAtar", "SpaceInvaders-MinAtar",
+)  # fmt: skip
+
+
+@struct.dataclass
+class Episode:
+    """L steps of one episode, or as many as were allowed."""
+
+    states: Any  # [L, ...] of the environment, acted in
+    obs: Any  # [L, ...]
+    actions: Any  # [L, ...], as the environment received them
+    rewards: jax.Array  # [L]
+    finished: bool  # whether it ended by itself
+
+
+def record_episode(ppo: PPO, policy: Policy, key, env_params=None, *, greedy=False, max_steps=1000) -> Episode:
+    """Plays one episode and keeps everything, states too, which whoever knows them may draw."""
+    env_params = ppo.env.params if env_params is None else env_params
+    space = action_space(ppo.env, env_params)
+    reset_key, play_key = jax.random.split(key)
+
+    def step(carry, step_key):
+        state, obs, memory, first = carry
+        act_key, env_key = jax.random.split(step_key)
+        batch = jax.tree.map(lambda x: x[None], obs)
+        memory, distribution, _ = apply_policy(
+            policy, memory, add_time(batch), first[None], network=ppo.network, config=ppo.config
+        )
+        drawn = (distribution.mode() if greedy else distribution.sample(act_key))[0, 0]
+        action = bound_action(drawn, space, ppo.config.bound_action)
+        result = ppo.env.step(env_key, state, action, env_params)
+        done = result.terminated | result.truncated
+        carry = result.state, result.obs, memory, jnp.zeros_like(first)
+        return carry, (state, obs, action, result.reward, done)
+
+    def play():
+        state, obs = ppo.env.reset(reset_key, env_params)
+        start = state, obs, ppo.network.initial_memory(1), jnp.ones(1, bool)
+        return jax.lax.scan(step, start, jax.random.split(play_key, max_steps))[1]
+
+    *steps, done = jax.device_get(in_precision(ppo.config.matmul_precision, jax.jit(play)))
+    length = int(done.argmax()) + 1 if done.any() else max_steps
+    states, obs, actions, rewards = jax.tree.map(lambda x: x[:length], steps)
+    return Episode(states=states, obs=obs, actions=actions, rewards=rewards, finished=bool(done.any()))
+
+
+def render(env_name: str, episode: Episode, path, env_params=None):
+    """Draws an episode of an environment of gymnax as a GIF; in a notebook it shows.
+
+    Those of `CLASSIC` need pygame. Raises ValueError for an environment that gymnax does not draw: `record_episode`
+    gives its states.
+    """
+    path = Path(path)
+    if path.suffix != ".gif":
+        raise ValueError(f"out={path} must end in .gif")
+    check_drawable(env_name)
+    import gymnax
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from gymnax.visualize import Visualizer
+
+    env, params = gymnax.make(env_name)
+    states = [jax.tree.map(lambda x: x[i], episode.states) for i in range(len(episode.rewards))]
+    returns = np.cumsum(episode.rewards)
+    Visualizer(env, params if env_params is None else env_params, states, returns).animate(str(path))
+    if importlib.util.find_spec("IPython") is None:
+        return path
+    from IPython.display import Image
+
+    return Image(filename=str(path))
+
+
+def check_drawable(env_name: str):
+    """Refuses an environment that cannot be drawn here."""
+    if env_name not in CLASSIC + GRIDS:
+        raise ValueError(f"{env_name} cannot be drawn (gymnax draws {', '.join(CLASSIC + GRIDS)})")
+    if env_name in CLASSIC and importlib.util.find_spec("pygame") is None:
+        raise ValueError(f"to draw {env_name} pygame is needed (pip install pygame)")
