@@ -27,11 +27,11 @@ class Agents(NamedTuple):
         """R"""
         return len(jax.tree.leaves(self.policies)[0])
 
-    def policy(self, seed: int) -> Policy:
-        """The policy of one agent. Raises ValueError where there is none of that number."""
-        if not 0 <= seed < self.num:
-            raise ValueError(f"seed={seed} must be from 0 to {self.num - 1}")
-        return jax.tree.map(lambda x: x[seed], self.policies)
+    def policy(self, agent: int) -> Policy:
+        """The policy of one agent, by its seed. Raises ValueError where there is none of that number."""
+        if not 0 <= agent < self.num:
+            raise ValueError(f"agent={agent} must be from 0 to {self.num - 1}")
+        return jax.tree.map(lambda x: x[agent], self.policies)
 
 
 def load_agents(folder, ppo: PPO | None = None) -> Agents:

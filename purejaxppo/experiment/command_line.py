@@ -5,7 +5,8 @@ import sys
 import warnings
 
 COMMANDS = {
-    "train": "train", "resume": "train", "sweep": "sweep", "plot": "sweep", "bench": "bench", "envs": "bench",
+    "train": "train", "resume": "train", "sweep": "sweep", "plot": "sweep", "evaluate": "saved", "render": "saved",
+    "export": "saved", "show": "saved", "bench": "bench", "envs": "bench",
 }  # fmt: skip
 
 USAGE = """usage: purejaxppo COMMAND ...
@@ -14,6 +15,10 @@ USAGE = """usage: purejaxppo COMMAND ...
   purejaxppo resume RUN          go on with a run that was interrupted or killed, or extend one
   purejaxppo sweep ENV [flags]   train many settings with several seeds each, rank and draw them
   purejaxppo plot FOLDER         draw the pictures of a sweep or of a run anew
+  purejaxppo evaluate FOLDER     play whole episodes with trained agents, also in Gymnasium (--in gymnasium)
+  purejaxppo render FOLDER       draw an episode as a GIF
+  purejaxppo export FOLDER       write an agent as one file that acts without this package
+  purejaxppo show FOLDER         print what a run or a sweep is and what made it
   purejaxppo bench ENV [flags]   measure compile time, steps per second, memory, and where the time goes
   purejaxppo envs                list what can be trained, with its preset
   purejaxppo COMMAND --help      all flags of a command

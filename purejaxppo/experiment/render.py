@@ -1,6 +1,7 @@
 """An episode of a trained policy, as states and as a moving picture."""
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from purejaxppo.envs.base import action_space, bound_action
 from purejaxppo.ppo import PPO, in_precision
 from purejaxppo.rollout import Policy, add_time, apply_policy
 
+FRAMES_PER_SECOND = 25
 CLASSIC = ("Acrobot-v1", "CartPole-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Pendulum-v1")
 GRIDS = (
     "Asterix-MinAtar", "Breakout-MinAtar", "Catch-bsuite", "Freeway-MinAtar", "FourRooms-misc", "MetaMaze-misc",
@@ -73,20 +75,49 @@ def render(env_name: str, episode: Episode, path, env_params=None):
         raise ValueError(f"out={path} must end in .gif")
     check_drawable(env_name)
     import gymnax
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from gymnax.visualize import Visualizer
 
     env, params = gymnax.make(env_name)
+    params = params if env_params is None else env_params
     states = [jax.tree.map(lambda x: x[i], episode.states) for i in range(len(episode.rewards))]
-    returns = np.cumsum(episode.rewards)
-    Visualizer(env, params if env_params is None else env_params, states, returns).animate(str(path))
+    if env_name in CLASSIC:
+        _draw_classic(env_name, states, params, path)
+    else:
+        _draw_grid(env, states, params, np.cumsum(episode.rewards), path)
     if importlib.util.find_spec("IPython") is None:
         return path
     from IPython.display import Image
 
     return Image(filename=str(path))
+
+
+def _draw_classic(env_name: str, states, params, path: Path):
+    """Through Gymnasium's environment of the same name; gymnax's own picture opens a new one for every frame."""
+    for kind in ("VIDEO", "AUDIO"):  # pygame needs neither a screen nor a loudspeaker
+        os.environ.setdefault(f"SDL_{kind}DRIVER", "dummy")
+    import gymnasium
+    from gymnax.visualize import vis_gym
+    from PIL import Image
+
+    env = gymnasium.make(env_name, render_mode="rgb_array")
+    env.reset()
+    vis_gym.set_gym_params(env.unwrapped, env_name, params)
+    frames = []
+    for state in states:
+        env.unwrapped.state = vis_gym.get_gym_state(state, env_name)
+        if env_name == "Pendulum-v1":
+            env.unwrapped.last_u = np.float64(state.last_u)
+        frames.append(Image.fromarray(env.render()).quantize(64))
+    env.close()
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // FRAMES_PER_SECOND, loop=0)
+
+
+def _draw_grid(env, states, params, returns, path: Path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from gymnax.visualize import Visualizer
+
+    Visualizer(env, params, states, returns).animate(str(path))
 
 
 def check_drawable(env_name: str):

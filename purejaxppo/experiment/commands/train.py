@@ -155,12 +155,12 @@ def _table(result, metrics, evaluation, out: Path) -> str:
     return "\n".join(f"  {name:<28}{value}" for name, value in [*rows, ("saved in", str(out))])
 
 
-def interval(mean: float, low: float, high: float) -> str:
-    """A mean over agents with its interval as text."""
+def interval(mean: float, low: float, high: float, over: str = "agents") -> str:
+    """A mean with its interval over agents, or what else, as text."""
     if mean != mean:
         return "no episode ended"
     return f"{mean:.2f}" + (
-        f"  [{low:.2f}, {high:.2f}] 95 % over agents" if low == low else "  (one agent: no interval)"
+        f"  [{low:.2f}, {high:.2f}] 95 % over {over}" if low == low else "  (one agent: no interval)"
     )
 
 

@@ -1,0 +1,240 @@
+"""Runs that go on: killed, interrupted, damaged, extended, under other settings."""
+
+import dataclasses
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import resume_program
+import xarray
+
+from probes import SMALL
+from purejaxppo import batched, fit, load, make_ppo, runs
+from purejaxppo.experiment.arrays import to_arrays
+from purejaxppo.experiment.checkpoints import Checkpoints
+from purejaxppo.experiment.resume import resume
+from purejaxppo.experiment.sinks import csv_file, json_lines
+
+CONFIG = dataclasses.replace(SMALL, num_updates=9)
+
+
+def begin(config=CONFIG, **hyperparams):
+    """A batch of two, with both normalisers, and its first state."""
+    config = dataclasses.replace(config, normalize_observation=True, scale_reward=True)
+    ppo = batched(make_ppo("Pendulum-v1", config))
+    keys, swept = runs(jax.random.key(3), hyperparams or None, num_seeds=1 if hyperparams else 2)
+    return ppo, jax.jit(ppo.init)(keys, swept)
+
+
+def same(state, other):
+    for name, x in to_arrays(state).items():
+        np.testing.assert_array_equal(x, to_arrays(other)[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """What a run that is left alone comes to."""
+    return fit(*begin(), progress=False)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """The folder of a run with checkpoints after 3 and 6 updates."""
+    folder = tmp_path_factory.mktemp("runs") / "kept"
+    fit(*begin(), num_updates=6, updates_per_chunk=3, folder=folder, save_every=0, progress=False)
+    return folder
+
+
+@pytest.fixture
+def copy(kept, tmp_path):
+    return shutil.copytree(kept, tmp_path / "copy")
+
+
+def newest(folder) -> Path:
+    return Checkpoints(folder).paths()[0]
+
+
+def test_a_run_in_parts_is_the_run_in_one_to_the_bit(whole, copy):
+    result = fit(*begin(), folder=copy, progress=False)
+    assert result.num_updates == 3 and not result.interrupted
+    same(result.state, whole.state)
+    xarray.testing.assert_identical(result.metrics, whole.metrics)
+    again = fit(*begin(), folder=copy, progress=False)
+    assert again.num_updates == 0
+    same(again.state, whole.state)
+
+
+def test_only_the_newest_checkpoints_are_kept_and_every_file_opens(kept):
+    assert [path.name for path in Checkpoints(kept).paths()] == ["0000000006", "0000000003"]
+    path = newest(kept)
+    assert xarray.load_dataset(path / "metrics.nc").sizes == {"run": 2, "update": 6}
+    assert json.loads((path / "settings.json").read_text())["config"]["num_updates"] == 9
+    assert set(json.loads((path / "files.json").read_text())) >= {"metrics.nc", "settings.json", "state/_METADATA"}
+    ppo, _ = begin()
+    assert load(kept, ppo).metrics.sizes == {"seed": 2, "update": 6}
+
+
+def test_killed_at_any_moment_and_called_again_a_run_comes_to_the_same_numbers(tmp_path):
+    command = [sys.executable, resume_program.__file__, str(tmp_path / "run")]
+    for kill in range(3):
+        process = subprocess.Popen(command, cwd=Path(__file__).parent, stdout=subprocess.DEVNULL)
+        deadline, before = time.monotonic() + 120, Checkpoints(tmp_path / "run").paths()[:1]
+        while Checkpoints(tmp_path / "run").paths()[:1] == before and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.13 * kill)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "it had ended before it was killed"
+    ppo, state = resume_program.begin()
+    result = fit(ppo, state, folder=tmp_path / "run", progress=False)
+    assert 0 < result.num_updates < resume_program.NUM_UPDATES
+    expected = fit(ppo, state, progress=False)
+    same(result.state, expected.state)
+    xarray.testing.assert_identical(result.metrics, expected.metrics)
+
+
+def damage(path: Path, random) -> str:
+    """Does something bad to one of the files of a checkpoint."""
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.stat().st_size)
+    file, kind = files[random.integers(len(files))], ("cut", "flip", "remove")[random.integers(3)]
+    data = bytearray(file.read_bytes())
+    if kind == "remove":
+        file.unlink()
+    elif kind == "cut":
+        file.write_bytes(data[: random.integers(len(data))])
+    else:
+        data[random.integers(len(data))] ^= 1 << random.integers(8)
+        file.write_bytes(data)
+    return f"{kind} {file.relative_to(path)}"
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(kept, tmp_path):
+    random = np.random.default_rng(0)
+    expected = Checkpoints(kept).newest()
+    before = Checkpoints(shutil.copytree(kept, tmp_path / "before"))
+    shutil.rmtree(before.paths()[0])
+    before = before.newest()
+    for i in range(100):
+        folder = shutil.copytree(kept, tmp_path / str(i))
+        what = damage(newest(folder), random)
+        with pytest.warns(UserWarning, match=f"{newest(folder).name} is damaged"):
+            found = Checkpoints(folder).newest()
+        assert found.path.name == "0000000003", what
+        for name, x in before.arrays.items():
+            np.testing.assert_array_equal(found.arrays[name], x, err_msg=what)
+        assert not np.array_equal(found.arrays["num_updates"], expected.arrays["num_updates"])
+        shutil.rmtree(folder)
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(whole, copy):
+    damage(newest(copy), np.random.default_rng(1))
+    with pytest.warns(UserWarning, match="is damaged"):
+        result = fit(*begin(), folder=copy, progress=False)
+    assert result.num_updates == 6
+    same(result.state, whole.state)
+
+
+def test_without_a_whole_checkpoint_nothing_is_made_up(copy):
+    for path in Checkpoints(copy).paths():
+        damage(path, np.random.default_rng(2))
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no checkpoint in .* is whole: .*damaged"):
+        fit(*begin(), folder=copy, progress=False)
+
+
+@pytest.mark.parametrize(
+    "other, words",
+    [
+        (lambda: begin(dataclasses.replace(CONFIG, num_epochs=3)), "num_epochs=1 instead of 3"),
+        (lambda: begin(discount=[0.9, 0.99]), "discount=0.99 instead of \\[0.9, 0.99\\]"),
+        (lambda: begin(dataclasses.replace(CONFIG, num_updates=7)), "num_updates=9 instead of 7"),
+    ],
+)
+def test_a_run_of_other_settings_is_refused_with_the_fields_that_differ(kept, other, words):
+    with pytest.raises(ValueError, match=f"holds another run, with .*{words}"):
+        fit(*other(), folder=kept)
+
+
+def test_a_run_is_extended_with_a_word_on_its_schedules(copy):
+    fit(*begin(), folder=copy, progress=False)
+    with pytest.warns(UserWarning, match="extended from num_updates=9 to 12; schedules end there now"):
+        result = fit(*begin(dataclasses.replace(CONFIG, num_updates=12)), folder=copy, progress=False)
+    assert result.num_updates == 3 and result.metrics.sizes["update"] == 12
+    rate = result.metrics["learning_rate"].values[0] / result.metrics["learning_rate"].values[0, 0]
+    np.testing.assert_allclose(rate[[8, 9, 11]], [1 - 8 / 9, 1 - 9 / 12, 1 - 11 / 12], rtol=1e-5)
+
+
+def test_other_versions_and_devices_are_warned_of(copy):
+    path = newest(copy)
+    settings = json.loads((path / "settings.json").read_text())
+    settings["versions"]["jax"], settings["device"]["kind"] = "0.1.2", "abacus"
+    Checkpoints(copy).save(7, begin()[1], xarray.load_dataset(path / "metrics.nc"), settings)
+    with pytest.warns(UserWarning, match="jax 0.1.2 is now .*, device abacus is now"):
+        fit(*begin(), folder=copy, progress=False)
+
+
+def test_a_disk_that_fails_is_a_warning_and_the_run_goes_on(tmp_path, monkeypatch, whole):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Checkpoints, "save", full)
+    with pytest.warns(UserWarning, match="no checkpoint could be saved .*No space left"):
+        result = fit(*begin(), folder=tmp_path / "run", progress=False)
+    same(result.state, whole.state)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_same_call_goes_on(tmp_path, number, whole):
+    def send(metrics):
+        if metrics["update"][-1] == 4:
+            signal.raise_signal(number)
+
+    before = signal.getsignal(number)
+    result = fit(*begin(), folder=tmp_path / "run", updates_per_chunk=2, sinks=[send], progress=False)
+    assert result.interrupted and result.num_updates == 4 and signal.getsignal(number) is before
+    assert newest(tmp_path / "run").name == "0000000004"
+    same(fit(*begin(), folder=tmp_path / "run", progress=False).state, whole.state)
+
+
+def test_logs_go_on_where_the_checkpoint_was(tmp_path):
+    """Four updates were logged, three of them are in a checkpoint: the fourth is logged anew."""
+    ppo, state = begin()
+    logs = [lambda: csv_file(tmp_path / "log.csv"), lambda: json_lines(tmp_path / "log.jsonl")]
+    fit(ppo, state, num_updates=3, folder=tmp_path / "run", sinks=[log() for log in logs], progress=False)
+    rest = fit(ppo, state, progress=False, num_updates=4).metrics.isel(update=[3])
+    for log in logs:
+        log()(rest)
+    result = fit(ppo, state, folder=tmp_path / "run", sinks=[log() for log in logs], progress=False)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(row["update"], row["run"]) for row in rows] == [(u, r) for u in range(1, 10) for r in (0, 1)]
+    np.testing.assert_array_equal([row["loss"] for row in rows], result.metrics["loss"].values.T.ravel())
+    table = np.genfromtxt(tmp_path / "log.csv", delimiter=",", names=True)
+    np.testing.assert_array_equal(table["update"], [row["update"] for row in rows])
+    np.testing.assert_allclose(table["loss"], [row["loss"] for row in rows])
+
+
+def test_evaluation_while_training_does_not_change_training(whole):
+    result = fit(*begin(), evaluate_every=4, progress=False)
+    same(result.state, whole.state)
+    there = np.isfinite(result.metrics["evaluation_return"].values)
+    np.testing.assert_array_equal(there, [np.isin(np.arange(1, 10), [4, 8])] * 2)
+
+
+def test_a_run_begun_in_python_is_not_resumed_by_its_folder(kept):
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="was begun in Python: the same call of fit"):
+        warnings.simplefilter("error")
+        resume(kept)
+
+
+@pytest.mark.parametrize(
+    "options, words", [({"keep": 0}, "keep=0 must be"), ({"evaluate_every": 0}, "evaluate_every=0")]
+)
+def test_bad_numbers_are_refused(tmp_path, options, words):
+    with pytest.raises(ValueError, match=words):
+        fit(*begin(), folder=tmp_path / "run", **options)

@@ -1,0 +1,75 @@
+"""Sinks: every run apart or aggregated; a failure is a warning."""
+
+import json
+
+import numpy as np
+import pytest
+
+from probes import SMALL
+from purejaxppo.experiment.metrics import label
+from purejaxppo.experiment.sinks import console, csv_file, guarded, json_lines, mean_over_runs, to_rows
+
+
+@pytest.fixture
+def metrics():
+    """Two runs, three updates after the fourth."""
+    loss = np.array([[1.0, 2.0, np.nan], [3.0, np.inf, 5.0]], np.float32)
+    return label({"loss": loss, "num_episodes": np.arange(6).reshape(2, 3), "learning_rate": loss * 0}, SMALL, 4)
+
+
+def test_rows_are_plain_numbers_of_every_update_and_run(metrics):
+    rows = list(to_rows(metrics))
+    assert [(row["update"], row["run"], row["loss"]) for row in rows] == [
+        (5, 0, 1.0), (5, 1, 3.0), (6, 0, 2.0), (6, 1, None), (7, 0, None), (7, 1, 5.0),
+    ]  # fmt: skip
+    assert rows[0]["step"] == 5 * SMALL.steps_per_update and rows[5]["num_episodes"] == 5
+    alone = list(to_rows(metrics.isel(run=0, drop=True)))
+    assert "run" not in alone[0] and [row["loss"] for row in alone] == [1.0, 2.0, None]
+
+
+def test_means_are_over_the_numbers_that_there_are(metrics, tmp_path):
+    mean_over_runs(json_lines(tmp_path / "log.jsonl"))(metrics)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in rows] == [2.0, None, 5.0] and "run" not in rows[0]
+
+
+def test_a_line_cut_short_by_a_kill_is_written_anew(metrics, tmp_path):
+    path = tmp_path / "log.csv"
+    csv_file(path)(metrics)
+    whole = path.read_text()
+    path.write_text(whole[:-9])
+    csv_file(path)(metrics.isel(update=[2]))
+    assert path.read_text() == whole
+
+
+def test_the_console_shows_the_newest_numbers(metrics, capsys):
+    sink = console(every=2, names=("loss",))
+    sink(metrics)
+    assert capsys.readouterr().out == ""
+    sink(metrics)
+    assert capsys.readouterr().out == f"update 7  step {7 * SMALL.steps_per_update:,}  loss=5\n"
+
+
+def test_a_sink_that_fails_warns_once_and_gets_no_more(metrics):
+    calls = []
+
+    def broken(metrics):
+        calls.append(metrics)
+        raise OSError("No space left on device")
+
+    sink = guarded(broken)
+    with pytest.warns(UserWarning, match="broken.*failed.*the run goes on.*No space left"):
+        sink(metrics)
+    sink(metrics)
+    assert len(calls) == 1
+
+
+def test_tensorboard_has_every_run_in_a_folder_of_its_own(metrics, tmp_path):
+    pytest.importorskip("tensorboardX")
+    from purejaxppo.experiment.sinks import tensorboard
+
+    tensorboard(tmp_path)(metrics)
+    assert {path.name for path in tmp_path.iterdir()} == {"run-0", "run-1"}
+    for run in ("run-0", "run-1"):
+        (events,) = (tmp_path / run).iterdir()
+        assert b"loss" in events.read_bytes()
