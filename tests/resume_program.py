@@ -8,7 +8,7 @@ import jax
 import purejaxppo as pjp
 from probes import SMALL
 
-NUM_UPDATES = 300
+NUM_UPDATES = 1000
 
 
 def begin(num_updates=NUM_UPDATES):

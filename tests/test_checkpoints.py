@@ -151,7 +151,7 @@ def test_without_a_whole_checkpoint_nothing_is_made_up(copy):
 @pytest.mark.parametrize(
     "other, words",
     [
-        (lambda: begin(dataclasses.replace(CONFIG, num_epochs=3)), "num_epochs=1 instead of 3"),
+        (lambda: begin(dataclasses.replace(CONFIG, num_epochs=3)), "num_epochs=2 instead of 3"),
         (lambda: begin(discount=[0.9, 0.99]), "discount=0.99 instead of \\[0.9, 0.99\\]"),
         (lambda: begin(dataclasses.replace(CONFIG, num_updates=7)), "num_updates=9 instead of 7"),
     ],

@@ -14,7 +14,8 @@ from purejaxppo.experiment.sinks import console, csv_file, guarded, json_lines, 
 def metrics():
     """Two runs, three updates after the fourth."""
     loss = np.array([[1.0, 2.0, np.nan], [3.0, np.inf, 5.0]], np.float32)
-    return label({"loss": loss, "num_episodes": np.arange(6).reshape(2, 3), "learning_rate": loss * 0}, SMALL, 4)
+    others = {"num_episodes": np.arange(6).reshape(2, 3), "learning_rate": np.zeros_like(loss)}
+    return label({"loss": loss, **others}, SMALL, 4)
 
 
 def test_rows_are_plain_numbers_of_every_update_and_run(metrics):

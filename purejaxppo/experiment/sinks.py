@@ -125,7 +125,7 @@ def guarded(sink: Sink) -> Sink:
             sink(metrics)
         except Exception as error:
             failed = True
-            name = getattr(sink, "__qualname__", repr(sink)).split(".")[0]
+            name = getattr(sink, "__qualname__", repr(sink)).removesuffix(".<locals>.sink").split("<locals>.")[-1]
             warnings.warn(f"the sink {name} failed and gets no more metrics; the run goes on ({error})")
 
     return guard
