@@ -100,11 +100,12 @@ def render(arguments: list[str]) -> int:
     from purejaxppo.experiment.render import check_drawable, record_episode, render
 
     agents, out = load_agents(options.folder), options.out or options.folder / "episode.gif"
+    policy = agents.policy(options.agent)
     check_drawable(agents.ppo.env.name)
     _check_file(out)
     env_params = jax.tree.map(lambda x: x[options.agent], agents.env_params)
     episode = record_episode(
-        agents.ppo, agents.policy(options.agent), jax.random.key(options.seed), env_params,
+        agents.ppo, policy, jax.random.key(options.seed), env_params,
         greedy=options.greedy, max_steps=options.max_steps,
     )  # fmt: skip
     render(agents.ppo.env.name, episode, out, env_params)
@@ -122,8 +123,8 @@ def export(arguments: list[str]) -> int:
     from purejaxppo.experiment.export import export
 
     agents = load_agents(options.folder)
-    _check_file(options.out)
     policy = agents.policy(options.agent)
+    _check_file(options.out)
     lines = export(agents.ppo, policy, options.out, jax.tree.map(lambda x: x[options.agent], agents.env_params))
     print(f"# {options.out} holds agent {options.agent} of {agents.title}; this uses it:\n\n{lines}")
     return 0
@@ -174,7 +175,10 @@ def _show_session(session: dict):
 
 def _check_file(path: Path):
     """Refuses a file that cannot be written, before anything is computed for it."""
+    there = path.exists()
     try:
         path.open("ab").close()
     except OSError as error:
         raise ValueError(f"out={path} cannot be written: {error.strerror} (name another file)") from None
+    if not there:
+        path.unlink()

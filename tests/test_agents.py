@@ -1,0 +1,174 @@
+"""Trained agents out of a folder: played here and in Gymnasium, drawn, shown, by their commands."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from test_command_line import TINY, run
+
+from probes import SMALL
+from purejaxppo import Env, Sweep, grid, make_ppo, preset, run_sweep
+from purejaxppo.experiment.agents import Agents, load_agents
+from purejaxppo.experiment.evaluation import evaluate_agents, evaluate_in_gymnasium, summarize
+from purejaxppo.experiment.render import record_episode, render
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run of two agents that learned nothing much."""
+    from purejaxppo.experiment.command_line import main
+
+    folder = tmp_path_factory.mktemp("runs") / "cartpole"
+    assert main(["train", "CartPole-v1", *TINY, "--num-seeds", "2", "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def agents(folder):
+    return load_agents(folder)
+
+
+def alone(name, config=SMALL):
+    """One agent that has not learned."""
+    ppo = make_ppo(name, config)
+    state = ppo.init(jax.random.key(0))
+    first = lambda tree: jax.tree.map(lambda x: x[None], tree)
+    return Agents(ppo, first(state.policy), first(state.env_params), name)
+
+
+def test_each_agent_plays_as_its_own_ppo_evaluates(agents):
+    played = evaluate_agents(agents, num_episodes=16, greedy=True, seed=5)
+    assert played["episode_return"].dims == ("seed", "episode") and played["finished"].all()
+    key = jax.random.fold_in(jax.random.key(5), 1)
+    expected = agents.ppo.evaluate(key, agents.policy(1), num_episodes=16, greedy=True)
+    np.testing.assert_array_equal(played["episode_return"][1], expected.episode_return)
+
+
+def test_cartpole_is_the_same_task_in_gymnasium(agents):
+    """The returns of the same policies, some 20 steps, agree within what 300 episodes of each can tell."""
+    ours = evaluate_agents(agents, num_episodes=300, greedy=True)["episode_return"]
+    theirs = evaluate_in_gymnasium(agents, num_episodes=300, greedy=True)["episode_return"]
+    error = np.sqrt(ours.var("episode") / 300 + theirs.var("episode") / 300)
+    assert (abs(ours.mean("episode") - theirs.mean("episode")) < 4 * error).all()
+    again = evaluate_in_gymnasium(agents, num_episodes=300, greedy=True)["episode_return"]
+    np.testing.assert_array_equal(theirs, again)
+
+
+@pytest.mark.parametrize("name", ["Acrobot-v1", "Pendulum-v1", "MountainCar-v0", "MountainCarContinuous-v0"])
+def test_classic_control_is_played_in_gymnasium_to_its_time_limit(name):
+    played = evaluate_in_gymnasium(alone(name, preset(name).config), num_episodes=2)
+    limit = {"Acrobot-v1": 500, "MountainCarContinuous-v0": 999}.get(name, 200)
+    assert played["finished"].all() and (played["episode_length"] <= limit).all()
+
+
+def test_gymnasium_is_refused_where_it_has_another_task(agents):
+    with pytest.raises(ValueError, match="Gymnasium cannot make 'Catch-bsuite'"):
+        evaluate_in_gymnasium(alone("Catch-bsuite"))
+    with pytest.raises(ValueError, match="shows observations"):
+        evaluate_in_gymnasium(agents, "Acrobot-v1")
+    with pytest.raises(ValueError, match="takes Discrete"):
+        evaluate_in_gymnasium(alone("MountainCarContinuous-v0"), "MountainCar-v0")
+
+
+def test_the_interval_is_over_agents_or_over_the_episodes_of_one(agents):
+    played = evaluate_agents(agents, num_episodes=8)
+    means = played["episode_return"].mean("episode").values
+    mean, low, high = summarize(played)
+    assert low < mean < high and mean == pytest.approx(means.mean())
+    single = summarize(played.isel(seed=[0]))
+    assert single[0] == pytest.approx(means[0]) and np.isfinite(single).all()
+
+
+def test_the_agents_of_a_sweep_are_those_of_its_best_setting(tmp_path):
+    sweep = Sweep("Pendulum-v1", grid(**{"env.max_torque": [1.0, 3.0]}), num_seeds=2, config=SMALL)
+    result = run_sweep(sweep, tmp_path / "sweep", progress=False)
+    agents = load_agents(tmp_path / "sweep")
+    best = result.best()["env.max_torque"]
+    assert agents.num == 2 and agents.title == f"Pendulum-v1, env.max_torque={best:g}"
+    np.testing.assert_array_equal(agents.env_params.max_torque, [best, best])
+
+
+def test_an_episode_keeps_the_states_of_any_environment(agents):
+    episode = record_episode(agents.ppo, agents.policy(0), jax.random.key(0), max_steps=400)
+    assert episode.finished and len(episode.rewards) == episode.rewards.sum() < 400
+    np.testing.assert_array_equal(episode.states.x, episode.obs[:, 0])
+    cut = record_episode(agents.ppo, agents.policy(0), jax.random.key(0), max_steps=3)
+    assert not cut.finished and len(cut.rewards) == 3
+    np.testing.assert_array_equal(cut.obs, episode.obs[:3])
+
+
+def test_grids_are_drawn(tmp_path):
+    from PIL import Image
+
+    agents = alone("Catch-bsuite")
+    episode = record_episode(agents.ppo, agents.policy(0), jax.random.key(0))
+    render("Catch-bsuite", episode, tmp_path / "catch.gif")
+    assert Image.open(tmp_path / "catch.gif").n_frames > 1
+
+
+def test_classic_control_is_drawn(agents, tmp_path):
+    pytest.importorskip("pygame")
+    from PIL import Image
+
+    episode = record_episode(agents.ppo, agents.policy(0), jax.random.key(0), max_steps=9)
+    render("CartPole-v1", episode, tmp_path / "cartpole.gif")
+    assert Image.open(tmp_path / "cartpole.gif").n_frames == 9
+
+
+def test_the_commands_evaluate_export_and_show(folder, tmp_path, capsys):
+    status, printed, _ = run(capsys, "evaluate", str(folder), "--episodes", "4", "--in", "gymnasium")
+    assert status == 0 and "in Gymnasium: 4 episodes of 2 agents" in printed and "95 % over agents" in printed
+    status, printed, _ = run(capsys, "export", str(folder), "-o", str(tmp_path / "policy.npz"), "--agent", "1")
+    assert status == 0 and "def act(obs):" in printed and (tmp_path / "policy.npz").exists()
+    status, printed, _ = run(capsys, "show", str(folder))
+    assert status == 0 and "6 of 6 updates" in printed and f"jax {jax.__version__}" in printed
+    assert "precision    highest" in printed and "code" in printed
+
+
+def test_resume_finds_nothing_to_do_extends_and_warns(folder, tmp_path, capsys):
+    import shutil
+
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    status, printed, _ = run(capsys, "resume", str(copy))
+    assert status == 0 and "return, last 100 episodes" in printed and "compile" not in printed
+    status, printed, warned = run(capsys, "resume", str(copy), "--total-steps", "512")
+    assert status == 0 and "512 x 2 agents" in printed
+    assert "purejaxppo: warning: the run in" in warned and "extended from num_updates=6 to 8" in warned
+    settings = json.loads((copy / "settings.json").read_text())
+    assert settings["num_updates_done"] == 8 and len(settings["sessions"]) == 2
+
+
+REFUSALS = [
+    (["resume", "{}/nothing"], "holds no run"),
+    (["resume", "{}", "--total-steps", "64"], "total_steps=64 must be at least the 384"),
+    (["evaluate", "{}/nothing"], "holds no run"),
+    (["evaluate", "{}", "--episodes", "0"], "episodes=0 must be"),
+    (["export", "{}", "--agent", "2"], "agent=2 must be from 0 to 1"),
+    (["export", "{}", "-o", "policy.onnx"], "must end in .stablehlo or .npz"),
+    (["export", "{}", "-o", "{}/no/policy.npz"], "cannot be written"),
+    (["render", "{}", "--agent", "7"], "agent=7 must be from 0 to 1"),
+    (["show", "{}/nothing"], "holds no run"),
+]
+
+
+@pytest.mark.parametrize("arguments, words", REFUSALS, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_bad_input_is_one_sentence(folder, arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, printed, refused = run(capsys, *(argument.replace("{}", str(folder)) for argument in arguments))
+    assert status == 2 and words in refused and refused.count("\n") == 1 and "Traceback" not in refused
+    assert not printed and not list(tmp_path.iterdir())
+
+
+def test_an_environment_of_ones_own_is_not_made_by_its_name(folder, tmp_path):
+    path = tmp_path / "settings.json"
+    path.write_text((folder / "settings.json").read_text().replace('"CartPole-v1"', '"mine"'))
+    (tmp_path / "policy.npz").write_bytes((folder / "policy.npz").read_bytes())
+    (tmp_path / "metrics.nc").write_bytes((folder / "metrics.nc").read_bytes())
+    with pytest.raises(ValueError, match="'mine' is not a known environment"):
+        load_agents(tmp_path)
+    known = load_agents(folder)
+    mine = known.ppo._replace(env=Env(*known.ppo.env)._replace(name="mine"))
+    np.testing.assert_array_equal(
+        jax.tree.leaves(load_agents(tmp_path, mine).policies)[0], jax.tree.leaves(known.policies)[0]
+    )

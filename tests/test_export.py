@@ -1,0 +1,103 @@
+"""Exported policies act as ours, in a process that cannot import this package."""
+
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from probes import SMALL
+from purejaxppo import make_ppo
+from purejaxppo.experiment.export import export
+from purejaxppo.normalize import Moments
+
+
+def trained(env, **config):
+    """A PPO, and a policy whose outputs are large and whose normaliser has seen something."""
+    ppo = make_ppo(env, dataclasses.replace(SMALL, **config))
+    policy = ppo.init(jax.random.key(0)).policy
+    policy = policy.replace(params=jax.tree.map(lambda x: 2 * x + 0.01, policy.params))
+    if config.get("normalize_observation"):
+        mean, variance = jnp.array([0.1, -0.2, 0.5]), jnp.array([0.5, 2.0, 9.0])
+        policy = policy.replace(observation=Moments(count=jnp.float32(9), mean=mean, variance=variance))
+    return ppo, policy
+
+
+def actions_of(ppo, policy, obs):
+    return np.asarray(jax.vmap(lambda x: ppo.act(policy, x)[0])(obs))
+
+
+PENDULUM = [{"bound_action": how, "normalize_observation": True} for how in ("clip", "tanh")]
+
+
+@pytest.mark.parametrize(
+    "env, config", [("CartPole-v1", {"activation": "relu"}), *(("Pendulum-v1", c) for c in PENDULUM)]
+)
+def test_a_file_acts_where_this_package_cannot_be_imported(env, config, tmp_path):
+    ppo, policy = trained(env, **config)
+    obs = 3 * np.random.default_rng(0).normal(size=(50, *ppo.env.observation_space.shape)).astype(np.float32)
+    expected = actions_of(ppo, policy, obs)
+    assert len(np.unique(expected.round(3))) > 1
+    np.savez(tmp_path / "expected.npz", obs=obs, actions=expected)
+    with_jax = export(ppo, policy, tmp_path / "policy.stablehlo")
+    with_numpy = export(ppo, policy, tmp_path / "policy.npz")
+    assert len(with_numpy.splitlines()) < 20
+    program = f"""
+import sys
+sys.modules["purejaxppo"] = None
+import numpy as np
+expected = dict(np.load({str(tmp_path / "expected.npz")!r}))
+obs = expected["obs"]
+{with_jax}
+np.testing.assert_allclose(actions, expected["actions"], atol=1e-6)
+assert len(policy.call(obs[:7])) == 7 and set(policy.platforms) == {{"cpu", "cuda"}}
+{with_numpy}
+np.testing.assert_allclose(act(obs), expected["actions"], atol=1e-5)
+try:
+    import purejaxppo
+except ImportError:
+    print("alone")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "alone\n", done.stderr
+
+
+def test_a_recurrent_policy_takes_its_memory_and_where_episodes_begin(tmp_path):
+    ppo, policy = trained("Pendulum-v1", gru_width=8)
+    lines = export(ppo, policy, tmp_path / "policy.stablehlo")
+    assert "actions, memory = policy.call(obs, memory, first)" in lines
+    exported = jax.export.deserialize(bytearray((tmp_path / "policy.stablehlo").read_bytes()))
+    obs = np.random.default_rng(0).normal(size=(4, 2, 3)).astype(np.float32)
+    memory = jax.tree.map(lambda x: jnp.full_like(x, 7.0), ppo.network.initial_memory(2))
+    ours = None
+    for t in range(4):
+        first = np.full(2, t == 0)
+        actions, memory = exported.call(obs[t], memory, first)
+        expected, ours = ppo.act(policy, obs[t, 0], None, ours)
+        np.testing.assert_allclose(actions[0], expected, atol=1e-6)
+
+
+def test_a_grid_goes_through_a_convolution_of_any_batch(tmp_path):
+    ppo, policy = trained("Breakout-MinAtar", encoder="cnn")
+    export(ppo, policy, tmp_path / "policy.stablehlo", platforms=["cpu"])
+    exported = jax.export.deserialize(bytearray((tmp_path / "policy.stablehlo").read_bytes()))
+    obs = np.random.default_rng(0).integers(0, 2, (9, *ppo.env.observation_space.shape)).astype(np.float32)
+    obs = obs.astype(ppo.env.observation_space.dtype)
+    np.testing.assert_array_equal(exported.call(obs), actions_of(ppo, policy, obs))
+
+
+@pytest.mark.parametrize(
+    "env, config, name, words",
+    [
+        ("CartPole-v1", {}, "policy.onnx", "must end in .stablehlo or .npz"),
+        ("CartPole-v1", {"gru_width": 8}, "policy.npz", "only an mlp without memory over a Box"),
+        ("Breakout-MinAtar", {"encoder": "cnn"}, "policy.npz", "only an mlp without memory over a Box"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(env, config, name, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        export(*trained(env, **config), tmp_path / name)
+    assert not list(tmp_path.iterdir())
