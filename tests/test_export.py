@@ -30,11 +30,12 @@ def actions_of(ppo, policy, obs):
     return np.asarray(jax.vmap(lambda x: ppo.act(policy, x)[0])(obs))
 
 
+GRU = {"gru_width": 8, "segment_length": SMALL.num_steps}
 PENDULUM = [{"bound_action": how, "normalize_observation": True} for how in ("clip", "tanh")]
 
 
 @pytest.mark.parametrize(
-    "env, config", [("CartPole-v1", {"activation": "relu"}), *(("Pendulum-v1", c) for c in PENDULUM)]
+    "env, config", [("CartPole-v1", {"activation": "relu"}), *(("Pendulum-v1", config) for config in PENDULUM)]
 )
 def test_a_file_acts_where_this_package_cannot_be_imported(env, config, tmp_path):
     ppo, policy = trained(env, **config)
@@ -66,7 +67,7 @@ except ImportError:
 
 
 def test_a_recurrent_policy_takes_its_memory_and_where_episodes_begin(tmp_path):
-    ppo, policy = trained("Pendulum-v1", gru_width=8)
+    ppo, policy = trained("Pendulum-v1", **GRU)
     lines = export(ppo, policy, tmp_path / "policy.stablehlo")
     assert "actions, memory = policy.call(obs, memory, first)" in lines
     exported = jax.export.deserialize(bytearray((tmp_path / "policy.stablehlo").read_bytes()))
@@ -93,7 +94,7 @@ def test_a_grid_goes_through_a_convolution_of_any_batch(tmp_path):
     "env, config, name, words",
     [
         ("CartPole-v1", {}, "policy.onnx", "must end in .stablehlo or .npz"),
-        ("CartPole-v1", {"gru_width": 8}, "policy.npz", "only an mlp without memory over a Box"),
+        ("CartPole-v1", GRU, "policy.npz", "only an mlp without memory over a Box"),
         ("Breakout-MinAtar", {"encoder": "cnn"}, "policy.npz", "only an mlp without memory over a Box"),
     ],
 )

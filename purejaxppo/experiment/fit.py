@@ -91,7 +91,7 @@ def fit(
         unit_scale=True, desc="compiling", disable=None if progress else True, mininterval=0.2,
     ) as bar:  # fmt: skip
         program = compile(ppo, journal.state, chunk, slice_size=slice_size or journal.settings.get("slice_size"))
-        journal.settings["slice_size"] = program.slice_size  # another would give other roundings
+        journal.begin(slice_size=program.slice_size)  # another would give other roundings
         evaluate, last_return = jax.jit(ppo.evaluate), np.nan
         bar.set_description(f"compiled in {program.compile_seconds:.1f} s, training")
         bar.unpause()

@@ -28,13 +28,15 @@ class Journal:
         self.checkpoints = None if folder is None else Checkpoints(Path(folder), keep)
         self.settings = describe_run(ppo, state) | (settings or {})
         self._chunks: list[xarray.Dataset] = []
-        checkpoint = self.checkpoints and self.checkpoints.newest()
-        if checkpoint:
-            self._go_on_from(checkpoint)
         if self.checkpoints:
-            run_folder.make_writable(self.checkpoints.folder)
-            run_folder.write_settings(self.checkpoints.folder, self.settings)
+            self._look_into(self.checkpoints.folder)
         self._saved = time.perf_counter()
+
+    def begin(self, **how):
+        """Notes in the folder what is about to be trained, and `how`."""
+        self.settings |= how
+        if self.checkpoints:
+            run_folder.write_settings(self.checkpoints.folder, self.settings)
 
     @property
     def metrics(self) -> xarray.Dataset:
@@ -65,6 +67,16 @@ class Journal:
         if self.checkpoints:
             self.settings |= timing | {"num_updates_done": self.num_updates}
             run_folder.save(self.checkpoints.folder, self.settings, self.metrics, self.state.policy)
+
+    def _look_into(self, folder: Path):
+        if (folder / "sweep.json").exists():
+            raise ValueError(f"{folder} holds a sweep (name another folder)")
+        run_folder.make_writable(folder)
+        checkpoint = self.checkpoints.newest()
+        if checkpoint:
+            self._go_on_from(checkpoint)
+        elif (folder / "settings.json").exists():  # begun, but killed before its first checkpoint
+            _check_same(run_folder.read_settings(folder), self.settings, folder)
 
     def _go_on_from(self, checkpoint: Checkpoint):
         before, now = checkpoint.settings, self.settings
