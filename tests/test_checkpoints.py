@@ -141,6 +141,16 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(whole, copy):
     same(result.state, whole.state)
 
 
+def test_what_is_damaged_takes_no_whole_checkpoints_place(kept, tmp_path):
+    folder = shutil.copytree(kept, tmp_path / "copy")
+    damage(newest(folder), np.random.default_rng(1))
+    checkpoints = Checkpoints(folder, keep=1)
+    with pytest.warns(UserWarning, match="is damaged"):
+        before = checkpoints.newest()
+    checkpoints.save(4, begin()[1], before.metrics, before.settings)
+    assert [path.name for path in checkpoints.paths()] == ["0000000004"]
+
+
 def test_without_a_whole_checkpoint_nothing_is_made_up(copy):
     for path in Checkpoints(copy).paths():
         damage(path, np.random.default_rng(2))

@@ -56,7 +56,7 @@ class Checkpoints:
         for left in path.parent.glob("*.half"):
             shutil.rmtree(left)
         half.mkdir(parents=True)
-        # Orbax knows no empty arrays; `restore` puts them back.
+        # Orbax knows no empty arrays; whoever has the state's shapes puts them back.
         arrays = {name: x for name, x in to_arrays(state).items() if x.size}
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((half / "state").absolute(), arrays)
@@ -69,7 +69,9 @@ class Checkpoints:
             path.rename(half.with_name(f"{path.name}.old.half"))
         half.rename(path)
         _to_disk(path.parent)
-        for old in self.paths()[self.keep :]:
+        there = self.paths()
+        later = [old for old in there if old.name > path.name]  # damaged, or the run would have gone on from them
+        for old in (*later, *there[len(later) + self.keep :]):
             old = old.rename(old.with_suffix(".half"))
             shutil.rmtree(old)
 

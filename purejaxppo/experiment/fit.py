@@ -171,7 +171,8 @@ def _evaluation(evaluate, state: TrainState, shape, due: bool):
     """The mean return of every policy in fresh environments, at the last of the chunk's updates if it is due."""
     returns = np.full(shape, np.nan, np.float32)
     if due:
-        key, *rest = jax.device_get((jax.random.key_data(state.key), state.policy, state.env_params))
+        runs = getattr(state, "runs", state)  # those of a population lie in it
+        key, *rest = jax.device_get((jax.random.key_data(runs.key), runs.policy, runs.env_params))
         returns[..., -1] = evaluate(jax.random.wrap_key_data(key), *rest).episode_return.mean(-1)
     return returns
 
