@@ -72,6 +72,17 @@ def test_a_run_in_parts_is_the_run_in_one_to_the_bit(whole, copy):
     same(again.state, whole.state)
 
 
+def test_a_run_killed_before_its_last_files_is_completed(copy):
+    fit(*begin(), folder=copy, progress=False)
+    for name in ("policy.npz", "metrics.nc"):
+        (copy / name).unlink()
+    ppo, state = begin()
+    with pytest.raises(ValueError, match="has not come to its end"):
+        load(copy, ppo)
+    assert fit(ppo, state, folder=copy, progress=False).num_updates == 0
+    assert load(copy, ppo).metrics.sizes["update"] == 9
+
+
 def test_only_the_newest_checkpoints_are_kept_and_every_file_opens(kept):
     assert [path.name for path in Checkpoints(kept).paths()] == ["0000000006", "0000000003"]
     path = newest(kept)

@@ -64,8 +64,9 @@ def fit(
 
     With a `folder` the whole run is kept there: the newest `keep` checkpoints, one every `save_every` seconds and at
     the end, then all that `load` reads. The same call goes on from the newest checkpoint that is whole, to the same
-    numbers as if nothing had happened, to the bit on the same device and versions; on others it warns. With more
-    `num_updates` in its config a run is extended. `settings` are noted beside what describes the run.
+    numbers as if nothing had happened, to the bit on the same device and versions; on others it warns. A network, loss
+    or optimizer of one's own must be the same again. With more `num_updates` in its config a run is extended.
+    `settings` are noted beside what describes the run.
 
     After every `evaluate_every` updates each policy plays in environments of its own: `evaluation_return` is the mean
     over 128 whole episodes. Every chunk of metrics goes to `sinks` (see `sinks`). Raises ValueError where the folder
@@ -85,6 +86,7 @@ def fit(
     journal = Journal(ppo, state, folder, keep, save_every, settings)
     begun = journal.num_updates
     if begun >= last:
+        journal.complete()
         return Fit(ppo, journal.state, journal.metrics)
     with tqdm(
         total=(last - first) * steps_per_update, initial=(begun - first) * steps_per_update, unit=" steps",
@@ -109,11 +111,12 @@ def fit(
                 if not np.isnan(last_return).all():
                     bar.set_postfix_str(f"return {np.nanmean(last_return):.1f}", refresh=False)
                 bar.update(part.sizes["update"] * steps_per_update)
-                journal.save(now=interrupt.is_set() or journal.num_updates == last)
                 if interrupt.is_set():
                     bar.write("interrupted: the result holds what was done until here")
                     break
-        seconds = time.perf_counter() - start
+                journal.save_if_due()
+            seconds = time.perf_counter() - start
+            journal.save()
     result = Fit(
         ppo=ppo,
         state=journal.state,

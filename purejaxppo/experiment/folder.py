@@ -60,8 +60,17 @@ def save(folder: Path, settings: dict, metrics: xarray.Dataset, policy: Policy):
     half = folder / "metrics.nc.half"
     metrics.to_netcdf(half, engine="scipy")
     os.replace(half, folder / "metrics.nc")
-    np.savez(folder / "policy.npz", **to_arrays(policy))
     write_settings(folder, settings)
+    half = folder / "policy.npz.half"
+    with open(half, "wb") as file:
+        np.savez(file, **to_arrays(policy))
+    os.replace(half, folder / "policy.npz")  # last: a folder that has it is complete
+
+
+def remove_results(folder: Path):
+    """Removes what `save` wrote but the settings; checkpoints hold it too."""
+    for name in ("policy.npz", "metrics.nc"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_settings(folder: Path, settings: dict):

@@ -12,7 +12,7 @@ from purejaxppo.experiment import folder as run_folder
 from purejaxppo.experiment.arrays import from_arrays, to_arrays
 from purejaxppo.experiment.checkpoints import Checkpoint, Checkpoints
 from purejaxppo.experiment.metrics import label
-from purejaxppo.experiment.provenance import describe, describe_machine
+from purejaxppo.experiment.provenance import as_json, describe, describe_machine
 from purejaxppo.ppo import PPO, TrainState
 
 
@@ -26,16 +26,18 @@ class Journal:
         self.ppo, self.state, self.save_every = ppo, state, save_every
         self.num_updates = int(np.max(state.num_updates))
         self.checkpoints = None if folder is None else Checkpoints(Path(folder), keep)
-        self.settings = describe_run(ppo, state) | (settings or {})
+        self.settings = {}
         self._chunks: list[xarray.Dataset] = []
         if self.checkpoints:
+            self.settings = describe_run(ppo, state) | (settings or {})
             self._look_into(self.checkpoints.folder)
         self._saved = time.perf_counter()
 
     def begin(self, **how):
-        """Notes in the folder what is about to be trained, and `how`."""
+        """Notes in the folder what is about to be trained, and `how`; what an earlier session left at its end goes."""
         self.settings |= how
         if self.checkpoints:
+            run_folder.remove_results(self.checkpoints.folder)
             run_folder.write_settings(self.checkpoints.folder, self.settings)
 
     @property
@@ -52,9 +54,14 @@ class Journal:
         self.num_updates += self._chunks[-1].sizes["update"]
         return self._chunks[-1]
 
-    def save(self, now: bool = False):
-        """Writes a checkpoint if one is due, or `now`; where it cannot, warns and lets the run go on."""
-        if not self.checkpoints or not (now or time.perf_counter() - self._saved >= self.save_every):
+    def save_if_due(self):
+        """Writes a checkpoint if the last one is old enough."""
+        if time.perf_counter() - self._saved >= self.save_every:
+            self.save()
+
+    def save(self):
+        """Writes a checkpoint; where it cannot, warns and lets the run go on."""
+        if not self.checkpoints:
             return
         try:
             self.checkpoints.save(self.num_updates, self.state, self.metrics, self.settings)
@@ -67,6 +74,11 @@ class Journal:
         if self.checkpoints:
             self.settings |= timing | {"num_updates_done": self.num_updates}
             run_folder.save(self.checkpoints.folder, self.settings, self.metrics, self.state.policy)
+
+    def complete(self):
+        """Finishes a run that was killed between its last checkpoint and its end."""
+        if self.checkpoints and not (self.checkpoints.folder / "policy.npz").exists():
+            self.finish()
 
     def _look_into(self, folder: Path):
         if (folder / "sweep.json").exists():
@@ -95,14 +107,22 @@ def describe_run(ppo: PPO, state: TrainState) -> dict:
     """What a run is, its first state's key included, and what it runs on, as plain JSON data."""
     key = np.asarray(jax.random.key_data(state.key)).tolist()
     num_runs = state.num_updates.size if state.num_updates.ndim else None
-    more = {"num_runs": num_runs, "first_key": key}
-    hyperparams = getattr(state, "runs", state).hyperparams  # those of a population lie in its runs
-    return describe(ppo.env.name, ppo.config, hyperparams, **more)
+    runs = getattr(state, "runs", state)  # those of a population lie in it
+    env_params = {name: as_json(x) for name, x in to_arrays(runs.env_params).items()}
+    more = {"num_runs": num_runs, "env_params": env_params, "first_key": key}
+    return describe(ppo.env.name, ppo.config, runs.hyperparams, **more)
 
 
 def _check_same(before: dict, now: dict, folder: Path):
     """Refuses the checkpoint of another run; one of the same run with fewer updates is extended, with a warning."""
-    flat = [{"env": x["env"]} | x["config"] | x["hyperparams"] | {"first key": x["first_key"]} for x in (before, now)]
+    flat = [
+        {"env": x["env"]}
+        | x["config"]
+        | x["hyperparams"]
+        | {f"env.{name}": value for name, value in x["env_params"].items()}
+        | {"first_key": x["first_key"]}
+        for x in (before, now)
+    ]
     differing = [name for name in flat[1] if flat[0].get(name) != flat[1][name]]
     extended = "num_updates" in differing and flat[1]["num_updates"] > flat[0]["num_updates"]
     if extended:
