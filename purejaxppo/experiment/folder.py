@@ -86,6 +86,8 @@ def read_settings(folder) -> dict:
     try:
         settings = json.loads(path.read_text())
     except FileNotFoundError:
+        if (path.parent / "sweep.json").exists():
+            raise ValueError(f"{folder} holds a sweep: the command that began it goes on with it") from None
         raise ValueError(f"{folder} holds no run: it has no settings.json") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error} (checkpoints have a copy of it)") from None
