@@ -69,6 +69,7 @@ class Checkpoints:
             path.rename(half.with_name(f"{path.name}.old.half"))
         half.rename(path)
         _to_disk(path.parent)
+        shutil.rmtree(half.with_name(f"{path.name}.old.half"), ignore_errors=True)
         there = self.paths()
         later = [old for old in there if old.name > path.name]  # damaged, or the run would have gone on from them
         for old in (*later, *there[len(later) + self.keep :]):

@@ -27,6 +27,7 @@ class Journal:
         self.num_updates = int(np.max(state.num_updates))
         self.checkpoints = None if folder is None else Checkpoints(Path(folder), keep)
         self.settings = {}
+        self._kept = None  # updates in the newest checkpoint of this session
         self._chunks: list[xarray.Dataset] = []
         if self.checkpoints:
             self.settings = describe_run(ppo, state) | (settings or {})
@@ -61,10 +62,11 @@ class Journal:
 
     def save(self):
         """Writes a checkpoint; where it cannot, warns and lets the run go on."""
-        if not self.checkpoints:
+        if not self.checkpoints or self._kept == self.num_updates:
             return
         try:
             self.checkpoints.save(self.num_updates, self.state, self.metrics, self.settings)
+            self._kept = self.num_updates
         except Exception as error:  # whatever a library says of a full disk
             warnings.warn(f"no checkpoint could be saved in {self.checkpoints.folder}, the run goes on ({error})")
         self._saved = time.perf_counter()
