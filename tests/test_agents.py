@@ -8,7 +8,7 @@ import pytest
 from test_command_line import TINY, run
 
 from probes import SMALL
-from purejaxppo import Env, Sweep, grid, make_ppo, preset, run_sweep
+from purejaxppo import Env, Sweep, batched, fit, grid, make_ppo, preset, run_sweep, runs
 from purejaxppo.experiment.agents import Agents, load_agents
 from purejaxppo.experiment.evaluation import evaluate_agents, evaluate_in_gymnasium, summarize
 from purejaxppo.experiment.render import record_episode, render
@@ -89,6 +89,19 @@ def test_the_agents_of_a_sweep_are_those_of_its_best_setting(tmp_path):
     np.testing.assert_array_equal(agents.env_params.max_torque, [best, best])
 
 
+def test_agents_play_under_the_environment_parameters_that_they_were_trained_with(tmp_path):
+    ppo = batched(make_ppo("Pendulum-v1", SMALL))
+    keys, hyperparams = runs(jax.random.key(0), num_seeds=2)
+    env_params = ppo.env.params.replace(max_torque=np.array([1.0, 3.0], np.float32))
+    fit(ppo, jax.jit(ppo.init)(keys, hyperparams, env_params), folder=tmp_path / "run", progress=False)
+    found = load_agents(tmp_path / "run").env_params
+    np.testing.assert_array_equal(found.max_torque, [1.0, 3.0])
+    assert found.max_steps_in_episode.shape == (2,) and found.max_steps_in_episode.dtype == np.int32
+    other = env_params.replace(max_torque=np.array([1.0, 4.0], np.float32))
+    with pytest.raises(ValueError, match=r"env.max_torque=\[1.0, 3.0\] instead of \[1.0, 4.0\]"):
+        fit(ppo, jax.jit(ppo.init)(keys, hyperparams, other), folder=tmp_path / "run")
+
+
 def test_an_episode_keeps_the_states_of_any_environment(agents):
     episode = record_episode(agents.ppo, agents.policy(0), jax.random.key(0), max_steps=400)
     assert episode.finished and len(episode.rewards) == episode.rewards.sum() < 400
@@ -148,6 +161,7 @@ REFUSALS = [
     (["export", "{}", "-o", "policy.onnx"], "must end in .stablehlo or .npz"),
     (["export", "{}", "-o", "{}/no/policy.npz"], "cannot be written"),
     (["render", "{}", "--agent", "7"], "agent=7 must be from 0 to 1"),
+    (["render", "{}", "-o", "cartpole.png"], "out=cartpole.png must end in .gif"),
     (["show", "{}/nothing"], "holds no run"),
 ]
 

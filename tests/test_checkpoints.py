@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint
 import pytest
 import resume_program
 import xarray
@@ -85,11 +86,13 @@ def test_a_run_killed_before_its_last_files_is_completed(copy):
     assert load(copy, ppo).metrics.sizes["update"] == 9
 
 
-def test_only_the_newest_checkpoints_are_kept_and_every_file_opens(kept):
+def test_only_the_newest_checkpoints_are_kept_and_ordinary_libraries_open_them(kept):
     assert [path.name for path in Checkpoints(kept).paths()] == ["0000000006", "0000000003"]
     path = newest(kept)
     assert xarray.load_dataset(path / "metrics.nc").sizes == {"run": 2, "update": 6}
     assert json.loads((path / "settings.json").read_text())["config"]["num_updates"] == 9
+    state = orbax.checkpoint.PyTreeCheckpointer().restore(path / "state")
+    np.testing.assert_array_equal(state["num_updates"], [6, 6])
     assert set(json.loads((path / "files.json").read_text())) >= {"metrics.nc", "settings.json", "state/_METADATA"}
     ppo, _ = begin()
     assert load(kept, ppo).metrics.sizes == {"seed": 2, "update": 6}
@@ -261,3 +264,20 @@ def test_a_run_begun_in_python_is_not_resumed_by_its_folder(kept):
 def test_bad_numbers_are_refused(tmp_path, options, words):
     with pytest.raises(ValueError, match=words):
         fit(*begin(), folder=tmp_path / "run", **options)
+
+
+def test_what_a_run_leaves_is_refused_where_it_is_damaged(copy):
+    for name in ("policy.npz", "metrics.nc"):
+        whole = (copy / name).read_bytes()
+        (copy / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match="is damaged"):
+            load(copy, begin()[0])
+        (copy / name).write_bytes(whole)
+    load(copy, begin()[0])
+
+
+def test_evaluation_may_begin_when_a_run_goes_on(copy):
+    """What was not played before is nan."""
+    result = fit(*begin(), folder=copy, evaluate_every=2, progress=False)
+    there = np.isfinite(result.metrics["evaluation_return"].values)
+    np.testing.assert_array_equal(there, [np.isin(np.arange(1, 10), [8])] * 2)

@@ -43,6 +43,17 @@ def test_a_line_cut_short_by_a_kill_is_written_anew(metrics, tmp_path):
     assert path.read_text() == whole
 
 
+def test_a_file_of_other_columns_is_not_mixed_up(metrics, tmp_path):
+    path = tmp_path / "log.csv"
+    csv_file(path)(metrics.isel(update=[0]))
+    whole = path.read_text()
+    csv_file(path)(metrics.isel(update=[1])[["learning_rate", "loss"]])  # fewer, in another order
+    row = path.read_text().removeprefix(whole).splitlines()[0]
+    assert dict(zip(whole.splitlines()[0].split(","), row.split(",")))["loss"] == "2.0"
+    with pytest.warns(UserWarning, match="log.csv failed"):
+        guarded(csv_file(path))(metrics.isel(update=[2]).assign(more=metrics["loss"]))
+
+
 def test_the_console_shows_the_newest_numbers(metrics, capsys):
     sink = console(every=2, names=("loss",))
     sink(metrics)

@@ -51,8 +51,7 @@ def load_agents(folder, ppo: PPO | None = None) -> Agents:
         return Agents(result.ppo(**best), policies, env_params, title)
     num_runs = read_settings(folder)["num_runs"]
     saved = load(folder, batched(ppo) if ppo is not None and num_runs else ppo)
-    policies = saved.policy if num_runs else jax.tree.map(lambda x: x[None], saved.policy)
+    agents = saved.policy, saved.env_params
+    policies, env_params = agents if num_runs else jax.tree.map(lambda x: x[None], agents)
     one = remake(saved.settings | {"num_runs": None}) if ppo is None else ppo
-    num = len(jax.tree.leaves(policies)[0])
-    env_params = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x), (num, *jnp.shape(x))), one.env.params)
     return Agents(one, policies, env_params, saved.settings["env"])

@@ -1,8 +1,14 @@
 """A state as plain arrays by name, as files hold it, and back."""
 
+import zipfile
+import zlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+# What reading a damaged file of arrays may raise.
+DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
 def to_arrays(state) -> dict[str, np.ndarray]:

@@ -72,51 +72,54 @@ def fit(
     over 128 whole episodes. Every chunk of metrics goes to `sinks` (see `sinks`). Raises ValueError where the folder
     holds another run, or checkpoints of which none is whole.
     """
-    first = int(np.max(state.num_updates))
-    last = ppo.config.num_updates if num_updates is None else first + num_updates
-    if num_updates is None and first >= last:
-        raise ValueError(f"this run is complete: its state has done all num_updates={last} of its config")
     numbers = {"num_updates": num_updates, "updates_per_chunk": updates_per_chunk, "evaluate_every": evaluate_every}
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise ValueError(f"{name}={number} must be at least 1")
-    chunk = min(updates_per_chunk or -(-(last - first) // 100), evaluate_every or last, last - first)
-    steps_per_update = state.num_updates.size * ppo.config.steps_per_update
-
+    first = int(np.max(state.num_updates))
+    last = ppo.config.num_updates if num_updates is None else first + num_updates
+    if first >= last:
+        raise ValueError(f"this run is complete: its state has done all num_updates={last} of its config")
     journal = Journal(ppo, state, folder, keep, save_every, settings)
-    begun = journal.num_updates
-    if begun >= last:
+    if journal.num_updates >= last:
         journal.complete()
         return Fit(ppo, journal.state, journal.metrics)
+    chunk = min(updates_per_chunk or -(-(last - first) // 100), evaluate_every or last, last - first)
     with tqdm(
-        total=(last - first) * steps_per_update, initial=(begun - first) * steps_per_update, unit=" steps",
-        unit_scale=True, desc="compiling", disable=None if progress else True, mininterval=0.2,
+        total=(last - first) * journal.steps_per_update,
+        initial=(journal.num_updates - first) * journal.steps_per_update,
+        unit=" steps", unit_scale=True, desc="compiling", disable=None if progress else True, mininterval=0.2,
     ) as bar:  # fmt: skip
         program = compile(ppo, journal.state, chunk, slice_size=slice_size or journal.settings.get("slice_size"))
         journal.begin(slice_size=program.slice_size)  # another would give other roundings
-        evaluate, last_return = jax.jit(ppo.evaluate), np.nan
         bar.set_description(f"compiled in {program.compile_seconds:.1f} s, training")
         bar.unpause()
-        sinks = [guarded(sink) for sink in sinks]
-        start = time.perf_counter()
-        with noted_interrupt() as interrupt:
-            for state, metrics in chunks(program, journal.state, begun, last, evaluate_every):
-                if evaluate_every:
-                    due = (journal.num_updates + metrics["learning_rate"].shape[-1]) % evaluate_every == 0
-                    metrics["evaluation_return"] = _evaluation(evaluate, state, metrics["learning_rate"].shape, due)
-                part = journal.add(state, metrics)
-                for sink in sinks:
-                    sink(part)
-                last_return = _latest(metrics["episode_return"], last_return)
-                if not np.isnan(last_return).all():
-                    bar.set_postfix_str(f"return {np.nanmean(last_return):.1f}", refresh=False)
-                bar.update(part.sizes["update"] * steps_per_update)
-                if interrupt.is_set():
-                    bar.write("interrupted: the result holds what was done until here")
-                    break
-                journal.save_if_due()
-            seconds = time.perf_counter() - start
-            journal.save()
+        return _train(program, journal, last, evaluate_every, [guarded(sink) for sink in sinks], bar)
+
+
+def _train(program: Program, journal: Journal, last: int, evaluate_every: int | None, sinks: list, bar) -> Fit:
+    """The loop: to `last` updates or an interrupt."""
+    ppo, begun = journal.ppo, journal.num_updates
+    evaluate, last_return = jax.jit(ppo.evaluate), np.nan
+    start = time.perf_counter()
+    with noted_interrupt() as interrupt:
+        for state, metrics in chunks(program, journal.state, begun, last, evaluate_every):
+            if evaluate_every:
+                due = (journal.num_updates + metrics["learning_rate"].shape[-1]) % evaluate_every == 0
+                metrics["evaluation_return"] = _evaluation(evaluate, state, metrics["learning_rate"].shape, due)
+            part = journal.add(state, metrics)
+            for sink in sinks:
+                sink(part)
+            last_return = _latest(metrics["episode_return"], last_return)
+            if not np.isnan(last_return).all():
+                bar.set_postfix_str(f"return {np.nanmean(last_return):.1f}", refresh=False)
+            bar.update(part.sizes["update"] * journal.steps_per_update)
+            if interrupt.is_set():
+                bar.write("interrupted: the result holds what was done until here")
+                break
+            journal.save_if_due()
+        seconds = time.perf_counter() - start
+        journal.save()
     result = Fit(
         ppo=ppo,
         state=journal.state,
@@ -126,9 +129,8 @@ def fit(
         run_seconds=seconds,
         interrupted=journal.num_updates < last,
     )
-    journal.finish(
-        compile_seconds=program.compile_seconds, run_seconds=seconds, steps_per_second=result.steps_per_second
-    )
+    timing = {"compile_seconds": program.compile_seconds, "run_seconds": seconds}
+    journal.finish(**timing, steps_per_second=result.steps_per_second)
     return result
 
 

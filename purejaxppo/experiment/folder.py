@@ -10,14 +10,15 @@ learning_curve.png
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import xarray
 
 from purejaxppo.config import Config, Hyperparams
-from purejaxppo.experiment.arrays import from_arrays, to_arrays
+from purejaxppo.experiment.arrays import DAMAGE, from_arrays, name_leaf, to_arrays
 from purejaxppo.ppo import PPO, make_ppo
 from purejaxppo.rollout import Policy
 from purejaxppo.sharding import sharded
@@ -29,6 +30,7 @@ class Saved(NamedTuple):
 
     ppo: PPO
     hyperparams: Hyperparams
+    env_params: Any
     policy: Policy
     metrics: xarray.Dataset
     settings: dict
@@ -91,28 +93,32 @@ def read_settings(folder) -> dict:
         raise ValueError(f"{folder} holds no run: it has no settings.json") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error} (checkpoints have a copy of it)") from None
-    missing = {"env", "config", "hyperparams", "num_runs"} - settings.keys()
+    missing = {"env", "config", "hyperparams", "env_params", "num_runs", "first_key"} - settings.keys()
     if missing:
         raise ValueError(f"{path} is none of a run: it lacks {min(missing)}")
     return settings
 
 
 def load(folder, ppo: PPO | None = None) -> Saved:
-    """Reads a run back: `ppo`, `hyperparams`, `policy` with the seed in front, `metrics`, `settings`.
+    """Reads a run back: `ppo`, `hyperparams`, `env_params`, `policy` with the seed in front, `metrics`, `settings`.
 
     `ppo` is the one that the run was trained with; it must be given where that is not `make_ppo` of a name and a
-    config. Nothing is unpickled. Raises ValueError where the folder holds no run, or one of another shape.
+    config. Nothing is unpickled. Raises ValueError where the folder holds no run, one of another shape, or damage.
     """
     folder = Path(folder)
     settings = read_settings(folder)
     if not (folder / "policy.npz").exists():
         raise ValueError(f"the run in {folder} has not come to its end (`purejaxppo resume {folder}` goes on with it)")
     ppo = remake(settings) if ppo is None else ppo
-    like = jax.eval_shape(ppo.init, keys_like(settings)).policy
-    metrics = xarray.load_dataset(folder / "metrics.nc", engine="scipy")
-    with np.load(folder / "policy.npz", allow_pickle=False) as arrays:
-        policy = from_arrays(dict(arrays), like, f"{folder / 'policy.npz'}")
-    return Saved(ppo, hyperparams_of(settings), policy, metrics, settings)
+    like = jax.eval_shape(ppo.init, keys_like(settings))
+    try:
+        metrics = xarray.load_dataset(folder / "metrics.nc", engine="scipy")
+        with np.load(folder / "policy.npz", allow_pickle=False) as file:
+            arrays = dict(file)
+    except (*DAMAGE, TypeError) as error:
+        raise ValueError(f"metrics.nc or policy.npz in {folder} is damaged: {error}") from None
+    policy = from_arrays(arrays, like.policy, f"{folder / 'policy.npz'}")
+    return Saved(ppo, hyperparams_of(settings), env_params_of(settings, like.env_params), policy, metrics, settings)
 
 
 def remake(settings: dict, num_devices: int = 1) -> PPO:
@@ -133,3 +139,12 @@ def hyperparams_of(settings: dict) -> Hyperparams:
     """The hyperparameters of a run, arrays where its agents differ in them."""
     values = settings["hyperparams"].items()
     return Hyperparams(**{n: np.float32(x) if isinstance(x, list) else float(x) for n, x in values})
+
+
+def env_params_of(settings: dict, like):
+    """The environment parameters that a run was trained with, in the shapes of `like`."""
+
+    def read(path, x):
+        return jnp.broadcast_to(jnp.asarray(np.asarray(settings["env_params"][name_leaf(path)], x.dtype)), x.shape)
+
+    return jax.tree_util.tree_map_with_path(read, like)

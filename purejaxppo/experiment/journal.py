@@ -12,7 +12,7 @@ from purejaxppo.experiment import folder as run_folder
 from purejaxppo.experiment.arrays import from_arrays, to_arrays
 from purejaxppo.experiment.checkpoints import Checkpoint, Checkpoints
 from purejaxppo.experiment.metrics import label
-from purejaxppo.experiment.provenance import as_json, describe, describe_machine
+from purejaxppo.experiment.provenance import SESSION, as_json, describe
 from purejaxppo.ppo import PPO, TrainState
 
 
@@ -33,6 +33,11 @@ class Journal:
             self.settings = describe_run(ppo, state) | (settings or {})
             self._look_into(self.checkpoints.folder)
         self._saved = time.perf_counter()
+
+    @property
+    def steps_per_update(self) -> int:
+        """Environment steps of one update of all runs."""
+        return self.state.num_updates.size * self.ppo.config.steps_per_update
 
     def begin(self, **how):
         """Notes in the folder what is about to be trained, and `how`; what an earlier session left at its end goes."""
@@ -101,7 +106,7 @@ class Journal:
         self.state = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), state, self.state)
         self.num_updates = int(checkpoint.metrics["update"][-1])
         self._chunks = [checkpoint.metrics]
-        session = describe_machine()
+        session = {name: now[name] for name in SESSION}
         self.settings = before | {"config": now["config"], "sessions": [*before.get("sessions", []), session]}
 
 

@@ -1,6 +1,7 @@
 """What made a result: settings, versions, code, device, command and time, as plain JSON data."""
 
 import datetime
+import functools
 import importlib.metadata
 import os
 import platform
@@ -16,6 +17,7 @@ import purejaxppo
 from purejaxppo.config import Config, Hyperparams
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "gymnax", "numpy")
+SESSION = ("versions", "code", "device", "cpu_cores", "command", "started")
 
 
 def describe(env: str, config: Config, hyperparams: Hyperparams, **more) -> dict:
@@ -46,6 +48,7 @@ def describe_machine() -> dict:
     }
 
 
+@functools.cache
 def code_version() -> str | None:
     """The commit of the checkout that the package lies in, with "+" if it was changed since; None outside of one."""
     where = Path(purejaxppo.__file__).parent
@@ -59,13 +62,15 @@ def code_version() -> str | None:
 
 
 def as_json(value):
-    """A hyperparameter as JSON holds it: as short as float32 has it, what is infinite as a word; where all agents of a
-    batch have the same, one number; of a schedule its numbers."""
+    """Numbers as JSON holds them: fractions as short as float32 has them, what is infinite as a word; where all agents
+    of a batch have the same, one number; of a schedule its numbers."""
     if callable(value):
         return [as_json(x) for x in jax.tree.leaves(value)]
-    value = np.asarray(value, np.float32)
+    value = np.asarray(value)
     if value.ndim and value.size and (value == value.flat[0]).all():
         value = value.flat[0]
     if np.ndim(value):
         return [as_json(x) for x in value]
-    return float(str(value)) if np.isfinite(value) else str(value)
+    if value.dtype.kind != "f":
+        return value.item()
+    return float(str(np.float32(value))) if np.isfinite(value) else str(value)

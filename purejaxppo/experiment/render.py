@@ -71,9 +71,7 @@ def render(env_name: str, episode: Episode, path, env_params=None):
     gives its states.
     """
     path = Path(path)
-    if path.suffix != ".gif":
-        raise ValueError(f"out={path} must end in .gif")
-    check_drawable(env_name)
+    check_drawable(env_name, path)
     import gymnax
 
     env, params = gymnax.make(env_name)
@@ -120,8 +118,10 @@ def _draw_grid(env, states, params, returns, path: Path):
     Visualizer(env, params, states, returns).animate(str(path))
 
 
-def check_drawable(env_name: str):
-    """Refuses an environment that cannot be drawn here."""
+def check_drawable(env_name: str, path: Path):
+    """Refuses an environment that cannot be drawn here, or a file that is no GIF."""
+    if path.suffix != ".gif":
+        raise ValueError(f"out={path} must end in .gif")
     if env_name not in CLASSIC + GRIDS:
         raise ValueError(f"{env_name} cannot be drawn (gymnax draws {', '.join(CLASSIC + GRIDS)})")
     if env_name in CLASSIC and importlib.util.find_spec("pygame") is None:

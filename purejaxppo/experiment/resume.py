@@ -6,13 +6,11 @@ from pathlib import Path
 import jax
 
 from purejaxppo.experiment import sinks
-from purejaxppo.experiment.checkpoints import Checkpoints
 from purejaxppo.experiment.fit import Fit, fit
 from purejaxppo.experiment.folder import hyperparams_of, read_settings, remake
 from purejaxppo.ppo import PPO
 from purejaxppo.sweep import runs
 
-LOGS = ("console", "csv", "json", "tensorboard", "wandb")
 HOW = ("seed", "num_devices", "save_every", "keep", "evaluate_every", "log")
 
 
@@ -30,16 +28,15 @@ def resume(folder, *, num_updates: int | None = None, progress: bool = True) -> 
         if num_updates < done:
             raise ValueError(f"num_updates={num_updates} must be at least the {done} that the run in {folder} has")
         settings["config"]["num_updates"] = num_updates
-    return train(remake(settings, settings["num_devices"]), settings, folder, progress)
+    return train_as_described(remake(settings, settings["num_devices"]), settings, folder, progress)
 
 
 def begun_settings(folder: Path) -> dict:
-    """The settings in the newest whole checkpoint of a run, or where there is none yet those it was begun with.
+    """The settings of a run, which `fit` holds against those in its checkpoint.
 
     Raises ValueError where they do not say how to begin it.
     """
-    checkpoint = Checkpoints(folder).newest()
-    settings = checkpoint.settings if checkpoint else read_settings(folder)
+    settings = read_settings(folder)
     if not set(HOW) <= settings.keys():
         raise ValueError(
             f"the run in {folder} was begun in Python: the same call of fit, with folder=, goes on with it"
@@ -47,7 +44,7 @@ def begun_settings(folder: Path) -> dict:
     return settings
 
 
-def train(ppo: PPO, settings: dict, folder: Path, progress: bool = True) -> Fit:
+def train_as_described(ppo: PPO, settings: dict, folder: Path, progress: bool = True) -> Fit:
     """Trains the agents that settings describe, in a folder, from wherever they are."""
     key = jax.random.key(settings["seed"])
     keys, hyperparams = runs(key, num_seeds=settings["num_runs"], hyperparams=hyperparams_of(settings))
@@ -65,7 +62,7 @@ def train(ppo: PPO, settings: dict, folder: Path, progress: bool = True) -> Fit:
 
 
 def make_sink(name: str, folder: Path) -> sinks.Sink:
-    """One of `LOGS`, in the folder of a run. Raises ValueError where a package is missing."""
+    """What `--log` names, in the folder of a run. Raises ValueError where a package is missing."""
     package = {"tensorboard": "tensorboardX", "wandb": "wandb"}.get(name)
     if package and importlib.util.find_spec(package) is None:
         raise ValueError(f"log={name} needs {package} (pip install {package})")

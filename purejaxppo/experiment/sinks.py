@@ -34,9 +34,11 @@ def console(every: int = 1, names=("episode_return", "episode_length", "loss", "
 def csv_file(path) -> Sink:
     """A CSV file, a row per update and run; an empty cell where there is no number."""
 
-    def write(file, rows, header):
-        writer = csv.DictWriter(file, list(header), restval="", lineterminator="\n")
-        if file.tell() == 0:
+    def write(file, rows):
+        begun = file.tell() > 0
+        names = Path(path).read_text().partition("\n")[0].split(",") if begun else list(rows[0])
+        writer = csv.DictWriter(file, names, lineterminator="\n")  # a row of other columns is refused
+        if not begun:
             writer.writeheader()
         writer.writerows({name: "" if value is None else value for name, value in row.items()} for row in rows)
 
@@ -46,7 +48,7 @@ def csv_file(path) -> Sink:
 def json_lines(path) -> Sink:
     """A file of JSON lines, one per update and run; null where there is no number."""
 
-    def write(file, rows, header):
+    def write(file, rows):
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
     return _file(path, write, lambda line: json.loads(line)["update"])
@@ -146,7 +148,7 @@ def _file(path, write, update_of, header_lines: int = 0) -> Sink:
             path.write_text("".join(whole[:header_lines] + kept) if kept else "")
             begun = True
         with open(path, "a", newline="") as file:
-            write(file, rows, rows[0])
+            write(file, rows)
 
     # The name in a warning.
     sink.__qualname__ = str(path)

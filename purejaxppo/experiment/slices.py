@@ -9,8 +9,6 @@ import hashlib
 import json
 import os
 import warnings
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +16,9 @@ import jax
 import numpy as np
 
 from purejaxppo.experiment import folder as run_folder
+from purejaxppo.experiment.arrays import DAMAGE
 from purejaxppo.experiment.provenance import describe_machine
 from purejaxppo.experiment.sweeps import Sweep, name_run
-
-DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
 @dataclass(frozen=True)

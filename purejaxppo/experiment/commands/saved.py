@@ -101,7 +101,7 @@ def render(arguments: list[str]) -> int:
 
     agents, out = load_agents(options.folder), options.out or options.folder / "episode.gif"
     policy = agents.policy(options.agent)
-    check_drawable(agents.ppo.env.name)
+    check_drawable(agents.ppo.env.name, out)
     _check_file(out)
     env_params = jax.tree.map(lambda x: x[options.agent], agents.env_params)
     episode = record_episode(

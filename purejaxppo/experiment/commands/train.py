@@ -92,13 +92,13 @@ def resume(arguments: list[str]) -> int:
     options = tyro.cli(Resume, args=arguments, prog="purejaxppo resume")
 
     from purejaxppo.config import Config
-    from purejaxppo.experiment.folder import read_settings, remake
+    from purejaxppo.experiment.folder import remake
     from purejaxppo.experiment.program import cores_as_devices
     from purejaxppo.experiment.resume import begun_settings
 
-    if read_settings(options.folder).get("num_devices", 1) > 1:
-        cores_as_devices()  # before a checkpoint is read, which has JAX begin
     settings = begun_settings(options.folder)
+    if settings["num_devices"] > 1:
+        cores_as_devices()
     if options.total_steps is not None:
         config = Config(**settings["config"])
         longer = config.with_total_steps(options.total_steps)
@@ -112,7 +112,7 @@ def _train(ppo, settings: dict, out: Path) -> int:
     """Trains as settings say, from wherever the run in a folder is."""
     import jax
 
-    from purejaxppo.experiment.resume import train
+    from purejaxppo.experiment.resume import train_as_described
     from purejaxppo.sweep import seed_keys
 
     config, devices = ppo.config, settings["num_devices"]
@@ -122,12 +122,12 @@ def _train(ppo, settings: dict, out: Path) -> int:
         f"on {f'{devices} x ' if devices > 1 else ''}{jax.devices()[0].device_kind}",
         flush=True,
     )
-    result = train(ppo, settings, out)
+    result = train_as_described(ppo, settings, out)
     metrics = result.metrics.rename(run="seed")
     draw(metrics, out, settings["env"])
     if result.interrupted:
         done = metrics.sizes["update"]
-        print(f"interrupted after {done} of {config.num_updates} updates, all saved: purejaxppo resume {out} goes on")
+        print(f"interrupted after {done} of {config.num_updates} updates: purejaxppo resume {out} goes on")
         return 130
     policy, env_params = jax.device_get((result.state.policy, result.state.env_params))  # to be played on one device
     keys = seed_keys(jax.random.key(settings["seed"]), np.arange(settings["num_runs"]))
