@@ -14,13 +14,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Box", "Categorical", "Config", "Discrete", "Env", "Hyperparams", "MultiCategorical", "MultiDiscrete",
-    "Network", "Normal", "PPO", "Result", "Step", "Sweep", "Table", "TanhNormal", "TrainState", "a2c", "batched",
-    "cache_compilation", "check_env", "choice", "compile", "concatenate", "evaluate_agents",
-    "evaluate_in_gymnasium", "evolving", "export", "fit", "from_linen", "from_nnx", "grid", "integers", "linear",
-    "load", "load_agents", "load_sweep", "log_uniform", "make_env", "make_ppo", "optuna_search", "paired",
-    "plan_sweep", "plot_curves", "plot_heatmap", "plot_importance", "plot_learning_curve", "plot_parallel",
-    "preset", "record_episode", "render", "resume", "run_sweep", "runs", "sample", "sharded", "successive_halving",
-    "time_limit", "uniform",
+    "Network", "Normal", "PPO", "Result", "Step", "Sweep", "Table", "TanhNormal", "TrainState", "a2c",
+    "batched", "cache_compilation", "check_env", "choice", "compile", "concatenate", "evaluate_agents",
+    "evaluate_in_gymnasium", "evolving", "export", "first_state", "fit", "from_linen", "from_nnx", "grid",
+    "integers", "linear", "load", "load_agents", "load_sweep", "log_uniform", "make_env", "make_ppo",
+    "optuna_search", "paired", "plan_sweep", "plot_curves", "plot_heatmap", "plot_importance",
+    "plot_learning_curve", "plot_parallel", "preset", "record_episode", "render", "resume", "run_sweep", "runs",
+    "sample", "sharded", "successive_halving", "time_limit", "uniform",
 ]  # fmt: skip
 
 LAZY = {
@@ -32,6 +32,7 @@ LAZY = {
     "evaluate_agents": "purejaxppo.experiment.evaluation",
     "evaluate_in_gymnasium": "purejaxppo.experiment.evaluation",
     "export": "purejaxppo.experiment.export",
+    "first_state": "purejaxppo.experiment.program",
     "fit": "purejaxppo.experiment.fit",
     "load": "purejaxppo.experiment.folder",
     "load_agents": "purejaxppo.experiment.agents",

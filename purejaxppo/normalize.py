@@ -26,8 +26,14 @@ def mean_and_variance(values, axes=None, axis_name=()):
 
     The axes stay, with length 1. `axis_name` is () where there are no shards.
     """
-    mean = jax.lax.pmean(values.mean(axes, keepdims=True), axis_name)
-    return mean, jax.lax.pmean(((values - mean) ** 2).mean(axes, keepdims=True), axis_name)
+    mean = values.mean(axes, keepdims=True)
+    variance = ((values - mean) ** 2).mean(axes, keepdims=True)
+    if not axis_name:
+        return mean, variance
+    # One message for both: shards of one size, whose means vary as well (Chan et al., 1979).
+    means, variances = jax.lax.all_gather(jnp.stack([mean, variance]), axis_name, axis=1)
+    mean = means.mean(0)
+    return mean, (variances + (means - mean[None]) ** 2).mean(0)
 
 
 def standardize_advantage(advantage, axes=None, axis_name=()):

@@ -12,7 +12,7 @@ import numpy as np
 
 from purejaxppo.config import Hyperparams
 from purejaxppo.envs.base import Box, action_space
-from purejaxppo.experiment.program import compile
+from purejaxppo.experiment.program import compile, first_state
 from purejaxppo.loss import ppo_loss
 from purejaxppo.ppo import PPO, estimate, in_precision
 from purejaxppo.rollout import begin_where, collect, draw_ahead, step_envs
@@ -49,7 +49,7 @@ def time_training(ppo: PPO, hyperparams: Hyperparams, num_seeds: int, *, rounds:
     """Environment steps per second of whole cycles of `num_seeds` runs in one call."""
     many = batched(ppo)
     keys, columns = runs(jax.random.key(0), num_seeds=num_seeds, hyperparams=hyperparams)
-    state = jax.jit(many.init)(keys, columns)
+    state = first_state(many, keys, columns)
     program = compile(many, state)
     program(state, 1)
     start = time.perf_counter()
@@ -81,7 +81,7 @@ def time_parts(ppo: PPO, hyperparams: Hyperparams, *, rounds: int, seconds: floa
     cycle: `other` is what the cycle takes beyond the sum, and may be negative. For a PPO with the loss and the
     optimizer of this package.
     """
-    state = jax.jit(ppo.init)(jax.random.key(0), hyperparams)
+    state = first_state(ppo, jax.random.key(0), hyperparams)
     settings = {"network": ppo.network, "config": ppo.config}
     now = jax.tree.map(jnp.asarray, state.hyperparams.at(jnp.float32(0)))
     rollout = partial(collect, env=ppo.env, **settings)

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from purejaxppo.experiment.fit import noted_interrupt
 from purejaxppo.experiment.inputs import wave_arguments
-from purejaxppo.experiment.program import Program, best_slice_size, compile, num_cores
+from purejaxppo.experiment.program import Program, best_slice_size, compile, first_state, num_cores
 from purejaxppo.experiment.statistics import STATISTICS
 from purejaxppo.experiment.sweeps import Sweep
 from purejaxppo.ppo import PPO, TrainState, make_ppo
@@ -80,7 +80,7 @@ def successive_halving(
     ppo = make(group.env, group.config)
     many = batched(ppo)
     seeds, *columns = wave_arguments(sweep, ppo, list(sweep.runs().values()))
-    states = jax.jit(lambda *args: many.init(seed_keys(jax.random.key(sweep.seed), seeds), *args))(*columns)
+    states = first_state(many, seed_keys(jax.random.key(sweep.seed), seeds), *columns)
     on_cpu = jax.devices()[0].platform == "cpu"
     num_threads, num_runs = num_cores() if on_cpu else 1, num_places * sweep.num_seeds
     size = best_slice_size(num_runs, num_threads, group.config) if on_cpu else num_runs

@@ -18,6 +18,8 @@ from purejaxppo.ppo import PPO, TrainState
 
 # Transitions of a rollout of all runs of a slice that a CPU core still works on in its cache.
 TRANSITIONS_PER_SLICE = 4096
+# Compiler options for what runs once: half the time to compile, and no slower for it (measured up to widths of 512).
+ONCE = {"xla_backend_optimization_level": 1}
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,11 @@ def compile(ppo: PPO, state: TrainState, num_updates: int | None = None, *, slic
         num_threads=min(num_threads, num_slices),
         compile_seconds=time.perf_counter() - start,
     )
+
+
+def first_state(ppo: PPO, *args) -> TrainState:
+    """What `ppo.init` makes of its arguments; compiled for a single use, so in about half the time of `jax.jit`."""
+    return jax.jit(ppo.init, compiler_options=ONCE)(*args)
 
 
 def cores_as_devices():

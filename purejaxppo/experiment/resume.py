@@ -8,6 +8,7 @@ import jax
 from purejaxppo.experiment import sinks
 from purejaxppo.experiment.fit import Fit, fit
 from purejaxppo.experiment.folder import hyperparams_of, read_settings, remake
+from purejaxppo.experiment.program import first_state
 from purejaxppo.ppo import PPO
 from purejaxppo.sweep import runs
 
@@ -50,7 +51,7 @@ def train_as_described(ppo: PPO, settings: dict, folder: Path, progress: bool = 
     keys, hyperparams = runs(key, num_seeds=settings["num_runs"], hyperparams=hyperparams_of(settings))
     return fit(
         ppo,
-        jax.jit(ppo.init)(keys, hyperparams),
+        first_state(ppo, keys, hyperparams),
         folder=folder,
         save_every=settings["save_every"],
         keep=settings["keep"],

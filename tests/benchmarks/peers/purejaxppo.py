@@ -42,11 +42,11 @@ def prepare(work: Work) -> Program:
     elif large and jax.device_count() > 1:
         ppo = pjp.sharded(ppo)
     _, batch = pjp.runs(jax.random.key(0), num_seeds=work.num_seeds, hyperparams=hyperparams)
-    init = jax.jit(ppo.init)
 
     def start(seed):
         keys = jax.random.split(jax.random.key(seed), work.num_seeds)
-        return jax.block_until_ready(init(keys, batch) if work.num_seeds > 1 else init(keys[0], hyperparams))
+        arguments = (keys, batch) if work.num_seeds > 1 else (keys[0], hyperparams)
+        return jax.block_until_ready(pjp.first_state(ppo, *arguments))
 
     begin = time.perf_counter()
     program = pjp.compile(ppo, start(0))
