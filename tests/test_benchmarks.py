@@ -63,7 +63,8 @@ def test_figures_that_stand_in_the_file_outlive_a_refusal(tmp_path):
 
 
 def test_the_comparison_with_a_peer_runs(tmp_path):
-    """A tiny work with rejax, installed for it: that it runs, and that both do the work; nothing about time."""
+    """A tiny work with rejax, installed for it: that it runs, and that both do the work, and that one that hangs is
+    left out; nothing about speed."""
     command = [sys.executable, COMPARE, "--small", "--rounds", "1", "--works", "narrow", "--peers", "rejax"]
     done = subprocess.run([*command, "--folder", tmp_path], capture_output=True, text=True, env=without_jax_flags())
     assert done.returncode == 0, done.stderr
@@ -71,6 +72,12 @@ def test_the_comparison_with_a_peer_runs(tmp_path):
     assert set(rows) == {"purejaxppo", "rejax"}, done.stdout
     for row in rows.values():
         assert len(row["runs"]) == 1 and row["runs"][0] > 0 and row["compile_seconds"] > 0, row
+
+    late = subprocess.run(
+        [*command, "--limit", "0.01", "--folder", tmp_path], capture_output=True, text=True, env=without_jax_flags()
+    )
+    assert late.returncode == 0, late.stderr
+    assert late.stdout.count("no answer within 0.01 s") == 2, late.stdout
 
 
 def without_jax_flags() -> dict:

@@ -1,12 +1,12 @@
 """The same work with this package and with its peers, in turn, each in an environment of its own.
 
-    python tests/benchmarks/compare.py [--works narrow wide] [--peers rejax sb3] [--rounds 3] [--small]
+    python tests/benchmarks/compare.py [--works narrow wide] [--peers rejax sb3] [--rounds 3] [--limit 600] [--small]
                                        [--purejaxrl PATH] [--folder .benchmarks]
 
 This package is the one installed beside the Python that runs this; every peer is installed into FOLDER/PEER the
 first time. One process per peer does a whole run to warm up and then one in turn with the others (A B A B), never with
 compilation in it. stable-baselines3 and sbx, which take minutes, do some 10,000 steps, and brax counts the second half
-of its run. Prints a table per work, medians with the least and the most, as steps per second and as a ratio to this
+of its run. A peer that answers nothing for --limit seconds is stopped and left out. Prints a table per work, medians with the least and the most, as steps per second and as a ratio to this
 package, and writes all runs, with the versions of each peer, to FOLDER/comparison.json.
 """
 
@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import venv
 from pathlib import Path
 
@@ -40,12 +41,17 @@ def main():
     parser.add_argument("--works", nargs="+", choices=WORKS, default=[w for w in WORKS if not w.startswith("long")])
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=[p for p in PEERS if p != "purejaxrl"])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--limit", type=float, default=600, help="seconds that an answer may take before its peer is left out"
+    )
     parser.add_argument("--small", action="store_true", help="tiny work, to see that the comparison runs")
     parser.add_argument("--purejaxrl", type=Path, help="a checkout of purejaxrl, which is not packaged")
     parser.add_argument("--folder", type=Path, default=ROOT / ".benchmarks")
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error(f"--rounds={options.rounds} must be at least 1")
+    if not options.limit > 0:
+        parser.error(f"--limit={options.limit} must be a positive number of seconds")
     peers = dict.fromkeys([*options.peers, *(["purejaxrl"] if options.purejaxrl else [])])
     if "purejaxrl" in peers and not options.purejaxrl:
         parser.error("--peers purejaxrl needs --purejaxrl PATH, a checkout")
@@ -53,7 +59,7 @@ def main():
     extra = (["small"] if options.small else []) + ([f"checkout={options.purejaxrl}"] if options.purejaxrl else [])
     results = {"machine": describe_machine(), "works": {}}
     for work in options.works:
-        results["works"][work] = compare(work, pythons, extra, options.rounds)
+        results["works"][work] = compare(work, pythons, extra, options.rounds, options.limit)
         (options.folder / "comparison.json").write_text(json.dumps(results, indent=2) + "\n")
         print(table(work, results["works"][work]), flush=True)
 
@@ -69,9 +75,9 @@ def install(peer: str, folder: Path) -> Path:
     return python
 
 
-def compare(work: str, pythons: dict, extra: list[str], rounds: int) -> dict:
+def compare(work: str, pythons: dict, extra: list[str], rounds: int, limit: float) -> dict:
     """What every peer needs for a work; those that do not offer it, or fail, are left out with their reason."""
-    workers = {peer: Worker(python, peer, work, extra) for peer, python in pythons.items()}
+    workers = {peer: Worker(python, peer, work, extra, limit) for peer, python in pythons.items()}
     runs = {peer: [] for peer in workers}
     for seed in range(rounds + 1):
         for peer, worker in workers.items():
@@ -99,7 +105,8 @@ def compare(work: str, pythons: dict, extra: list[str], rounds: int) -> dict:
 class Worker:
     """A process that does one work with one peer; it has compiled when it is ready."""
 
-    def __init__(self, python: Path, peer: str, work: str, extra: list[str]):
+    def __init__(self, python: Path, peer: str, work: str, extra: list[str], limit: float):
+        self.limit, self.late = limit, False
         self.complaints = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             [python, HERE / "worker.py", peer, work, *extra],
@@ -108,10 +115,20 @@ class Worker:
         self.ready = self.answer()
 
     def answer(self) -> dict | None:
-        for line in self.process.stdout:
-            if line.startswith("ANSWER "):
-                return json.loads(line.removeprefix("ANSWER "))
-        return None
+        """What the process answers; None where it has stopped, or is stopped because it takes too long."""
+        watch = threading.Timer(self.limit, self.stop)
+        watch.start()
+        try:
+            for line in self.process.stdout:
+                if line.startswith("ANSWER "):
+                    return json.loads(line.removeprefix("ANSWER "))
+            return None
+        finally:
+            watch.cancel()
+
+    def stop(self):
+        self.late = True
+        self.process.kill()
 
     def run(self, seed: int) -> dict | None:
         """What one run took; None where the process has stopped."""
@@ -123,6 +140,8 @@ class Worker:
         return self.answer()
 
     def problem(self) -> str:
+        if self.late:
+            return f"no answer within {self.limit:g} s"
         self.complaints.seek(0)
         lines = self.complaints.read().strip().splitlines()
         return lines[-1] if lines else "no reason given"
