@@ -18,6 +18,14 @@ def five():
     return ppo, state, *jax.jit(ppo.train)(state)
 
 
+def test_the_first_state_is_that_of_init(five):
+    ppo, state, *_ = five
+    first = pjp.first_state(ppo, *pjp.runs(jax.random.key(0), num_seeds=5))
+    assert jax.tree.structure(first) == jax.tree.structure(state)
+    for ours, whole in zip(comparable(first), comparable(state), strict=True):
+        np.testing.assert_allclose(ours, whole, rtol=1e-5, atol=1e-5)
+
+
 def comparable(state):
     return jax.tree.leaves((jax.random.key_data(state.key), state.policy, state.opt_state, state.actors))
 

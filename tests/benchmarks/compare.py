@@ -6,8 +6,9 @@
 This package is the one installed beside the Python that runs this; every peer is installed into FOLDER/PEER the
 first time. One process per peer does a whole run to warm up and then one in turn with the others (A B A B), never with
 compilation in it. stable-baselines3 and sbx, which take minutes, do some 10,000 steps, and brax counts the second half
-of its run. A peer that answers nothing for --limit seconds is stopped and left out. Prints a table per work, medians with the least and the most, as steps per second and as a ratio to this
-package, and writes all runs, with the versions of each peer, to FOLDER/comparison.json.
+of its run. A peer that answers nothing for --limit seconds is stopped and left out. Prints a table per work, medians
+with the least and the most, as steps per second and as a ratio to this package, and writes all runs, with the versions
+of each peer, to FOLDER/comparison.json.
 """
 
 import argparse
