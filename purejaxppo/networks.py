@@ -115,7 +115,11 @@ class Dense(nn.Module):
     def __call__(self, columns):
         weight = self.param("weight", self.kernel_init, (self.width, len(columns)), jnp.float32)
         bias = self.param("bias", self.bias_init, (self.width,), jnp.float32)
-        return weight @ columns + bias[:, None]
+        return affine(weight, bias, columns)
+
+
+def affine(weight, bias, columns):
+    return weight @ columns + bias[:, None]
 
 
 class ActorCritic(nn.Module):

@@ -202,8 +202,8 @@ def scale_rewards(policy: Policy, transitions, config: Config, axis_name=()):
 
 def estimate(policy: Policy, transitions, reward, last_memory, hyperparams: Hyperparams, *, network, config) -> Batch:
     """What there is to learn from a rollout: advantages and value targets, [T, N]."""
-    value, next_value = values(policy, transitions, last_memory, network=network, config=config)
     terminated = transitions.terminated if config.bootstrap_on_truncation else transitions.done
+    value, next_value = values(policy, transitions, terminated, last_memory, network=network, config=config)
     advantage = gae(
         reward, value, next_value, terminated, transitions.done, hyperparams.discount, hyperparams.gae_lambda
     )

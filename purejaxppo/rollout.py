@@ -203,18 +203,33 @@ def begin_where(done, start, reached):
     return jax.tree.map(choose, start, reached)
 
 
-def values(policy: Policy, transitions: Transition, last_memory, *, network: Network, config: Config):
-    """The value of every state acted on and of every state reached, [T, N] each, in one pass over each.
+def values(policy: Policy, transitions: Transition, terminated, last_memory, *, network: Network, config: Config):
+    """The value of every state acted on, and of every state reached, before any reset, [T, N] each.
 
-    The state reached is valued before any reset, with the memory after the step, which the look does not advance.
+    Where an episode goes on, the state reached is the one acted on next. Only the others are looked at by themselves,
+    with the memory after the step, which the look does not advance: the last of the rollout, and those of episodes
+    that were cut off. What `terminated` [T, N] marks is worth nothing.
     """
-    first_memory = jax.tree.map(lambda x: x[0], transitions.memory)
+    memory = jax.tree.map(lambda x, last: jnp.concatenate([x, last[None]]), transitions.memory, last_memory)
+    first_memory = jax.tree.map(lambda x: x[0], memory)
     _, _, value = apply_policy(policy, first_memory, transitions.obs, transitions.first, network=network, config=config)
-    next_memory = jax.tree.map(lambda x, last: jnp.concatenate([x[1:], last[None]]), transitions.memory, last_memory)
-    flat = jax.tree.map(lambda x: x.reshape((-1,) + x.shape[2:]), (next_memory, transitions.next_obs))
-    never_first = jnp.zeros((1, transitions.done.size), bool)
-    _, _, next_value = apply_policy(policy, flat[0], add_time(flat[1]), never_first, network=network, config=config)
-    return value, next_value.reshape(value.shape)
+    steps, envs = (jnp.arange(size) for size in value.shape)
+    unknown = (transitions.done | (steps == len(steps) - 1)[:, None]) & ~terminated
+
+    def look_at_one_of_each_env(found):
+        next_value, unknown = found
+        step = jnp.argmax(unknown, axis=0)
+        memory_after = jax.tree.map(lambda x: x[step + 1, envs], memory)
+        obs = jax.tree.map(lambda x: x[step, envs][None], transitions.next_obs)
+        never_first = jnp.zeros_like(unknown[:1])
+        _, _, looked = apply_policy(policy, memory_after, obs, never_first, network=network, config=config)
+        here = unknown & (steps[:, None] == step[None])
+        return jnp.where(here, looked, next_value), unknown & ~here
+
+    next_value = jnp.concatenate([value[1:], value[-1:]])
+    next_value = jnp.where(terminated, 0, next_value)
+    next_value, _ = jax.lax.while_loop(lambda found: found[1].any(), look_at_one_of_each_env, (next_value, unknown))
+    return value, next_value
 
 
 def add_time(tree):
