@@ -119,7 +119,8 @@ class Dense(nn.Module):
 
 
 def affine(weight, bias, columns):
-    return weight @ columns + bias[:, None]
+    ones = jnp.ones((1, columns.shape[1]), columns.dtype)
+    return weight @ columns + bias[:, None] @ ones
 
 
 class ActorCritic(nn.Module):
