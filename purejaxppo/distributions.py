@@ -40,14 +40,19 @@ class Categorical:
 
     def log_prob(self, action):
         """Log probability [...] of indices [...]."""
-        log_probs = jax.nn.log_softmax(self.logits)
-        return jnp.take_along_axis(log_probs, action[..., None].astype(jnp.int32), axis=-1)[..., 0]
+        log_probs = self._log_probs()
+        chosen = action[None] == jnp.arange(len(log_probs)).reshape(-1, *(1,) * action.ndim)
+        return jnp.where(chosen, log_probs, 0).sum(0)
 
     def entropy(self):
         """Entropy in nats, [...]."""
-        log_probs = jax.nn.log_softmax(self.logits)
+        log_probs = self._log_probs()
         probs = jnp.exp(log_probs)
-        return -jnp.where(probs > 0, probs * jnp.where(probs > 0, log_probs, 0), 0).sum(-1)
+        return -jnp.where(probs > 0, probs * jnp.where(probs > 0, log_probs, 0), 0).sum(0)
+
+    def _log_probs(self):
+        """Of all choices, [K, ...]: sums over a first axis are vectorised on a CPU, those over a short last one not."""
+        return jax.nn.log_softmax(jnp.moveaxis(self.logits, -1, 0), axis=0)
 
 
 @struct.dataclass

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,7 @@ import pytest
 from probes import counter, recall_cue
 from purejaxppo import Box, Categorical, Config, Discrete, Env, Hyperparams, MultiDiscrete, Network, Step, make_ppo
 from purejaxppo.envs.base import bound_action
-from purejaxppo.rollout import begin_where, collect, draw_ahead, values
+from purejaxppo.rollout import Policy, Transition, begin_where, collect, draw_ahead, values
 
 
 def sum_network():
@@ -31,7 +33,9 @@ def roll(env, key, num_envs=3, num_steps=7, network=None, **config):
         network=ppo.network,
         config=ppo.config,
     )
-    value, next_value = values(state.policy, transitions, actors.memory, network=ppo.network, config=ppo.config)
+    value, next_value = values(
+        state.policy, transitions, transitions.terminated, actors.memory, network=ppo.network, config=ppo.config
+    )
     return actors, transitions, value, next_value
 
 
@@ -42,12 +46,34 @@ def test_the_state_reached_is_seen_before_any_reset(truncate, key):
     np.testing.assert_array_equal(transitions.obs[..., 0], np.tile(column[:, None], 3))
     np.testing.assert_array_equal(transitions.next_obs[..., 0], np.tile(column[:, None] + 1, 3))
     np.testing.assert_array_equal(value[:, 0], column)
-    np.testing.assert_array_equal(next_value[:, 0], column + 1)
     ends = np.array([0, 0, 1, 0, 0, 1, 0], bool)
+    np.testing.assert_array_equal(next_value[:, 0], np.where(ends & (not truncate), 0, column + 1))
     np.testing.assert_array_equal(transitions.truncated[:, 0], ends & truncate)
     np.testing.assert_array_equal(transitions.terminated[:, 0], ends & (not truncate))
     np.testing.assert_array_equal(transitions.first[:, 0], [1, 0, 0, 1, 0, 0, 1])
     np.testing.assert_array_equal(actors.obs[:, 0], [11, 11, 11])
+
+
+def test_environments_that_are_cut_off_at_times_of_their_own_are_each_valued_where_they_were():
+    """Random episode ends of both kinds, several to an environment: against one look at every state reached."""
+    num_steps, num_envs = 9, 5
+    rng = np.random.default_rng(0)
+    end = rng.uniform(size=(num_steps, num_envs))
+    terminated, truncated = end < 0.2, (end > 0.5) | (end < 0.1)
+    obs, next_obs = rng.normal(size=(2, num_steps, num_envs, 3)).astype(np.float32)
+    goes_on = ~(terminated | truncated)[:-1]
+    obs[1:][goes_on] = next_obs[:-1][goes_on]
+    rest = dict.fromkeys(("distribution", "action", "reward"))
+    transitions = Transition(
+        obs=obs, first=np.zeros((num_steps, num_envs), bool), memory=(), next_obs=next_obs,
+        terminated=terminated, truncated=truncated, **rest,
+    )  # fmt: skip
+    policy = Policy(params=jnp.zeros(()), observation=(), reward=())
+    value, next_value = jax.jit(partial(values, network=sum_network(), config=Config(num_steps=num_steps)))(
+        policy, jax.tree.map(jnp.asarray, transitions), jnp.asarray(terminated), ()
+    )
+    np.testing.assert_allclose(value, obs.sum(-1), rtol=1e-6)
+    np.testing.assert_allclose(next_value, np.where(terminated, 0, next_obs.sum(-1)), rtol=1e-6)
 
 
 def test_a_rollout_that_ends_with_a_truncation_bootstraps_from_the_state_reached(key):
