@@ -16,6 +16,7 @@ import numpy as np
 from purejaxppo.config import Config
 from purejaxppo.distributions import Categorical, MultiCategorical, Normal, TanhNormal
 from purejaxppo.envs.base import Box, Discrete, MultiDiscrete, flatten_observation
+from purejaxppo.orthogonal import orthogonalize
 
 MIN_LOG_STD, MAX_LOG_STD = -20.0, 20.0
 
@@ -44,10 +45,13 @@ def make_network(config: Config, observation_space, action_space) -> Network:
     )
     num_trunks = 1 if config.share_encoder else 2
 
+    def init(key, memory, obs, first):
+        return orthogonalize(key, module.init(key, memory, obs, first))
+
     def initial_memory(batch):
         return (jnp.zeros((batch, config.gru_width)),) * num_trunks if config.gru_width else ()
 
-    return Network(initial_memory=initial_memory, init=module.init, apply=module.apply)
+    return Network(initial_memory=initial_memory, init=init, apply=module.apply)
 
 
 def as_network(network) -> Network:
@@ -104,21 +108,23 @@ class Dense(nn.Module):
     """An affine map of features, from columns [F, M] to columns [width, M]; the weight is [width, F].
 
     Features come first inside the networks: with rows of features a CPU takes up to twice as long for the gradients
-    of the weights.
+    of the weights. All modules here fill their weights with a scale, which `orthogonalize` turns into matrices.
     """
 
     width: int
-    kernel_init: Callable
+    scale: float
     bias_init: Callable = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, columns):
-        weight = self.param("weight", self.kernel_init, (self.width, len(columns)), jnp.float32)
+        weight = self.param("weight", nn.initializers.constant(self.scale), (self.width, len(columns)), jnp.float32)
         bias = self.param("bias", self.bias_init, (self.width,), jnp.float32)
         return affine(weight, bias, columns)
 
 
 def affine(weight, bias, columns):
+    """weight @ columns + bias, from columns [F, M] to columns [width, M]."""
+    # Added as a product, the bias has a gradient that is a product too: a CPU sums along columns several times slower.
     ones = jnp.ones((1, columns.shape[1]), columns.dtype)
     return weight @ columns + bias[:, None] @ ones
 
@@ -140,7 +146,7 @@ class ActorCritic(nn.Module):
         critic_memory, critic = actor_memory, actor
         if not self.share_encoder:
             critic_memory, critic = Trunk(self.encoder, self.memory, name="critic")(memories[1], *read)
-        value = Dense(1, orthogonal(1.0), name="value")(critic).reshape(first.shape)
+        value = Dense(1, 1.0, name="value")(critic).reshape(first.shape)
         if memory:
             memory = (actor_memory,) if self.share_encoder else (actor_memory, critic_memory)
         return memory, self.head()(actor, first.shape), value
@@ -179,7 +185,7 @@ class CNN(nn.Module):
     @nn.compact
     def __call__(self, space, obs):
         grids = obs.reshape(-1, *obs.shape[-3:]).astype(jnp.float32)
-        kernel = self.param("kernel", orthogonal(2**0.5), (3, 3, grids.shape[-1], 16), jnp.float32)
+        kernel = self.param("kernel", nn.initializers.constant(2**0.5), (3, 3, grids.shape[-1], 16), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (16,), jnp.float32)
         x = self.activation(convolve(grids, kernel) + bias[None, None, None])
         return dense_layers(x.reshape(x.shape[0], -1).T, self.widths, self.activation)
@@ -188,7 +194,7 @@ class CNN(nn.Module):
 def dense_layers(columns, widths, activation):
     """Dense layers with an activation behind each; to be called inside a flax module."""
     for width in widths:
-        columns = activation(Dense(width, orthogonal(2**0.5))(columns))
+        columns = activation(Dense(width, 2**0.5)(columns))
     return columns
 
 
@@ -218,7 +224,7 @@ class GRU(nn.Module):
             features, first = inputs
             return cell(jnp.where(first[:, None], 0, memory), features)
 
-        cell = nn.GRUCell(self.width, recurrent_kernel_init=orthogonal(1.0))
+        cell = nn.GRUCell(self.width, kernel_init=nn.initializers.ones, recurrent_kernel_init=nn.initializers.ones)
         scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
         memory, features = scan(cell, memory, (columns.T.reshape(*first.shape, -1), first))
         return memory, features.reshape(-1, self.width).T
@@ -243,7 +249,7 @@ class Logits(nn.Module):
 
     @nn.compact
     def __call__(self, columns, batch_shape):
-        logits = Dense(self.size, orthogonal(0.01), name="logits")(columns)
+        logits = Dense(self.size, 0.01, name="logits")(columns)
         return self.distribution(to_rows(logits, batch_shape))
 
 
@@ -257,10 +263,10 @@ class Gaussian(nn.Module):
 
     @nn.compact
     def __call__(self, columns, batch_shape):
-        loc = to_rows(Dense(self.size, orthogonal(0.01), name="loc")(columns), batch_shape)
+        loc = to_rows(Dense(self.size, 0.01, name="loc")(columns), batch_shape)
         start = nn.initializers.constant(math.log(self.initial_std))
         if self.state_dependent_std:
-            log_std = to_rows(Dense(self.size, orthogonal(0.01), start, name="log_std")(columns), batch_shape)
+            log_std = to_rows(Dense(self.size, 0.01, start, name="log_std")(columns), batch_shape)
         else:
             log_std = jnp.broadcast_to(self.param("log_std", start, (self.size,), jnp.float32), loc.shape)
         return self.distribution(loc, jnp.exp(jnp.clip(log_std, MIN_LOG_STD, MAX_LOG_STD)))
@@ -270,32 +276,6 @@ def to_rows(columns, batch_shape):
     """Columns [F, T * B] as rows [T, B, F]."""
     # Without the barrier XLA folds the gradient's transpose into the product behind it: ten times slower on a CPU.
     return jax.lax.optimization_barrier(columns).T.reshape(*batch_shape, len(columns))
-
-
-def orthogonal(scale) -> Callable:
-    """Initialiser with orthogonal rows or columns, times `scale` (Saxe et al., 2013).
-
-    Gram-Schmidt, twice for accuracy, on a Gaussian matrix: the same law as a QR with positive diagonal. It is plain
-    matrix-vector products, because LAPACK's QR under `vmap` can deadlock a CPU with two threads.
-    """
-
-    def init(key, shape, dtype=jnp.float32):
-        rows, columns = int(np.prod(shape[:-1])), shape[-1]
-        small, large = sorted((rows, columns))
-        gaussian = jax.random.normal(key, (small, large), dtype)
-
-        def orthonormalize(i, vectors):
-            vector = vectors[i]
-            done = jnp.where(jnp.arange(small)[:, None] < i, vectors, 0)
-            for _ in range(2):
-                overlap = jnp.matmul(done, vector, precision="highest")
-                vector = vector - jnp.matmul(overlap, done, precision="highest")
-            return vectors.at[i].set(vector / jnp.linalg.norm(vector))
-
-        vectors = jax.lax.fori_loop(0, small, orthonormalize, gaussian)
-        return scale * (vectors if rows == small else vectors.T).reshape(shape)
-
-    return init
 
 
 def _check_fit(config, observation_space, action_space):

@@ -11,8 +11,8 @@ import purejaxppo
 
 ROOT = Path(purejaxppo.__file__).parent
 ORDER = [
-    "config", "envs.base", "envs.check", "envs.from_gymnax", "envs", "distributions", "normalize", "networks",
-    "rollout", "advantages", "loss", "update", "evaluate", "ppo", "sharding", "table", "sweep", "population",
+    "config", "envs.base", "envs.check", "envs.from_gymnax", "envs", "distributions", "normalize", "orthogonal",
+    "networks", "rollout", "advantages", "loss", "update", "evaluate", "ppo", "sharding", "table", "sweep", "population",
 ]  # fmt: skip
 
 
@@ -43,6 +43,23 @@ def test_importing_brings_no_suite_and_no_host_library():
     program = f"import sys, purejaxppo; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("before", ["", "import matplotlib"])
+def test_environments_of_gymnax_bring_no_library_for_pictures_until_one_is_drawn(before):
+    program = f"""if True:
+        import sys
+        {before}
+        from purejaxppo import make_env
+        make_env("Catch-bsuite")
+        print([m for m in ("matplotlib.pyplot", "seaborn", "pandas") if m in sys.modules])
+        import gymnax.environments.bsuite.catch as catch, gymnax.environments.misc.pong as pong
+        drawn = catch.plt.figure(), pong.colors.ListedColormap(["red"])
+        import matplotlib.pyplot
+        print(isinstance(drawn[0], matplotlib.pyplot.Figure), isinstance(drawn[1], matplotlib.colors.Colormap))
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["[]", "True True"]
 
 
 def test_only_networks_know_flax_modules():

@@ -11,22 +11,37 @@ from flax import nnx
 from probes import SMALL, copy_cue
 from purejaxppo import Box, Categorical, Config, Discrete, MultiDiscrete, Network, batched, from_nnx, make_ppo
 from purejaxppo.envs.base import flatten_observation
-from purejaxppo.networks import make_network, orthogonal
+from purejaxppo.networks import make_network
+from purejaxppo.orthogonal import orthogonalize
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (4, 64), (64, 2), (1, 1), (3, 3, 4, 16)])
-def test_orthogonal_matrices_are_orthogonal(shape, key):
-    matrix = np.asarray(orthogonal(3.0)(key, shape)).reshape(-1, shape[-1])
-    gram = matrix.T @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.T
-    np.testing.assert_allclose(gram, 9 * np.eye(len(gram)), atol=2e-5)
+def test_weights_become_orthogonal_matrices_times_their_scale_and_all_else_stays(key):
+    shapes = [(64, 64), (4, 64), (64, 2), (1, 1), (3, 3, 4, 16), (2, 3)]
+    params = {"weights": [jnp.full(shape, 3.0) for shape in shapes], "bias": jnp.arange(5.0)}
+    drawn = orthogonalize(key, params)
+    np.testing.assert_array_equal(drawn["bias"], params["bias"])
+    for shape, weight in zip(shapes, drawn["weights"]):
+        assert weight.shape == shape
+        matrix = np.asarray(weight).reshape(-1, shape[-1])
+        gram = matrix.T @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.T
+        np.testing.assert_allclose(gram, 9 * np.eye(len(gram)), atol=2e-5)
 
 
-def test_orthogonal_matrices_are_uniform():
+def test_orthogonal_matrices_are_uniform_also_beside_larger_ones():
     """The first entry of a uniform 3 x 3 rotation or reflection is uniform on [-1, 1] (Archimedes), in every place."""
-    drawn = jax.vmap(lambda key: orthogonal(1.0)(key, (3, 3)))(jax.random.split(jax.random.key(0), 20_000))
+    params = [jnp.ones((3, 3)), jnp.ones((5, 8))]
+    drawn = jax.vmap(lambda key: orthogonalize(key, params)[0])(jax.random.split(jax.random.key(0), 20_000))
     ordered = np.sort(np.asarray(drawn).reshape(-1, 9), axis=0)
     uniform = np.linspace(-1, 1, len(ordered))[:, None]
     assert np.abs(ordered - uniform).max() < 2 * 1.95 / np.sqrt(len(ordered))  # Kolmogorov-Smirnov at 0.1 %
+
+
+def test_every_layer_of_a_network_has_a_matrix_of_its_own(key):
+    params = make_network(Config(), Box(shape=(64,)), Discrete(2)).init(key, (), jnp.zeros((1, 1, 64)), jnp.ones((1, 1)))
+    weights = [np.asarray(x) for x in jax.tree.leaves(params) if x.shape == (64, 64)]
+    assert len(weights) == 4
+    for i, weight in enumerate(weights):
+        assert all(np.abs(weight - other).max() > 0.1 for other in weights[:i])
 
 
 def test_initialisation_under_vmap_does_not_deadlock():

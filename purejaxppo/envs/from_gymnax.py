@@ -1,5 +1,11 @@
 """gymnax environments, through their raw step: no auto-reset, terminated and truncated apart."""
 
+import contextlib
+import importlib
+import pkgutil
+import sys
+from types import ModuleType
+
 import jax
 import jax.numpy as jnp
 
@@ -12,9 +18,7 @@ def from_gymnax(env, params=None) -> Env:
     Raises ValueError for an unknown name or a space that no network here can act in or read.
     """
     if isinstance(env, str):
-        import gymnax
-
-        env, default_params = gymnax.make(env)
+        env, default_params = import_gymnax().make(env)
         params = default_params if params is None else params
     params = env.default_params if params is None else params
 
@@ -45,9 +49,37 @@ def from_gymnax(env, params=None) -> Env:
 
 def gymnax_names() -> list[str]:
     """The names that gymnax knows, less those that need data from elsewhere."""
-    import gymnax
+    return [name for name in import_gymnax().registered_envs if name != "MNISTBandit-bsuite"]
 
-    return [name for name in gymnax.registered_envs if name != "MNISTBandit-bsuite"]
+
+def import_gymnax():
+    """gymnax, without what only its pictures need: that takes a second and 120 MB, and comes when one is drawn."""
+    with _postponed("matplotlib", "matplotlib.pyplot", "seaborn"):
+        return importlib.import_module("gymnax")
+
+
+@contextlib.contextmanager
+def _postponed(*names: str):
+    """While this lasts, importing one of these modules gives a stand-in, which imports it when it is first used."""
+    stand_ins = {name: _StandIn(name) for name in names if name not in sys.modules}
+    sys.modules.update(stand_ins)
+    try:
+        yield
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]
+
+
+class _StandIn(ModuleType):
+    """Of a module, or of something in one, while its package is postponed."""
+
+    def __getattr__(self, attribute):
+        package = sys.modules.get(self.__name__.partition(".")[0])
+        if not isinstance(package, _StandIn) and sys.modules.get(self.__name__) is not self:
+            return getattr(pkgutil.resolve_name(self.__name__), attribute)
+        if attribute.startswith("__"):
+            raise AttributeError(f"{self.__name__} is not imported yet")
+        return _StandIn(f"{self.__name__}.{attribute}")
 
 
 def _strong(tree):

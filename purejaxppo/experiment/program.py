@@ -18,8 +18,10 @@ from purejaxppo.ppo import PPO, TrainState
 
 # Transitions of a rollout of all runs of a slice that a CPU core still works on in its cache.
 TRANSITIONS_PER_SLICE = 4096
-# Compiler options for what runs once: half the time to compile, and no slower for it (measured up to widths of 512).
+# Compiler options. What runs once takes half the time to compile, and is no slower for it (measured up to widths of
+# 512); on a CPU, training compiles in five sixths of the time that LLVM's highest level takes, and is as fast.
 ONCE = {"xla_backend_optimization_level": 1}
+ON_CPU = {"xla_backend_optimization_level": 2}
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,11 @@ def compile(ppo: PPO, state: TrainState, num_updates: int | None = None, *, slic
     together = not isinstance(state, TrainState)  # a population
     if together and slice_size not in (None, num_runs):
         raise ValueError(f"slice_size={slice_size} cannot be had: the {num_runs} runs of a population go together")
-    on_cpu = ppo.mesh is None and not together and _devices(state) == {"cpu"}
-    num_threads = num_cores() if on_cpu else 1
-    slice_size = slice_size or (best_slice_size(num_runs, num_threads, ppo.config) if on_cpu else num_runs)
+    devices = _devices(state)
+    on_cpu = all(device.platform == "cpu" for device in devices)
+    in_slices = on_cpu and len(devices) == 1 and ppo.mesh is None and not together
+    num_threads = num_cores() if in_slices else 1
+    slice_size = slice_size or (best_slice_size(num_runs, num_threads, ppo.config) if in_slices else num_runs)
     num_slices = -(-num_runs // slice_size)
     step = jax.jit(ppo.step)  # traced once, for its shapes and for the loop
 
@@ -114,7 +118,8 @@ def compile(ppo: PPO, state: TrainState, num_updates: int | None = None, *, slic
     if num_slices > 1:
         part = _placed_as(state, jax.eval_shape(take, state, np.int32(0)))
         take, put = (f.lower(*x, np.int32(0)).compile() for f, x in ((take, (state,)), (put, (state, part))))
-    executable = jax.jit(train, donate_argnums=0).lower(part, np.int32(num_updates)).compile()
+    training = jax.jit(train, donate_argnums=0, compiler_options=ON_CPU if on_cpu else None)
+    executable = training.lower(part, np.int32(num_updates)).compile()
     return Program(
         executable=executable,
         take=take,
@@ -132,12 +137,27 @@ def first_state(ppo: PPO, *args) -> TrainState:
     return jax.jit(ppo.init, compiler_options=ONCE)(*args)
 
 
+def use_one_thread():
+    """Keeps XLA to one thread of a CPU, for one agent with minibatches of less than 512 transitions.
+
+    What XLA hands from thread to thread is then worth less than the handing costs. Slower for all else: large minibatches
+    (see `sharded`), many agents (see `compile`). The environment variable NPROC=1 does the same, and what it says
+    already stays. Raises RuntimeError where JAX has begun to compute.
+    """
+    try:
+        jax.config.update("jax_num_cpu_devices", jax.config.jax_num_cpu_devices)
+    except RuntimeError:
+        raise RuntimeError("use_one_thread comes too late: JAX has begun to compute (call it first of all)") from None
+    os.environ.setdefault("NPROC", "1")
+
+
 def cores_as_devices():
-    """Makes every core of a CPU a device, for `sharded`, unless JAX has begun to compute or was told how many."""
-    with contextlib.suppress(RuntimeError):
-        told = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-        if jax.config.jax_num_cpu_devices < 0 and not told:
+    """Makes every core of a CPU a device of one thread, for `sharded`, unless JAX has begun or was told how many."""
+    told = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if jax.config.jax_num_cpu_devices < 0 and not told:
+        with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", num_cores())
+            use_one_thread()
 
 
 def cache_compilation(folder):
@@ -161,8 +181,8 @@ def best_slice_size(num_runs: int, num_cores: int, config: Config) -> int:
 
 
 def _check_shards(ppo: PPO, state, slice_size):
-    devices = state.num_updates.devices() if isinstance(state.num_updates, jax.Array) else ()
-    if set(devices) != set(ppo.mesh.devices.flat):
+    devices = _devices(state)
+    if devices != set(ppo.mesh.devices.flat):
         raise ValueError(
             f"the state must lie on the {ppo.mesh.size} devices that share the run, not on {len(devices)} "
             "(begin with the init of the sharded PPO)"
@@ -185,10 +205,9 @@ def _placed_as(state, shapes):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
 
 
-def _devices(state) -> set[str]:
-    """The platforms of the devices that hold a state; more than one device counts as no CPU to be sliced."""
-    devices = state.num_updates.devices() if isinstance(state.num_updates, jax.Array) else {jax.devices()[0]}
-    return {device.platform for device in devices} if len(devices) == 1 else {"several"}
+def _devices(state) -> set[jax.Device]:
+    """The devices that hold a state."""
+    return state.num_updates.devices() if isinstance(state.num_updates, jax.Array) else {jax.devices()[0]}
 
 
 def num_cores() -> int:
