@@ -20,7 +20,7 @@ __all__ = [
     "integers", "linear", "load", "load_agents", "load_sweep", "log_uniform", "make_env", "make_ppo",
     "optuna_search", "paired", "plan_sweep", "plot_curves", "plot_heatmap", "plot_importance",
     "plot_learning_curve", "plot_parallel", "preset", "record_episode", "render", "resume", "run_sweep", "runs",
-    "sample", "sharded", "successive_halving", "time_limit", "uniform",
+    "sample", "sharded", "successive_halving", "time_limit", "uniform", "use_one_thread",
 ]  # fmt: skip
 
 LAZY = {
@@ -50,6 +50,7 @@ LAZY = {
     "resume": "purejaxppo.experiment.resume",
     "run_sweep": "purejaxppo.experiment.run",
     "successive_halving": "purejaxppo.experiment.halving",
+    "use_one_thread": "purejaxppo.experiment.program",
 }
 
 

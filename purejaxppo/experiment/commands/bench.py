@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from purejaxppo.experiment.commands.options import Settings, check_whole, make, parse
+from purejaxppo.experiment.commands.options import Settings, check_whole, make, parse, prepare_cpu
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,15 @@ class Bench(Settings):
     """Repetitions; medians are printed, with the least and the most."""
     seconds: float = 2.0
     """Length of a repetition, about."""
+    one_thread: bool = False
+    """Keep XLA to one thread of a CPU: faster for one agent with small minibatches, slower for all else."""
     out: Path | None = None
     """File for the figures as JSON; none is written if none is given."""
 
 
 def bench(arguments: list[str]) -> int:
     """Measures, prints tables, and leaves a file if one is named."""
+    prepare_cpu(arguments)
     options = parse(Bench, "bench", arguments)
     if not options.num_seeds:
         raise ValueError("num_seeds must be one number or more")

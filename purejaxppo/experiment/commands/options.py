@@ -21,6 +21,17 @@ class Settings:
     hyperparams: tyro.conf.OmitArgPrefixes[Hyperparams] = field(default_factory=Hyperparams)
 
 
+def prepare_cpu(arguments: list[str]):
+    """Does what flags ask of a CPU, before all else: even to look an environment up has JAX begin to compute."""
+    from purejaxppo.experiment.program import cores_as_devices, use_one_thread
+
+    flags = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    if "--num-devices" in flags:
+        cores_as_devices()
+    if "--one-thread" in flags:
+        use_one_thread()
+
+
 def parse(kind, command: str, arguments: list[str]):
     """The flags of a command on top of the preset of the environment, which comes first."""
     from purejaxppo.envs import env_names, make_env

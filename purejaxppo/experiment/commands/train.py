@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from purejaxppo.experiment.commands.options import Settings, check_whole, complete, count, make, parse
+from purejaxppo.experiment.commands.options import Settings, check_whole, complete, count, make, parse, prepare_cpu
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,9 @@ class Train(Settings):
     num_devices: int = 1
     """Devices, of a CPU its cores, among which the environments of every agent are shared out; it pays from about 512
     transitions per minibatch."""
+    one_thread: bool = False
+    """Keep XLA to one thread of a CPU: faster for one agent with fewer transitions per minibatch than that, slower for
+    all else."""
     seed: int = 0
     """Where the random keys of all agents come from."""
     total_steps: int | None = None
@@ -43,14 +46,13 @@ class Resume:
     """What `train` left."""
     total_steps: int | None = None
     """Environment steps of each agent over the whole run, more than it was begun with; schedules then end there."""
+    one_thread: bool = False
+    """Keep XLA to one thread of a CPU (see `train`)."""
 
 
 def train(arguments: list[str]) -> int:
     """Trains, prints a table, and leaves a folder."""
-    if any(argument.startswith(("--num-devices", "--num_devices")) for argument in arguments):
-        from purejaxppo.experiment.program import cores_as_devices
-
-        cores_as_devices()  # before all else: even to look the environment up has JAX begin
+    prepare_cpu(arguments)
     options = parse(Train, "train", arguments)
     check_whole(
         num_seeds=(options.num_seeds, 1),
@@ -89,6 +91,7 @@ def train(arguments: list[str]) -> int:
 
 def resume(arguments: list[str]) -> int:
     """Goes on with a run, prints a table, and leaves its folder complete."""
+    prepare_cpu(arguments)
     options = tyro.cli(Resume, args=arguments, prog="purejaxppo resume")
 
     from purejaxppo.config import Config

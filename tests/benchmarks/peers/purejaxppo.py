@@ -1,4 +1,5 @@
-"""This package; a run with large minibatches is shared out over the cores (`sharded`), as its README says."""
+"""This package, as its README says: one run with large minibatches is shared out over the cores (`sharded`), one with
+small ones keeps to a thread."""
 
 import time
 
@@ -16,6 +17,8 @@ def prepare(work: Work) -> Program:
     large = work.num_seeds == 1 and work.steps_per_update // work.num_minibatches >= LARGE_MINIBATCH
     if large:
         cores_as_devices()
+    elif work.num_seeds == 1:
+        pjp.use_one_thread()
     config = pjp.Config(
         num_envs=work.num_envs,
         num_steps=work.num_steps,

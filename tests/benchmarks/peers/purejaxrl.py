@@ -1,14 +1,19 @@
-"""purejaxrl from a checkout, whose folder is on the path: its `ppo.py` for discrete actions."""
+"""purejaxrl from a checkout, whose folder is on the path: its scripts for discrete and for continuous actions."""
 
+import importlib
+import sys
+
+import flax.linen as nn
 import jax
-from purejaxrl.ppo import make_train
+import jax.numpy as jnp
+from flax.linen.initializers import constant, orthogonal
 
 from program import Program, compiled
 from works import Work
 
 
 def prepare(work: Work) -> Program:
-    if work.encoder == "cnn" or work.normalize:
+    if work.encoder == "cnn":
         raise SystemExit("this peer does not offer this work")
     config = {
         "LR": work.learning_rate,
@@ -26,12 +31,66 @@ def prepare(work: Work) -> Program:
         "MAX_GRAD_NORM": work.max_grad_norm,
         "ACTIVATION": "tanh",
         "ENV_NAME": work.env,
+        "NORMALIZE_ENV": work.normalize,
         "DEBUG": False,
     }
-    train = make_train(config)
+    script = continuous() if work.normalize else importlib.import_module("purejaxrl.ppo")
+    train = script.make_train(config)
 
     def arguments(seed):
         key = jax.random.PRNGKey(seed)
         return (jax.random.split(key, work.num_seeds) if work.num_seeds > 1 else key,)
 
     return compiled(jax.vmap(train) if work.num_seeds > 1 else train, arguments, work.steps)
+
+
+def continuous():
+    """The script for continuous actions, on an environment of gymnax, with networks of the width that all have here."""
+    import gymnax
+    import purejaxrl
+
+    sys.path.append(*purejaxrl.__path__)  # its modules import each other by bare names
+    script = importlib.import_module("ppo_continuous_action")
+    script.BraxGymnaxWrapper = lambda name: WithItsParams(*gymnax.make(name))
+    script.ActorCritic = ActorCritic
+    return script
+
+
+class WithItsParams:
+    """An environment of gymnax that knows its parameters; the script gives none."""
+
+    def __init__(self, env, params):
+        self.env, self.params = env, params
+
+    def reset(self, key, _):
+        return self.env.reset(key, self.params)
+
+    def step(self, key, state, action, _):
+        return self.env.step(key, state, action, self.params)
+
+    def observation_space(self, _):
+        return self.env.observation_space(self.params)
+
+    def action_space(self, _):
+        return self.env.action_space(self.params)
+
+
+class ActorCritic(nn.Module):
+    """What the script has, with 64 units instead of 256."""
+
+    size: int
+    activation: str
+
+    @nn.compact
+    def __call__(self, obs):
+        import distrax
+
+        def mlp(out, scale):
+            x = obs
+            for _ in range(2):
+                x = nn.tanh(nn.Dense(64, kernel_init=orthogonal(2**0.5), bias_init=constant(0.0))(x))
+            return nn.Dense(out, kernel_init=orthogonal(scale), bias_init=constant(0.0))(x)
+
+        log_std = self.param("log_std", nn.initializers.zeros, (self.size,))
+        policy = distrax.MultivariateNormalDiag(mlp(self.size, 0.01), jnp.exp(log_std))
+        return policy, mlp(1, 1.0).squeeze(-1)
