@@ -19,9 +19,10 @@ from purejaxppo.ppo import PPO, TrainState
 # Transitions of a rollout of all runs of a slice that a CPU core still works on in its cache.
 TRANSITIONS_PER_SLICE = 4096
 # Compiler options. What runs once takes half the time to compile, and is no slower for it (measured up to widths of
-# 512); on a CPU, training compiles in five sixths of the time that LLVM's highest level takes, and is as fast.
+# 512). Training on a CPU compiles in five sixths of the time that LLVM's highest level takes, and is as fast; with the
+# widest vectors that there are it is up to 1.05 times as fast.
 ONCE = {"xla_backend_optimization_level": 1}
-ON_CPU = {"xla_backend_optimization_level": 2}
+ON_CPU = {"xla_backend_optimization_level": 2, "xla_cpu_prefer_vector_width": 512}
 
 
 @dataclass(frozen=True)
