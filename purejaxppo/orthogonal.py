@@ -35,7 +35,7 @@ def orthonormal_vectors(key, number: int, sizes: list[int]):
 
     def draw(key_and_size):
         key, size = key_and_size
-        gaussian = jnp.where(jnp.arange(width)[None] < size, jax.random.normal(key, (number, width)), 0)
+        gaussian = jnp.where(jnp.arange(width)[None] < size, jax.random.normal(key, (number, width), jnp.float32), 0)
         return jax.lax.fori_loop(0, number, orthonormalize, gaussian)
 
     def orthonormalize(i, vectors):

@@ -12,7 +12,8 @@ import purejaxppo
 ROOT = Path(purejaxppo.__file__).parent
 ORDER = [
     "config", "envs.base", "envs.check", "envs.from_gymnax", "envs", "distributions", "normalize", "orthogonal",
-    "networks", "rollout", "advantages", "loss", "update", "evaluate", "ppo", "sharding", "table", "sweep", "population",
+    "networks", "rollout", "advantages", "loss", "update", "evaluate", "ppo", "sharding", "table", "sweep",
+    "population",
 ]  # fmt: skip
 
 

@@ -37,7 +37,8 @@ def test_orthogonal_matrices_are_uniform_also_beside_larger_ones():
 
 
 def test_every_layer_of_a_network_has_a_matrix_of_its_own(key):
-    params = make_network(Config(), Box(shape=(64,)), Discrete(2)).init(key, (), jnp.zeros((1, 1, 64)), jnp.ones((1, 1)))
+    network = make_network(Config(), Box(shape=(64,)), Discrete(2))
+    params = network.init(key, (), jnp.zeros((1, 1, 64)), jnp.ones((1, 1)))
     weights = [np.asarray(x) for x in jax.tree.leaves(params) if x.shape == (64, 64)]
     assert len(weights) == 4
     for i, weight in enumerate(weights):
