@@ -28,7 +28,7 @@ class Categorical:
 
     def noise(self, key):
         """Gumbel noise [..., K]."""
-        return jax.random.gumbel(key, self.logits.shape, jnp.float32)
+        return jax.random.gumbel(key, (self.logits.size,), jnp.float32).reshape(self.logits.shape)
 
     def place(self, noise):
         """The choice that is largest with its noise (Gumbel, 1954), [...] int32."""
@@ -68,7 +68,7 @@ class MultiCategorical:
 
     def noise(self, key):
         """Gumbel noise [..., sum(sizes)]."""
-        return jax.random.gumbel(key, self.logits.shape, jnp.float32)
+        return jax.random.gumbel(key, (self.logits.size,), jnp.float32).reshape(self.logits.shape)
 
     def place(self, noise):
         """In each entry the choice that is largest with its noise, [..., len(sizes)] int32."""
@@ -103,7 +103,7 @@ class Normal:
 
     def noise(self, key):
         """Standard normal noise [..., A]."""
-        return jax.random.normal(key, self.loc.shape, jnp.float32)
+        return jax.random.normal(key, (self.loc.size,), jnp.float32).reshape(self.loc.shape)
 
     def place(self, noise):
         """The noise, scaled and shifted, [..., A]."""

@@ -123,17 +123,18 @@ def count_returns(actors: Actors, transitions: Transition, discount):
 def draw_ahead(key, distribution, env_params, *, env: Env, config: Config) -> Draws:
     """What a whole rollout draws that no policy decides, [T, ...]: drawn step by step, it costs more than acting.
 
-    Of the distribution [T, N] only the shapes count.
+    Of the distribution [T, N] only the shapes count. Everything is drawn along one axis and shaped afterwards, which
+    gives the same numbers: XLA compiles the generator for every draw, and several times as much code for several axes.
     """
     act_key, env_key, reset_key = jax.random.split(key, 3)
     num_resets = config.resets_per_step or config.num_envs
-    reset_keys = jax.random.split(reset_key, (config.num_steps, num_resets))
-    reset = jax.vmap(jax.vmap(env.reset, in_axes=(0, None)), in_axes=(0, None))
+    reset_keys = jax.random.split(reset_key, config.num_steps * num_resets)
+    fresh = jax.vmap(env.reset, in_axes=(0, None))(reset_keys, env_params)
     noise = getattr(distribution, "noise", None)
     return Draws(
         action=noise(act_key) if noise else jax.random.split(act_key, config.num_steps),
-        env_keys=jax.random.split(env_key, (config.num_steps, config.num_envs)),
-        start=reset(reset_keys, env_params),
+        env_keys=jax.random.split(env_key, config.num_steps * config.num_envs).reshape(config.num_steps, -1),
+        start=jax.tree.map(lambda x: x.reshape(config.num_steps, num_resets, *x.shape[1:]), fresh),
     )
 
 

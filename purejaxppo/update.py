@@ -114,7 +114,7 @@ def shuffle(key, size: int, num_shuffles: int):
     mask = jnp.uint32(2**index_bits - 1)
 
     def shuffle_once(key):
-        drawn = jax.random.bits(key, (num_shuffles, size), jnp.uint32)
+        drawn = jax.random.bits(key, (num_shuffles * size,), jnp.uint32).reshape(num_shuffles, size)
         return (jax.lax.sort((drawn & ~mask) | index, dimension=1) & mask).astype(jnp.int32)
 
     if index_bits <= 16:

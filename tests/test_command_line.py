@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import xarray
@@ -148,6 +149,22 @@ def test_a_run_on_two_devices_loads_as_any_other(tmp_path):
     done = subprocess.run([*command, "999"], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "num_devices=999 must be at most " in done.stderr
+
+
+def test_a_run_on_one_thread_comes_to_the_same_numbers(tmp_path):
+    for name, flags in (("all", []), ("one", ["--one-thread"])):
+        command = ["train", "CartPole-v1", *TINY, "--out", str(tmp_path / name), *flags]
+        done = subprocess.run([sys.executable, "-m", "purejaxppo", *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    several, one = (load(tmp_path / name).metrics for name in ("all", "one"))
+    np.testing.assert_allclose(several["loss"], one["loss"], rtol=1e-4)
+
+
+def test_one_thread_asked_for_too_late_is_one_sentence_and_status_2(capsys, monkeypatch):
+    monkeypatch.delenv("NPROC", raising=False)
+    jax.devices()
+    status, _, complaint = run(capsys, "train", "CartPole-v1", *TINY, "--one-thread")
+    assert status == 2 and "too late" in complaint and complaint.count("\n") == 1
 
 
 def test_a_run_does_not_spill_into_the_current_folder(tmp_path, capsys, monkeypatch):

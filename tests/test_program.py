@@ -1,5 +1,7 @@
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -103,3 +105,29 @@ def test_compiled_programs_are_kept_for_the_next_process(tmp_path):
     command = [sys.executable, "-c", program, str(tmp_path)]
     found = [int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(2)]
     assert found[0] == 0 and found[1] >= 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads have names to count on Linux only")
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is but one thread anyway")
+def test_one_thread_is_one_thread_of_xla():
+    program = (
+        "import sys, pathlib, jax, purejaxppo as pjp;"
+        "'one' in sys.argv and pjp.use_one_thread();"
+        "jax.numpy.ones((512, 512)).dot(jax.numpy.ones((512, 512))).block_until_ready();"
+        "names = [path.joinpath('comm').read_text() for path in pathlib.Path('/proc/self/task').iterdir()];"
+        "print(sum('XLAEigen' in name for name in names))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "NPROC"}
+    command = [sys.executable, "-c", program]
+    several, one = (
+        int(subprocess.run([*command, how], capture_output=True, check=True, env=environment).stdout)
+        for how in ("all", "one")
+    )
+    assert several > 1 and one == 1
+
+
+def test_one_thread_asked_for_too_late_is_refused(five, monkeypatch):
+    monkeypatch.delenv("NPROC", raising=False)
+    with pytest.raises(RuntimeError, match="too late: JAX has begun to compute"):
+        pjp.use_one_thread()
+    assert "NPROC" not in os.environ

@@ -9,7 +9,7 @@ from functools import partial
 import jax
 
 from purejaxppo.experiment.inputs import env_columns, wave_arguments
-from purejaxppo.experiment.program import ONCE, Program, best_slice_size, compile, num_cores
+from purejaxppo.experiment.program import SELDOM, Program, best_slice_size, compile, num_cores
 from purejaxppo.experiment.sweeps import CONFIG_FIELDS, Group, Sweep
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.sharding import choose_devices
@@ -143,7 +143,7 @@ def _plan_group(sweep, group: Group, ppo: PPO, devices, slice_size, updates_per_
         runs = [(group.settings[0], 0)] * (size * len(devices))
         arguments = wave_arguments(sweep, ppo, runs)
         with jax.default_device(devices[0]):
-            start = jax.jit(partial(_start, many, sweep.seed), compiler_options=ONCE).lower(*arguments).compile()
+            start = jax.jit(partial(_start, many, sweep.seed), compiler_options=SELDOM).lower(*arguments).compile()
             state = start(*arguments)
             return start, state, compile(many, state, chunk, slice_size=len(runs))
 

@@ -18,9 +18,9 @@ from purejaxppo.ppo import PPO, TrainState
 
 # Transitions of a rollout of all runs of a slice that a CPU core still works on in its cache.
 TRANSITIONS_PER_SLICE = 4096
-# Compiler options for what runs once: half the time to compile, and no slower for it (measured up to widths of 512).
-# Training keeps the options of `jax.jit`: with others its bits are not those of `ppo.train`.
-ONCE = {"xla_backend_optimization_level": 1}
+# Compiler options for what runs once or seldom: half the time to compile, and no slower for it (measured up to widths
+# of 512). Training keeps the options of `jax.jit`: with others its bits are not those of `ppo.train`.
+SELDOM = {"xla_backend_optimization_level": 1}
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Program:
     num_slices: int
     num_threads: int
     """Slices at work side by side."""
+    threads: ThreadPoolExecutor
+    """Kept from call to call: memory is not handed on from threads that have ended to new ones."""
     compile_seconds: float
 
     def __call__(self, state: TrainState, length: int | None = None, *, donate: bool = False):
@@ -62,8 +64,7 @@ class Program:
         def run(first):
             return jax.block_until_ready(self.executable(self.take(state, first), length))
 
-        with ThreadPoolExecutor(self.num_threads) as pool:
-            slices = list(pool.map(run, firsts))
+        slices = list(self.threads.map(run, firsts))
         stacked = {name: np.empty((num_runs, *x.shape[1:]), x.dtype) for name, x in slices[0][1].items()}
         for first, (part, metrics) in zip(firsts, slices):
             state = self.put(state, part, first)
@@ -97,6 +98,7 @@ def compile(ppo: PPO, state: TrainState, num_updates: int | None = None, *, slic
     num_threads = num_cores() if in_slices else 1
     slice_size = slice_size or (best_slice_size(num_runs, num_threads, ppo.config) if in_slices else num_runs)
     num_slices = -(-num_runs // slice_size)
+    num_threads = min(num_threads, num_slices)
     step = jax.jit(ppo.step)  # traced once, for its shapes and for the loop
 
     def train(state, length):
@@ -110,8 +112,8 @@ def compile(ppo: PPO, state: TrainState, num_updates: int | None = None, *, slic
         return jax.lax.fori_loop(0, length, one, (state, stacked))
 
     start = time.perf_counter()
-    take = jax.jit(partial(_take, size=slice_size))
-    put = jax.jit(_put, donate_argnums=0)
+    take = jax.jit(partial(_take, size=slice_size), compiler_options=SELDOM)
+    put = jax.jit(_put, donate_argnums=0, compiler_options=SELDOM)
     part = state
     if num_slices > 1:
         part = _placed_as(state, jax.eval_shape(take, state, np.int32(0)))
@@ -124,14 +126,15 @@ def compile(ppo: PPO, state: TrainState, num_updates: int | None = None, *, slic
         num_updates=num_updates,
         slice_size=slice_size,
         num_slices=num_slices,
-        num_threads=min(num_threads, num_slices),
+        num_threads=num_threads,
+        threads=ThreadPoolExecutor(num_threads),
         compile_seconds=time.perf_counter() - start,
     )
 
 
 def first_state(ppo: PPO, *args) -> TrainState:
     """What `ppo.init` makes of its arguments; compiled for a single use, so in about half the time of `jax.jit`."""
-    return jax.jit(ppo.init, compiler_options=ONCE)(*args)
+    return jax.jit(ppo.init, compiler_options=SELDOM)(*args)
 
 
 def use_one_thread():
@@ -141,11 +144,15 @@ def use_one_thread():
     minibatches (see `sharded`), many agents (see `compile`). The environment variable NPROC=1 does the same, and what
     it says already stays. Raises RuntimeError where JAX has begun to compute.
     """
+    if "NPROC" in os.environ:
+        return
+    num_devices = jax.config.jax_num_cpu_devices
     try:
-        jax.config.update("jax_num_cpu_devices", jax.config.jax_num_cpu_devices)
+        for changed in (num_devices + 1, num_devices):  # and back: JAX refuses a change once it has begun
+            jax.config.update("jax_num_cpu_devices", changed)
     except RuntimeError:
         raise RuntimeError("use_one_thread comes too late: JAX has begun to compute (call it first of all)") from None
-    os.environ.setdefault("NPROC", "1")
+    os.environ["NPROC"] = "1"
 
 
 def cores_as_devices():

@@ -29,7 +29,10 @@ def prepare_cpu(arguments: list[str]):
     if "--num-devices" in flags:
         cores_as_devices()
     if "--one-thread" in flags:
-        use_one_thread()
+        try:
+            use_one_thread()
+        except RuntimeError as error:
+            raise ValueError(str(error)) from None
 
 
 def parse(kind, command: str, arguments: list[str]):
