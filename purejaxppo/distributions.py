@@ -39,10 +39,10 @@ class Categorical:
         return jnp.argmax(self.logits, axis=-1).astype(jnp.int32)
 
     def log_prob(self, action):
-        """Log probability [...] of indices [...]."""
+        """Log probability [...] of indices [...] from 0 to K - 1."""
         log_probs = self._log_probs()
         chosen = action[None] == jnp.arange(len(log_probs)).reshape(-1, *(1,) * action.ndim)
-        return jnp.where(chosen, log_probs, 0).sum(0)
+        return jax.lax.select(chosen, log_probs, jnp.zeros_like(log_probs)).sum(0)  # which broadcasts nothing
 
     def entropy(self):
         """Entropy in nats, [...]."""

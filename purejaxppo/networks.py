@@ -108,7 +108,8 @@ class Dense(nn.Module):
     """An affine map of features, from columns [F, M] to columns [width, M]; the weight is [width, F].
 
     Features come first inside the networks: with rows of features a CPU takes up to twice as long for the gradients
-    of the weights. All modules here fill their weights with a scale, which `orthogonalize` turns into matrices.
+    of the weights. All modules here fill their weights with a scale, which `orthogonalize` turns into matrices: a
+    module of your own that uses them has to do so too, or all units stay alike.
     """
 
     width: int
@@ -123,7 +124,7 @@ class Dense(nn.Module):
 
 
 def affine(weight, bias, columns):
-    """weight @ columns + bias, from columns [F, M] to columns [width, M]."""
+    """weight @ columns + bias, both in the precision of products, from columns [F, M] to columns [width, M]."""
     # Added as a product, the bias has a gradient that is a product too: a CPU sums along columns several times slower.
     ones = jnp.ones((1, columns.shape[1]), columns.dtype)
     return weight @ columns + bias[:, None] @ ones

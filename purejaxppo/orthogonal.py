@@ -11,7 +11,8 @@ def orthogonalize(key, params):
 
     A weight is what has two axes or more; its last axis is one side of the matrix, all before it the other. Either its
     rows or its columns are orthonormal (Saxe et al., 2013), uniformly distributed. All are drawn by one loop, since a
-    draw for each layer would take most of the time that a first state takes to compile.
+    draw for each layer would take most of the time that a first state takes to compile; every weight then takes the
+    memory and the time of the largest, while a state is begun.
     """
     leaves, treedef = jax.tree.flatten(params)
     weights = [i for i, leaf in enumerate(leaves) if jnp.ndim(leaf) > 1]
@@ -26,7 +27,7 @@ def orthogonalize(key, params):
 
 
 def orthonormal_vectors(key, number: int, sizes: list[int]):
-    """For each of W sizes `number` orthonormal vectors, or as many as it has, padded to the largest, [W, number, max].
+    """For each of W sizes orthonormal vectors, padded to the largest, [W, number, max]; those beyond a size are no use.
 
     Gram-Schmidt, twice for accuracy, on Gaussian vectors: the same law as a QR with positive diagonal. It is plain
     matrix-vector products, because LAPACK's QR under `vmap` can deadlock a CPU with two threads.
@@ -45,6 +46,6 @@ def orthonormal_vectors(key, number: int, sizes: list[int]):
             overlap = jnp.matmul(done, vector, precision="highest")
             vector = vector - jnp.matmul(overlap, done, precision="highest")
         length = jnp.linalg.norm(vector)
-        return vectors.at[i].set(vector / jnp.where(length > 0, length, 1))  # beyond `size` vectors nothing is left
+        return vectors.at[i].set(vector / jnp.where(length > 0, length, 1))  # not by 0, beyond `size`
 
     return jax.lax.map(draw, (jax.random.split(key, len(sizes)), jnp.array(sizes)))

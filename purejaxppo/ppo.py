@@ -222,15 +222,14 @@ def estimate(policy: Policy, transitions, reward, last_memory, hyperparams: Hype
 def summarize(transitions, batch: Batch, axis_name=()) -> dict:
     """What a reader needs of a rollout, each one number; means over episodes are nan where none ended."""
     ended = jnp.stack([jnp.ones_like(batch.value), transitions.episode_return, transitions.episode_length])
+    sums = jnp.where(transitions.done[None], ended, 0).sum((1, 2))
+    num_episodes, episode_return, episode_length = jax.lax.psum(sums, axis_name)
     values = jnp.stack([batch.value, batch.target, batch.target - batch.value])
-    values = jnp.concatenate([values, jnp.where(transitions.done[None], ended, 0)])
-    mean, variance = (x[:, 0, 0] for x in mean_and_variance(values, (1, 2), axis_name))  # all, as one message of shards
-    share_ended, episode_return, episode_length = mean[3:]
-    num_steps = batch.value.size * jax.lax.axis_size(axis_name)
+    mean, variance = (x[:, 0, 0] for x in mean_and_variance(values, (1, 2), axis_name))
     return {
-        "episode_return": episode_return / share_ended,
-        "episode_length": episode_length / share_ended,
-        "num_episodes": jnp.rint(share_ended * num_steps).astype(jnp.int32),
+        "episode_return": episode_return / num_episodes,
+        "episode_length": episode_length / num_episodes,
+        "num_episodes": num_episodes.astype(jnp.int32),
         "explained_variance": 1 - variance[2] / variance[1],
         "value_mean": mean[0],
     }

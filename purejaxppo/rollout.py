@@ -237,7 +237,8 @@ def fill_at_once(next_value, unknown, policy: Policy, memory, obs, **settings):
 def fill_in_turn(next_value, unknown, policy: Policy, memory, obs, **settings):
     """What `fill_at_once` gives, by looks at the first unknown of every environment until there are none.
 
-    That is one look for the end of the rollout, and one more where an episode of some environment was cut off.
+    That is one look for the end of the rollout, and as many more as episodes were cut off in the environment that
+    has most of them (of all runs of a batch).
     """
     steps, envs = (jnp.arange(size) for size in unknown.shape)
 

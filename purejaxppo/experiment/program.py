@@ -141,8 +141,9 @@ def use_one_thread():
     """Keeps XLA to one thread of a CPU, for one agent with minibatches of less than 512 transitions.
 
     What XLA hands from thread to thread is then worth less than the handing costs. Slower for all else: large
-    minibatches (see `sharded`), many agents (see `compile`). The environment variable NPROC=1 does the same, and what
-    it says already stays. Raises RuntimeError where JAX has begun to compute.
+    minibatches (see `sharded`), many agents (see `compile`). It sets the environment variable NPROC=1, which
+    child processes inherit; where the variable is set already, it stays. Raises RuntimeError where JAX has begun to
+    compute.
     """
     if "NPROC" in os.environ:
         return
@@ -156,12 +157,11 @@ def use_one_thread():
 
 
 def cores_as_devices():
-    """Makes every core of a CPU a device of one thread, for `sharded`, unless JAX has begun or was told how many."""
+    """Makes every core of a CPU a device, for `sharded`, unless JAX has begun or was told how many."""
     told = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if jax.config.jax_num_cpu_devices < 0 and not told:
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", num_cores())
-            use_one_thread()
 
 
 def cache_compilation(folder):
