@@ -73,3 +73,9 @@ def test_batch_axes_lead():
     action = distribution.sample(jax.random.key(0))
     assert action.shape == (5, 3, 2)
     assert distribution.log_prob(action).shape == distribution.entropy().shape == (5, 3)
+
+
+def test_actions_that_do_not_fit_the_logits_are_refused():
+    """Three actions for one row of three logits: broadcast, each would get the probability of another choice."""
+    with pytest.raises(TypeError):
+        Categorical(jnp.log(jnp.array([0.2, 0.3, 0.5]))).log_prob(jnp.array([0, 0, 0]))

@@ -1,6 +1,7 @@
 """The contracts of a run, and the probes whose values are known."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from probes import SMALL, constant_reward, copy_cue, delayed_reward, endless_reward, recall_cue
 from purejaxppo import Config, Hyperparams, linear, make_ppo
 from purejaxppo.loss import ppo_loss
+from purejaxppo.ppo import summarize
 
 
 def same_leaves(a, b):
@@ -220,3 +222,12 @@ def test_probe_a_cue_is_recalled_with_a_memory_and_only_with_one():
 
     assert (last_return(gru_width=16, segment_length=16) > 0.95).all()
     np.testing.assert_allclose(last_return(), 0.5, atol=0.1)
+
+
+def test_means_over_episodes_are_exact_where_a_rollout_is_no_power_of_two():
+    """Nine episodes of 500 in 800 steps: a mean over steps divided by the share that ended gives 500.00003."""
+    done = jnp.zeros((100, 8), bool).at[50].set(True).at[60, 0].set(True)
+    full, zeros = jnp.full(done.shape, 500.0), jnp.zeros(done.shape)
+    transitions = SimpleNamespace(done=done, episode_return=full, episode_length=full.astype(jnp.int32))
+    metrics = summarize(transitions, SimpleNamespace(value=zeros, target=zeros))
+    assert (metrics["num_episodes"], metrics["episode_return"], metrics["episode_length"]) == (9, 500, 500)
