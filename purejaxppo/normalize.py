@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.flatten_util import ravel_pytree
 
 from purejaxppo.envs.base import Box
 
@@ -21,38 +22,44 @@ def no_moments(shape=()) -> Moments:
     return Moments(count=jnp.float32(0), mean=jnp.zeros(shape, jnp.float32), variance=jnp.ones(shape, jnp.float32))
 
 
-def mean_and_variance(values, axes=None, axis_name=()):
-    """Mean and population variance over some axes, all by default, and over the shards of a mesh axis if one is named.
-
-    The axes stay, with length 1. `axis_name` is () where there are no shards.
-    """
+def measure(values, axes=None) -> Moments:
+    """Moments of values over some axes, all by default; the axes stay, with length 1."""
+    values = values.astype(jnp.float32)
     mean = values.mean(axes, keepdims=True)
     variance = ((values - mean) ** 2).mean(axes, keepdims=True)
+    return Moments(count=jnp.float32(values.size // max(mean.size, 1)), mean=mean, variance=variance)
+
+
+def from_shards(tree, axis_name=()):
+    """What all D shards of a mesh axis hold, leaves [D, ...], as one message; D = 1 where no axis is named."""
     if not axis_name:
-        return mean, variance
-    # One message for both: shards of one size, whose means vary as well (Chan et al., 1979).
-    means, variances = jax.lax.all_gather(jnp.stack([mean, variance]), axis_name, axis=1)
-    mean = means.mean(0)
-    return mean, (variances + (means - mean[None]) ** 2).mean(0)
+        return jax.tree.map(lambda x: x[None], tree)
+    vector, unravel = ravel_pytree(tree)
+    return jax.vmap(unravel)(jax.lax.all_gather(vector, axis_name))
+
+
+def pool(parts: Moments) -> Moments:
+    """Moments of D parts of one size as a whole, from theirs [D, ...]: their means vary as well (Chan et al., 1979)."""
+    mean = parts.mean.mean(0)
+    variance = (parts.variance + (parts.mean - mean[None]) ** 2).mean(0)
+    return Moments(count=parts.count.sum(0), mean=mean, variance=variance)
+
+
+def merge(moments: Moments, parts: Moments) -> Moments:
+    """The moments with D parts [D, ...] of other values counted in (Chan et al., 1979: pairwise, so it is stable)."""
+    new = pool(parts)
+    count = moments.count + new.count
+    share = new.count / count
+    delta = new.mean.reshape(moments.mean.shape) - moments.mean
+    variance = (1 - share) * moments.variance + share * new.variance.reshape(moments.variance.shape)
+    variance = variance + (1 - share) * share * delta**2
+    return Moments(count=count, mean=moments.mean + share * delta, variance=variance)
 
 
 def standardize_advantage(advantage, axes=None, axis_name=()):
-    """Advantages less their mean, over their population deviation, as `mean_and_variance` takes them."""
-    mean, variance = mean_and_variance(advantage, axes, axis_name)
-    return (advantage - mean) * jax.lax.rsqrt(variance + 1e-8)
-
-
-def merge(moments: Moments, values, axis_name=()) -> Moments:
-    """The moments with a batch of values [..., *shape] counted in (Chan et al., 1979: pairwise, so it is stable)."""
-    axes = tuple(range(values.ndim - moments.mean.ndim))
-    values = values.astype(jnp.float32)
-    size = jnp.float32(values.size // max(moments.mean.size, 1) * jax.lax.axis_size(axis_name))
-    count = moments.count + size
-    new_mean, new_variance = (x.reshape(moments.mean.shape) for x in mean_and_variance(values, axes, axis_name))
-    delta = new_mean - moments.mean
-    share = size / count
-    variance = (1 - share) * moments.variance + share * new_variance + (1 - share) * share * delta**2
-    return Moments(count=count, mean=moments.mean + share * delta, variance=variance)
+    """Advantages less their mean, over their population deviation, over some axes and the shards of a mesh axis."""
+    moments = pool(from_shards(measure(advantage, axes), axis_name))
+    return (advantage - moments.mean) * jax.lax.rsqrt(moments.variance + 1e-8)
 
 
 def standardize(moments: Moments, values, clip: float):
@@ -72,21 +79,28 @@ def observation_moments(space):
     return jax.tree.map(lambda part: no_moments(part.shape) if isinstance(part, Box) else None, space)
 
 
-def merge_observations(moments, obs, axis_name=()):
-    """The moments of every part of an observation [..., *shape], batched, with it counted in."""
+def measure_observations(moments, obs):
+    """Of every part of an observation [..., *shape] that has moments, those of this batch alone."""
+
+    def measure_part(part, x):
+        return measure(x, tuple(range(x.ndim - part.mean.ndim))) if isinstance(part, Moments) else None
+
+    return jax.tree.map(measure_part, moments, obs, is_leaf=_is_part)
+
+
+def merge_observations(moments, parts):
+    """The moments of every part of an observation with those of D shards counted in."""
     return jax.tree.map(
-        lambda part, x: None if part is None else merge(part, x, axis_name), moments, obs, is_leaf=_is_part
+        lambda old, new: merge(old, new) if isinstance(old, Moments) else old, moments, parts, is_leaf=_is_part
     )
 
 
 def standardize_observations(moments, obs, clip: float):
     """An observation, batched or not, with every part that has moments standardised; () stands for no moments."""
-    if isinstance(moments, tuple) and not moments:
-        return obs
     return jax.tree.map(
-        lambda part, x: x if part is None else standardize(part, x, clip), moments, obs, is_leaf=_is_part
+        lambda part, x: standardize(part, x, clip) if isinstance(part, Moments) else x, moments, obs, is_leaf=_is_part
     )
 
 
 def _is_part(x):
-    return x is None or isinstance(x, Moments)
+    return isinstance(x, Moments) or x is None or (isinstance(x, tuple) and not x)

@@ -18,11 +18,14 @@ from purejaxppo.evaluate import evaluate
 from purejaxppo.loss import ppo_loss
 from purejaxppo.networks import Network, as_network, make_network
 from purejaxppo.normalize import (
-    mean_and_variance,
+    from_shards,
+    measure,
+    measure_observations,
     merge,
     merge_observations,
     no_moments,
     observation_moments,
+    pool,
     scale,
     standardize_advantage,
     standardize_observations,
@@ -171,9 +174,11 @@ def step(state: TrainState, *, env, network, config, loss, optimizer, axis_name=
         axis_name=axis_name,
     )
 
+    observation, rollout = from_shards(  # at once: shards wait for each other at every message
+        (measure_observations(policy.observation, transitions.obs), measure_rollout(transitions, batch)), axis_name
+    )
     # The policy acted and learned under the old moments, so that its ratio began at 1; the next cycle has the new.
-    if config.normalize_observation:
-        policy = policy.replace(observation=merge_observations(policy.observation, transitions.obs, axis_name))
+    policy = policy.replace(observation=merge_observations(policy.observation, observation))
     next_state = state.replace(
         key=key,
         policy=policy.replace(params=params),
@@ -181,7 +186,7 @@ def step(state: TrainState, *, env, network, config, loss, optimizer, axis_name=
         actors=actors,
         num_updates=state.num_updates + 1,
     )
-    return next_state, learned | summarize(transitions, batch, axis_name) | {"learning_rate": hyperparams.learning_rate}
+    return next_state, learned | summarize(rollout) | {"learning_rate": hyperparams.learning_rate}
 
 
 def train(state: TrainState, *, config, **parts):
@@ -196,7 +201,7 @@ def scale_rewards(policy: Policy, transitions, config: Config, axis_name=()):
     """
     if not config.scale_reward:
         return policy, transitions.reward
-    moments = merge(policy.reward, transitions.discounted_return, axis_name)
+    moments = merge(policy.reward, from_shards(measure(transitions.discounted_return), axis_name))
     return policy.replace(reward=moments), scale(moments, transitions.reward, config.reward_clip)
 
 
@@ -219,19 +224,24 @@ def estimate(policy: Policy, transitions, reward, last_memory, hyperparams: Hype
     )
 
 
-def summarize(transitions, batch: Batch, axis_name=()) -> dict:
-    """What a reader needs of a rollout, each one number; means over episodes are nan where none ended."""
+def measure_rollout(transitions, batch: Batch) -> dict:
+    """What `summarize` needs of a rollout, or of the part of it that lies in a shard."""
     ended = jnp.stack([jnp.ones_like(batch.value), transitions.episode_return, transitions.episode_length])
-    sums = jnp.where(transitions.done[None], ended, 0).sum((1, 2))
-    num_episodes, episode_return, episode_length = jax.lax.psum(sums, axis_name)
     values = jnp.stack([batch.value, batch.target, batch.target - batch.value])
-    mean, variance = (x[:, 0, 0] for x in mean_and_variance(values, (1, 2), axis_name))
+    return {"ended": jnp.where(transitions.done[None], ended, 0).sum((1, 2)), "values": measure(values, (1, 2))}
+
+
+def summarize(rollout: dict) -> dict:
+    """What a reader needs of a rollout in D shards, each one number; means over episodes are nan where none ended."""
+    num_episodes, episode_return, episode_length = rollout["ended"].sum(0)
+    values = pool(rollout["values"])
+    variance = values.variance[:, 0, 0]
     return {
         "episode_return": episode_return / num_episodes,
         "episode_length": episode_length / num_episodes,
         "num_episodes": num_episodes.astype(jnp.int32),
         "explained_variance": 1 - variance[2] / variance[1],
-        "value_mean": mean[0],
+        "value_mean": values.mean[0, 0, 0],
     }
 
 

@@ -5,6 +5,9 @@ import numpy as np
 from purejaxppo import Box, Discrete
 from purejaxppo.normalize import (
     Moments,
+    from_shards,
+    measure,
+    measure_observations,
     merge,
     merge_observations,
     no_moments,
@@ -15,11 +18,15 @@ from purejaxppo.normalize import (
 )
 
 
+def count_in(moments, values):
+    return merge(moments, from_shards(measure(jnp.asarray(values), (0,))))
+
+
 def test_merged_moments_are_those_of_all_values_together():
     values = np.random.default_rng(0).normal(3, 5, size=(60, 4)).astype(np.float32)
     moments = no_moments((4,))
     for part in (values[:7], values[7:10], values[10:]):
-        moments = merge(moments, jnp.asarray(part))
+        moments = count_in(moments, part)
     np.testing.assert_allclose(moments.count, 60)
     np.testing.assert_allclose(moments.mean, values.mean(0), rtol=1e-5)
     np.testing.assert_allclose(moments.variance, values.var(0), rtol=1e-5)
@@ -28,7 +35,7 @@ def test_merged_moments_are_those_of_all_values_together():
 def test_the_count_still_grows_beyond_two_to_the_24():
     moments = Moments(count=jnp.float32(2**24), mean=jnp.float32(0), variance=jnp.float32(1))
     for _ in range(3):
-        moments = merge(moments, jnp.ones(512))
+        moments = count_in(moments, np.ones(512, np.float32))
     assert moments.count == 2**24 + 3 * 512
     np.testing.assert_allclose(moments.mean, 3 * 512 / (2**24 + 3 * 512), rtol=1e-5)
 
@@ -37,7 +44,7 @@ def test_moments_of_values_far_from_zero_are_accurate():
     values = 1e4 + np.random.default_rng(0).normal(size=(10, 100)).astype(np.float32)
     moments = no_moments()
     for part in values:
-        moments = merge(moments, jnp.asarray(part))
+        moments = count_in(moments, part)
     np.testing.assert_allclose(moments.variance, values.astype(np.float64).var(), rtol=1e-2)
 
 
@@ -57,7 +64,8 @@ def test_every_box_of_a_dictionary_is_normalised_and_discrete_parts_are_left_alo
         "kind": jnp.arange(5) % 3,
         "flag": jnp.array([True, False, True, True, True]),
     }
-    moments = merge_observations(observation_moments(space), obs)
+    moments = observation_moments(space)
+    moments = merge_observations(moments, from_shards(measure_observations(moments, obs)))
     assert moments["kind"] is None
     np.testing.assert_allclose(moments["flag"].mean, 0.8)
     normal = standardize_observations(moments, obs, 10.0)

@@ -11,7 +11,8 @@ import pytest
 from probes import SMALL, constant_reward, copy_cue, delayed_reward, endless_reward, recall_cue
 from purejaxppo import Config, Hyperparams, linear, make_ppo
 from purejaxppo.loss import ppo_loss
-from purejaxppo.ppo import summarize
+from purejaxppo.normalize import from_shards
+from purejaxppo.ppo import measure_rollout, summarize
 
 
 def same_leaves(a, b):
@@ -229,5 +230,6 @@ def test_means_over_episodes_are_exact_where_a_rollout_is_no_power_of_two():
     done = jnp.zeros((100, 8), bool).at[50].set(True).at[60, 0].set(True)
     full, zeros = jnp.full(done.shape, 500.0), jnp.zeros(done.shape)
     transitions = SimpleNamespace(done=done, episode_return=full, episode_length=full.astype(jnp.int32))
-    metrics = summarize(transitions, SimpleNamespace(value=zeros, target=zeros))
+    batch = SimpleNamespace(value=zeros, target=zeros)
+    metrics = summarize(from_shards(measure_rollout(transitions, batch)))
     assert (metrics["num_episodes"], metrics["episode_return"], metrics["episode_length"]) == (9, 500, 500)

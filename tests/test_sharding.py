@@ -11,8 +11,8 @@ import pytest
 import purejaxppo as pjp
 from probes import SMALL
 from purejaxppo.loss import ppo_loss
-from purejaxppo.normalize import mean_and_variance, merge, no_moments
-from purejaxppo.ppo import summarize
+from purejaxppo.normalize import from_shards, measure, pool
+from purejaxppo.ppo import measure_rollout, summarize
 from purejaxppo.update import adam, update
 
 over_shards = partial(jax.vmap, axis_name="envs")
@@ -67,18 +67,19 @@ def test_a_summary_of_shards_is_that_of_the_whole(rollout):
     _, _, transitions, batch = rollout
     assert transitions.done.any()
     transitions = transitions.replace(distribution=None)
-    found = over_shards(partial(summarize, axis_name="envs"))(cut(transitions, 2), cut(batch, 2))
-    expected = summarize(transitions, batch)
+    found = over_shards(lambda *part: summarize(from_shards(measure_rollout(*part), "envs")))(
+        cut(transitions, 2), cut(batch, 2)
+    )
+    expected = summarize(from_shards(measure_rollout(transitions, batch)))
     assert_close(jax.tree.map(lambda x: x[1], found), expected, rtol=1e-4)
 
 
 def test_moments_of_shards_are_those_of_the_whole(key):
     values = 100 + 3 * jax.random.normal(key, (4, 32, 5))
-    mean, variance = over_shards(partial(mean_and_variance, axes=(0,), axis_name="envs"))(values)
-    np.testing.assert_allclose(mean[2, 0], np.mean(values, (0, 1)), rtol=1e-6)
-    np.testing.assert_allclose(variance[2, 0], np.var(values, (0, 1)), rtol=1e-4)
-    merged = over_shards(lambda x: merge(no_moments((5,)), x, "envs"))(values)
-    assert_close(jax.tree.map(lambda x: x[0], merged), merge(no_moments((5,)), values), rtol=1e-4)
+    measured = over_shards(lambda x: pool(from_shards(measure(x, (0,)), "envs")))(values)
+    assert measured.count[2] == 128
+    np.testing.assert_allclose(measured.mean[2, 0], np.mean(values, (0, 1)), rtol=1e-6)
+    np.testing.assert_allclose(measured.variance[2, 0], np.var(values, (0, 1)), rtol=1e-4)
 
 
 FOUR_DEVICES = """
