@@ -4,25 +4,58 @@ import math
 
 import jax
 import jax.numpy as jnp
+from flax import struct
+from flax.core import meta
+
+
+@struct.dataclass
+class Orthogonal(meta.AxisMetadata):
+    """A weight that `orthogonalize` will draw; until then, and to flax, it is zeros of its shape."""
+
+    value: jax.Array
+    scale: float = struct.field(pytree_node=False)
+
+    def unbox(self):
+        return self.value
+
+    def replace_boxed(self, value):
+        return self.replace(value=value)
+
+    def add_axis(self, index, params):
+        return self
+
+    def remove_axis(self, index, params):
+        return self
+
+
+def orthogonal(scale: float = 1.0):
+    """A flax initialiser of weights that are to be orthogonal matrices times a scale, drawn by `orthogonalize`."""
+    return lambda key, shape, dtype=jnp.float32: Orthogonal(value=jnp.zeros(shape, dtype), scale=scale)
+
+
+def is_orthogonal(leaf) -> bool:
+    """Whether a leaf of parameters is still to be drawn."""
+    return isinstance(leaf, Orthogonal)
 
 
 def orthogonalize(key, params):
-    """Parameters whose weights, filled with their scale so far, are random orthogonal matrices times that scale.
+    """Parameters whose `Orthogonal` weights are random orthogonal matrices times their scale; the others stay.
 
-    A weight is what has two axes or more; its last axis is one side of the matrix, all before it the other. Either its
-    rows or its columns are orthonormal (Saxe et al., 2013), uniformly distributed. All are drawn by one loop, since a
-    draw for each layer would take most of the time that a first state takes to compile; every weight then takes the
-    memory and the time of the largest, while a state is begun.
+    The last axis of a weight is one side of its matrix, all before it the other. Either its rows or its columns are
+    orthonormal (Saxe et al., 2013), uniformly distributed. All are drawn by one loop, since a draw for each layer would
+    take most of the time that a first state takes to compile; every weight then takes the memory and the time of the
+    largest, while a state is begun.
     """
-    leaves, treedef = jax.tree.flatten(params)
-    weights = [i for i, leaf in enumerate(leaves) if jnp.ndim(leaf) > 1]
+    leaves, treedef = jax.tree.flatten(params, is_leaf=is_orthogonal)
+    weights = [i for i, leaf in enumerate(leaves) if is_orthogonal(leaf)]
     if not weights:
         return params
-    sides = [(math.prod(leaves[i].shape[:-1]), leaves[i].shape[-1]) for i in weights]
+    shapes = [leaves[i].value.shape for i in weights]
+    sides = [(math.prod(shape[:-1]), shape[-1]) for shape in shapes]
     drawn = orthonormal_vectors(key, max(map(min, sides)), [max(side) for side in sides])
-    for i, (rows, columns), vectors in zip(weights, sides, drawn):
+    for i, shape, (rows, columns), vectors in zip(weights, shapes, sides, drawn):
         matrix = vectors[:rows, :columns] if rows <= columns else vectors[:columns, :rows].T
-        leaves[i] *= matrix.reshape(leaves[i].shape)
+        leaves[i] = leaves[i].scale * matrix.reshape(shape)
     return jax.tree.unflatten(treedef, leaves)
 
 

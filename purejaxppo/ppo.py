@@ -25,13 +25,15 @@ from purejaxppo.normalize import (
     merge_observations,
     no_moments,
     observation_moments,
-    pool,
     scale,
     standardize_advantage,
     standardize_observations,
 )
-from purejaxppo.rollout import Actors, Policy, add_time, apply_policy, collect, start, values
+from purejaxppo.orthogonal import is_orthogonal
+from purejaxppo.rollout import Actors, Policy, add_time, apply_policy, collect, start
+from purejaxppo.summary import measure_rollout, summarize
 from purejaxppo.update import Batch, adam, update
+from purejaxppo.values import values
 
 
 @struct.dataclass
@@ -224,27 +226,6 @@ def estimate(policy: Policy, transitions, reward, last_memory, hyperparams: Hype
     )
 
 
-def measure_rollout(transitions, batch: Batch) -> dict:
-    """What `summarize` needs of a rollout, or of the part of it that lies in a shard."""
-    ended = jnp.stack([jnp.ones_like(batch.value), transitions.episode_return, transitions.episode_length])
-    values = jnp.stack([batch.value, batch.target, batch.target - batch.value])
-    return {"ended": jnp.where(transitions.done[None], ended, 0).sum((1, 2)), "values": measure(values, (1, 2))}
-
-
-def summarize(rollout: dict) -> dict:
-    """What a reader needs of a rollout in D shards, each one number; means over episodes are nan where none ended."""
-    num_episodes, episode_return, episode_length = rollout["ended"].sum(0)
-    values = pool(rollout["values"])
-    variance = values.variance[:, 0, 0]
-    return {
-        "episode_return": episode_return / num_episodes,
-        "episode_length": episode_length / num_episodes,
-        "num_episodes": num_episodes.astype(jnp.int32),
-        "explained_variance": 1 - variance[2] / variance[1],
-        "value_mean": values.mean[0, 0, 0],
-    }
-
-
 def act(policy: Policy, obs, key=None, memory=None, env_params=None, *, env, network, config):
     """One action of a trained policy for one observation, ready for the environment, and the memory after it.
 
@@ -274,6 +255,11 @@ def _check_network(ppo: PPO):
 
     def look(key):
         state = ppo.init(key, as_arrays(Hyperparams()))
+        if any(map(is_orthogonal, jax.tree.leaves(state.policy.params, is_leaf=is_orthogonal))):
+            raise ValueError(
+                "network must give drawn parameters, but its init leaves orthogonal ones to be drawn "
+                "(return purejaxppo.orthogonal.orthogonalize(key, params) from it)"
+            )
         actors = state.actors
         return apply_policy(
             state.policy,

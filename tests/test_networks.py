@@ -11,15 +11,16 @@ from flax import nnx
 from probes import SMALL, copy_cue
 from purejaxppo import Box, Categorical, Config, Discrete, MultiDiscrete, Network, batched, from_nnx, make_ppo
 from purejaxppo.envs.base import flatten_observation
+from purejaxppo.layers import MLP, Dense, Logits
 from purejaxppo.networks import make_network
-from purejaxppo.orthogonal import orthogonalize
+from purejaxppo.orthogonal import orthogonal, orthogonalize
 
 
 def test_weights_become_orthogonal_matrices_times_their_scale_and_all_else_stays(key):
     shapes = [(64, 64), (4, 64), (64, 2), (1, 1), (3, 3, 4, 16), (2, 3)]
-    params = {"weights": [jnp.full(shape, 3.0) for shape in shapes], "bias": jnp.arange(5.0)}
-    drawn = orthogonalize(key, params)
-    np.testing.assert_array_equal(drawn["bias"], params["bias"])
+    others = [jnp.arange(5.0), jnp.ones((2, 2))]
+    drawn = orthogonalize(key, {"weights": [orthogonal(3.0)(key, shape) for shape in shapes], "others": others})
+    jax.tree.map(np.testing.assert_array_equal, drawn["others"], others)
     for shape, weight in zip(shapes, drawn["weights"]):
         assert weight.shape == shape
         matrix = np.asarray(weight).reshape(-1, shape[-1])
@@ -29,7 +30,7 @@ def test_weights_become_orthogonal_matrices_times_their_scale_and_all_else_stays
 
 def test_orthogonal_matrices_are_uniform_also_beside_larger_ones():
     """The first entry of a uniform 3 x 3 rotation or reflection is uniform on [-1, 1] (Archimedes), in every place."""
-    params = [jnp.ones((3, 3)), jnp.ones((5, 8))]
+    params = [orthogonal()(None, shape) for shape in ((3, 3), (5, 8))]
     drawn = jax.vmap(lambda key: orthogonalize(key, params)[0])(jax.random.split(jax.random.key(0), 20_000))
     ordered = np.sort(np.asarray(drawn).reshape(-1, 9), axis=0)
     uniform = np.linspace(-1, 1, len(ordered))[:, None]
@@ -72,6 +73,37 @@ def test_a_linen_module_of_a_user_trains_alone_and_in_a_batch():
     after, metrics = jax.jit(many.step)(state)
     assert np.isfinite(metrics["loss"]).all()
     assert after.policy.params["params"]["Dense_0"]["kernel"].shape == (8, 4, 32)
+
+
+class Mixed(nn.Module):
+    """A user's network out of our layers and flax's."""
+
+    @nn.compact
+    def __call__(self, obs):
+        columns = MLP((16, 16))(Box(shape=(4,)), obs)
+        hidden = nn.tanh(Dense(8, 2.0, name="ours")(columns))
+        return Logits(2, Categorical)(columns, (len(obs),)), nn.Dense(1, name="theirs")(hidden.T)[:, 0]
+
+
+def test_our_layers_begin_orthogonal_in_a_module_of_a_user_and_those_of_flax_as_flax_draws_them():
+    many = batched(make_ppo("CartPole-v1", SMALL, network=Mixed()))
+    params = jax.jit(many.init)(jax.random.split(jax.random.key(0), 2)).policy.params["params"]
+    for weight, scale in ((params["MLP_0"]["Dense_1"]["weight"], 2**0.5), (params["ours"]["weight"], 2.0)):
+        for w in np.asarray(weight):
+            np.testing.assert_allclose(w @ w.T, scale**2 * np.eye(len(w)), atol=1e-5)
+        assert np.abs(weight[0] - weight[1]).max() > 0.1
+    kernel = np.asarray(params["theirs"]["kernel"])  # [2, 8, 1]: lecun_normal, so not of length 1
+    assert kernel.std() > 0.1 and np.abs((kernel**2).sum(1) - 1).min() > 1e-3
+
+
+def test_a_network_of_our_layers_whose_weights_are_not_drawn_is_refused():
+    network = Network(
+        initial_memory=lambda batch: (),
+        init=lambda key, memory, obs, first: Mixed().init(key, obs[0]),
+        apply=lambda params, memory, obs, first: (memory, *Mixed().apply(params, obs[0])),
+    )
+    with pytest.raises(ValueError, match="network must give drawn parameters.*orthogonalize"):
+        make_ppo("CartPole-v1", SMALL, network=network)
 
 
 class Small(nnx.Module):

@@ -8,7 +8,8 @@ import pytest
 from probes import counter, recall_cue
 from purejaxppo import Box, Categorical, Config, Discrete, Env, Hyperparams, MultiDiscrete, Network, Step, make_ppo
 from purejaxppo.envs.base import bound_action
-from purejaxppo.rollout import Policy, Transition, begin_where, collect, draw_ahead, values
+from purejaxppo.rollout import Policy, Transition, begin_where, collect, draw_ahead
+from purejaxppo.values import values
 
 
 def sum_network():
