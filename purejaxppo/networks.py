@@ -43,13 +43,10 @@ def make_network(config: Config, observation_space, action_space) -> Network:
     )
     num_trunks = 1 if config.share_encoder else 2
 
-    def init(key, memory, obs, first):
-        return orthogonalize(key, module.init(key, memory, obs, first))
-
     def initial_memory(batch):
         return (jnp.zeros((batch, config.gru_width)),) * num_trunks if config.gru_width else ()
 
-    return Network(initial_memory=initial_memory, init=init, apply=module.apply)
+    return Network(initial_memory=initial_memory, init=_drawn(module.init), apply=module.apply)
 
 
 def as_network(network) -> Network:
@@ -65,13 +62,17 @@ def as_network(network) -> Network:
 
 
 def from_linen(module: nn.Module) -> Network:
-    """A network of a flax linen module that maps observations [B, ...] to (distribution, value [B])."""
+    """A network of a flax linen module that maps observations [B, ...] to (distribution, value [B]).
 
-    def init(key, obs):
-        module_key, orthogonal_key = jax.random.split(key)
-        return orthogonalize(orthogonal_key, module.init(module_key, obs))
+    Layers of `purejaxppo.layers` in it begin as they do in ours.
+    """
+    return _feed_forward(_drawn(lambda key, obs: module.init(key, obs)), module.apply)
 
-    return _feed_forward(init, module.apply)
+
+def _drawn(init: Callable) -> Callable:
+    """The init of a flax module, with the weights drawn that are to be orthogonal."""
+    # Flax draws nothing with the key itself, only with keys that it folds names into.
+    return lambda key, *args: orthogonalize(key, init(key, *args))
 
 
 def from_nnx(build: Callable) -> Network:

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.flatten_util import ravel_pytree
 
 from purejaxppo.envs.base import Box
+from purejaxppo.messages import gather_shards
 
 
 @struct.dataclass
@@ -23,19 +23,13 @@ def no_moments(shape=()) -> Moments:
 
 
 def measure(values, axes=None) -> Moments:
-    """Moments of values over some axes, all by default; the axes stay, with length 1."""
+    """Moments of values over some axes, all by default."""
     values = values.astype(jnp.float32)
     mean = values.mean(axes, keepdims=True)
-    variance = ((values - mean) ** 2).mean(axes, keepdims=True)
-    return Moments(count=jnp.float32(values.size // max(mean.size, 1)), mean=mean, variance=variance)
-
-
-def from_shards(tree, axis_name=()):
-    """What all D shards of a mesh axis hold, leaves [D, ...], as one message; D = 1 where no axis is named."""
-    if not axis_name:
-        return jax.tree.map(lambda x: x[None], tree)
-    vector, unravel = ravel_pytree(tree)
-    return jax.vmap(unravel)(jax.lax.all_gather(vector, axis_name))
+    variance = ((values - mean) ** 2).mean(axes)
+    return Moments(
+        count=jnp.float32(values.size // max(mean.size, 1)), mean=mean.reshape(variance.shape), variance=variance
+    )
 
 
 def pool(parts: Moments) -> Moments:
@@ -50,16 +44,16 @@ def merge(moments: Moments, parts: Moments) -> Moments:
     new = pool(parts)
     count = moments.count + new.count
     share = new.count / count
-    delta = new.mean.reshape(moments.mean.shape) - moments.mean
-    variance = (1 - share) * moments.variance + share * new.variance.reshape(moments.variance.shape)
-    variance = variance + (1 - share) * share * delta**2
+    delta = new.mean - moments.mean
+    variance = (1 - share) * moments.variance + share * new.variance + (1 - share) * share * delta**2
     return Moments(count=count, mean=moments.mean + share * delta, variance=variance)
 
 
 def standardize_advantage(advantage, axes=None, axis_name=()):
     """Advantages less their mean, over their population deviation, over some axes and the shards of a mesh axis."""
-    moments = pool(from_shards(measure(advantage, axes), axis_name))
-    return (advantage - moments.mean) * jax.lax.rsqrt(moments.variance + 1e-8)
+    moments = pool(gather_shards(measure(advantage, axes), axis_name))
+    mean, variance = (jnp.expand_dims(x, axes or ()) for x in (moments.mean, moments.variance))
+    return (advantage - mean) * jax.lax.rsqrt(variance + 1e-8)
 
 
 def standardize(moments: Moments, values, clip: float):

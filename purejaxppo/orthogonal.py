@@ -22,10 +22,12 @@ class Orthogonal(meta.AxisMetadata):
         return self.replace(value=value)
 
     def add_axis(self, index, params):
-        return self
+        raise ValueError(
+            "kernel_init=orthogonal(...) cannot be stacked by nn.vmap or nn.scan "
+            "(try flax.linen.initializers.orthogonal in such layers)"
+        )
 
-    def remove_axis(self, index, params):
-        return self
+    remove_axis = add_axis
 
 
 def orthogonal(scale: float = 1.0):
@@ -55,7 +57,7 @@ def orthogonalize(key, params):
     drawn = orthonormal_vectors(key, max(map(min, sides)), [max(side) for side in sides])
     for i, shape, (rows, columns), vectors in zip(weights, shapes, sides, drawn):
         matrix = vectors[:rows, :columns] if rows <= columns else vectors[:columns, :rows].T
-        leaves[i] = leaves[i].scale * matrix.reshape(shape)
+        leaves[i] = (leaves[i].scale * matrix.reshape(shape)).astype(leaves[i].value.dtype)
     return jax.tree.unflatten(treedef, leaves)
 
 

@@ -16,9 +16,9 @@ from purejaxppo.envs.base import Box, Discrete, Env, action_space, bound_action,
 from purejaxppo.envs.check import check_shapes
 from purejaxppo.evaluate import evaluate
 from purejaxppo.loss import ppo_loss
+from purejaxppo.messages import gather_shards
 from purejaxppo.networks import Network, as_network, make_network
 from purejaxppo.normalize import (
-    from_shards,
     measure,
     measure_observations,
     merge,
@@ -176,11 +176,11 @@ def step(state: TrainState, *, env, network, config, loss, optimizer, axis_name=
         axis_name=axis_name,
     )
 
-    observation, rollout = from_shards(  # at once: shards wait for each other at every message
+    measured_obs, measured = gather_shards(
         (measure_observations(policy.observation, transitions.obs), measure_rollout(transitions, batch)), axis_name
     )
     # The policy acted and learned under the old moments, so that its ratio began at 1; the next cycle has the new.
-    policy = policy.replace(observation=merge_observations(policy.observation, observation))
+    policy = policy.replace(observation=merge_observations(policy.observation, measured_obs))
     next_state = state.replace(
         key=key,
         policy=policy.replace(params=params),
@@ -188,7 +188,7 @@ def step(state: TrainState, *, env, network, config, loss, optimizer, axis_name=
         actors=actors,
         num_updates=state.num_updates + 1,
     )
-    return next_state, learned | summarize(rollout) | {"learning_rate": hyperparams.learning_rate}
+    return next_state, learned | summarize(measured) | {"learning_rate": hyperparams.learning_rate}
 
 
 def train(state: TrainState, *, config, **parts):
@@ -203,7 +203,7 @@ def scale_rewards(policy: Policy, transitions, config: Config, axis_name=()):
     """
     if not config.scale_reward:
         return policy, transitions.reward
-    moments = merge(policy.reward, from_shards(measure(transitions.discounted_return), axis_name))
+    moments = merge(policy.reward, gather_shards(measure(transitions.discounted_return), axis_name))
     return policy.replace(reward=moments), scale(moments, transitions.reward, config.reward_clip)
 
 

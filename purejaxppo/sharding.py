@@ -16,11 +16,11 @@ AXIS = "envs"
 def sharded(ppo: PPO, devices=None) -> PPO:
     """The same PPO with its environments shared out over `devices`, a list or how many; all by default: again a PPO.
 
-    Each of D devices acts in N / D environments and learns from an equal part of every minibatch; gradients and moments
-    are averaged at every step, so that the policy is the same everywhere. Settings and states are those of the whole:
-    `evaluate`, `act` and a saved policy know nothing of devices. The draws are not those of one device, since each
-    shuffles what it holds. A loss of one's own must be a mean over transitions. Raises ValueError where a rollout
-    cannot be shared out evenly.
+    Each of D devices acts in N / D environments and learns from an equal part of every minibatch; gradients are
+    averaged in every minibatch and moments pooled in every cycle, so that the policy is the same everywhere. Settings
+    and states are those of the whole: `evaluate`, `act` and a saved policy know nothing of devices. The draws are not
+    those of one device, since each shuffles what it holds. A loss of one's own must be a mean over transitions. Raises
+    ValueError where a rollout cannot be shared out evenly.
     """
     if ppo.mesh is not None:
         raise ValueError(f"this PPO is sharded already, over {ppo.mesh.size} devices")

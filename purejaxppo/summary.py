@@ -1,4 +1,4 @@
-"""What a reader needs of a rollout, in a few numbers."""
+"""The metrics of a rollout, and what each shard of it has to measure for them."""
 
 import jax.numpy as jnp
 
@@ -13,15 +13,14 @@ def measure_rollout(transitions, batch: Batch) -> dict:
     return {"ended": jnp.where(transitions.done[None], ended, 0).sum((1, 2)), "values": measure(values, (1, 2))}
 
 
-def summarize(rollout: dict) -> dict:
-    """What a reader needs of a rollout in D shards, each one number; means over episodes are nan where none ended."""
-    num_episodes, episode_return, episode_length = rollout["ended"].sum(0)
-    values = pool(rollout["values"])
-    variance = values.variance[:, 0, 0]
+def summarize(measured: dict) -> dict:
+    """What a reader needs of a rollout measured in D parts, each one number; nan for episodes where none ended."""
+    num_episodes, episode_return, episode_length = measured["ended"].sum(0)
+    values = pool(measured["values"])
     return {
         "episode_return": episode_return / num_episodes,
         "episode_length": episode_length / num_episodes,
         "num_episodes": num_episodes.astype(jnp.int32),
-        "explained_variance": 1 - variance[2] / variance[1],
-        "value_mean": values.mean[0, 0, 0],
+        "explained_variance": 1 - values.variance[2] / values.variance[1],
+        "value_mean": values.mean[0],
     }

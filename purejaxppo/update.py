@@ -10,6 +10,7 @@ from flax import struct
 from jax.flatten_util import ravel_pytree
 
 from purejaxppo.config import Config, Hyperparams
+from purejaxppo.messages import mean_over_shards
 from purejaxppo.normalize import standardize_advantage
 
 
@@ -85,14 +86,6 @@ def update(
     carry = params, opt_state, jnp.bool_(False)
     (params, opt_state, _), (reports, counted) = jax.lax.scan(learn, carry, (chosen, advantage))
     return params, opt_state, jax.tree.map(lambda x: _mean_where(counted, x), reports)
-
-
-def mean_over_shards(tree, axis_name):
-    """The mean of every leaf over the shards of a mesh axis, as one message; as it is where no axis is named."""
-    if not axis_name:
-        return tree
-    vector, unravel = ravel_pytree(tree)
-    return unravel(jax.lax.pmean(vector, axis_name))
 
 
 def minibatches(key, config: Config):

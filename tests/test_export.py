@@ -4,15 +4,18 @@ import dataclasses
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from probes import SMALL
-from purejaxppo import make_ppo
+from purejaxppo import Box, Categorical, Network, make_ppo
 from purejaxppo.experiment.export import export
+from purejaxppo.layers import MLP, ActorCritic, Logits
 from purejaxppo.normalize import Moments
+from purejaxppo.orthogonal import orthogonalize
 
 
 def trained(env, **config):
@@ -102,3 +105,15 @@ def test_what_cannot_be_written_is_refused(env, config, name, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         export(*trained(env, **config), tmp_path / name)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_network_of_a_user_with_weights_of_our_names_is_no_file_for_numpy(tmp_path):
+    module = ActorCritic(Box(shape=(4,)), lambda: Logits(2, Categorical), lambda: MLP(SMALL.widths, nn.gelu))
+    network = Network(
+        initial_memory=lambda batch: (),
+        init=lambda key, *args: orthogonalize(key, module.init(key, *args)),
+        apply=module.apply,
+    )
+    ppo = make_ppo("CartPole-v1", SMALL, network=network)
+    with pytest.raises(ValueError, match="cannot hold this network"):
+        export(ppo, ppo.init(jax.random.key(0)).policy, tmp_path / "policy.npz")

@@ -46,6 +46,19 @@ def test_every_layer_of_a_network_has_a_matrix_of_its_own(key):
         assert all(np.abs(weight - other).max() > 0.1 for other in weights[:i])
 
 
+@pytest.mark.parametrize(
+    "details", [{}, {"encoder": "cnn"}, {"gru_width": 8, "segment_length": 4}, {"share_encoder": True}]
+)
+def test_every_weight_of_our_networks_is_an_orthogonal_matrix(details, key):
+    network = make_network(Config(widths=(16, 16), **details), Box(shape=(5, 5, 2)), Discrete(3))
+    params = network.init(key, network.initial_memory(1), jnp.zeros((1, 1, 5, 5, 2)), jnp.ones((1, 1), bool))
+    for weight in (np.asarray(x) for x in jax.tree.leaves(params) if x.ndim > 1):
+        matrix = weight.reshape(-1, weight.shape[-1])
+        gram = matrix.T @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.T
+        assert gram[0, 0] > 0
+        np.testing.assert_allclose(gram / gram[0, 0], np.eye(len(gram)), atol=1e-5)
+
+
 def test_initialisation_under_vmap_does_not_deadlock():
     """In a process of its own with a time limit: LAPACK's QR in its place hangs two threads with jax 0.10.2."""
     program = (
@@ -94,6 +107,18 @@ def test_our_layers_begin_orthogonal_in_a_module_of_a_user_and_those_of_flax_as_
         assert np.abs(weight[0] - weight[1]).max() > 0.1
     kernel = np.asarray(params["theirs"]["kernel"])  # [2, 8, 1]: lecun_normal, so not of length 1
     assert kernel.std() > 0.1 and np.abs((kernel**2).sum(1) - 1).min() > 1e-3
+
+
+def test_orthogonal_weights_that_flax_stacks_are_refused():
+    class Stacked(nn.Module):
+        @nn.compact
+        def __call__(self, obs):
+            two = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "axis_size": 2, "in_axes": None}
+            x = nn.vmap(nn.Dense, **two)(16, kernel_init=orthogonal())(obs).sum(0)
+            return Categorical(nn.Dense(2)(x)), nn.Dense(1)(x)[..., 0]
+
+    with pytest.raises(ValueError, match="orthogonal.* cannot be stacked by nn.vmap"):
+        make_ppo("CartPole-v1", SMALL, network=Stacked())
 
 
 def test_a_network_of_our_layers_whose_weights_are_not_drawn_is_refused():

@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from purejaxppo import Box, Discrete
+from purejaxppo.messages import gather_shards
 from purejaxppo.normalize import (
     Moments,
-    from_shards,
     measure,
     measure_observations,
     merge,
@@ -19,7 +19,7 @@ from purejaxppo.normalize import (
 
 
 def count_in(moments, values):
-    return merge(moments, from_shards(measure(jnp.asarray(values), (0,))))
+    return merge(moments, gather_shards(measure(jnp.asarray(values), (0,))))
 
 
 def test_merged_moments_are_those_of_all_values_together():
@@ -65,7 +65,7 @@ def test_every_box_of_a_dictionary_is_normalised_and_discrete_parts_are_left_alo
         "flag": jnp.array([True, False, True, True, True]),
     }
     moments = observation_moments(space)
-    moments = merge_observations(moments, from_shards(measure_observations(moments, obs)))
+    moments = merge_observations(moments, gather_shards(measure_observations(moments, obs)))
     assert moments["kind"] is None
     np.testing.assert_allclose(moments["flag"].mean, 0.8)
     normal = standardize_observations(moments, obs, 10.0)

@@ -24,7 +24,8 @@ from purejaxppo import (
 )
 from purejaxppo.advantages import gae
 from purejaxppo.loss import approximate_kl, policy_loss, ppo_loss, value_loss
-from purejaxppo.normalize import from_shards, measure, merge, no_moments, standardize
+from purejaxppo.messages import gather_shards
+from purejaxppo.normalize import measure, merge, no_moments, standardize
 from purejaxppo.ppo import scale_rewards
 from purejaxppo.rollout import Policy, act_and_step, count_returns, draw_ahead, start
 from purejaxppo.update import Batch, adam
@@ -160,7 +161,7 @@ def test_running_moments_and_what_they_standardise_are_those_of_stable_baselines
     case = NUMBERS["moments"]
     moments = no_moments((3,))
     for batch, after in zip(case["batches"], case["after"], strict=True):
-        moments = merge(moments, from_shards(measure(jnp.array(batch, jnp.float32), axes=0)))
+        moments = merge(moments, gather_shards(measure(jnp.array(batch, jnp.float32), axes=0)))
         for name, expected in after.items():
             np.testing.assert_allclose(getattr(moments, name), expected, rtol=1e-5, err_msg=name)
     standardized = standardize(moments, jnp.array(case["batches"][-1], jnp.float32), case["clip"])

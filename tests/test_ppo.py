@@ -11,8 +11,8 @@ import pytest
 from probes import SMALL, constant_reward, copy_cue, delayed_reward, endless_reward, recall_cue
 from purejaxppo import Config, Hyperparams, linear, make_ppo
 from purejaxppo.loss import ppo_loss
-from purejaxppo.normalize import from_shards
-from purejaxppo.ppo import measure_rollout, summarize
+from purejaxppo.messages import gather_shards
+from purejaxppo.summary import measure_rollout, summarize
 
 
 def same_leaves(a, b):
@@ -231,5 +231,5 @@ def test_means_over_episodes_are_exact_where_a_rollout_is_no_power_of_two():
     full, zeros = jnp.full(done.shape, 500.0), jnp.zeros(done.shape)
     transitions = SimpleNamespace(done=done, episode_return=full, episode_length=full.astype(jnp.int32))
     batch = SimpleNamespace(value=zeros, target=zeros)
-    metrics = summarize(from_shards(measure_rollout(transitions, batch)))
+    metrics = summarize(gather_shards(measure_rollout(transitions, batch)))
     assert (metrics["num_episodes"], metrics["episode_return"], metrics["episode_length"]) == (9, 500, 500)

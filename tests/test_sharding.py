@@ -10,9 +10,17 @@ import pytest
 
 import purejaxppo as pjp
 from probes import SMALL
+from purejaxppo import Box, Discrete
 from purejaxppo.loss import ppo_loss
-from purejaxppo.normalize import from_shards, measure, pool
-from purejaxppo.ppo import measure_rollout, summarize
+from purejaxppo.messages import gather_shards
+from purejaxppo.normalize import (
+    measure,
+    measure_observations,
+    merge_observations,
+    observation_moments,
+    pool,
+)
+from purejaxppo.summary import measure_rollout, summarize
 from purejaxppo.update import adam, update
 
 over_shards = partial(jax.vmap, axis_name="envs")
@@ -67,19 +75,45 @@ def test_a_summary_of_shards_is_that_of_the_whole(rollout):
     _, _, transitions, batch = rollout
     assert transitions.done.any()
     transitions = transitions.replace(distribution=None)
-    found = over_shards(lambda *part: summarize(from_shards(measure_rollout(*part), "envs")))(
+    found = over_shards(lambda *part: summarize(gather_shards(measure_rollout(*part), "envs")))(
         cut(transitions, 2), cut(batch, 2)
     )
-    expected = summarize(from_shards(measure_rollout(transitions, batch)))
+    expected = summarize(gather_shards(measure_rollout(transitions, batch)))
     assert_close(jax.tree.map(lambda x: x[1], found), expected, rtol=1e-4)
 
 
 def test_moments_of_shards_are_those_of_the_whole(key):
     values = 100 + 3 * jax.random.normal(key, (4, 32, 5))
-    measured = over_shards(lambda x: pool(from_shards(measure(x, (0,)), "envs")))(values)
-    assert measured.count[2] == 128
-    np.testing.assert_allclose(measured.mean[2, 0], np.mean(values, (0, 1)), rtol=1e-6)
-    np.testing.assert_allclose(measured.variance[2, 0], np.var(values, (0, 1)), rtol=1e-4)
+    found = over_shards(lambda x: pool(gather_shards(measure(x, (0,)), "envs")))(values)
+    assert found.count[2] == 128
+    np.testing.assert_allclose(found.mean[2], np.mean(values, (0, 1)), rtol=1e-6)
+    np.testing.assert_allclose(found.variance[2], np.var(values, (0, 1)), rtol=1e-4)
+
+
+def test_observations_that_shards_saw_count_as_if_one_had_seen_them_all(key):
+    space = {"place": Box(shape=(3,)), "kind": Discrete(4), "flag": Box(shape=(), dtype=bool)}
+    place = [5 + 2 * x for x in jax.random.normal(key, (2, 4, 6, 2, 3))]  # two rollouts of 4 shards, [T, N, 3]
+    kind = jnp.zeros((4, 6, 2), jnp.int32)
+    moments = observation_moments(space)
+
+    def count_in(moments, obs):
+        return merge_observations(moments, gather_shards(measure_observations(moments, obs), "envs"))
+
+    for x in place:
+        obs = {"place": x, "kind": kind, "flag": x[..., 0] > 5}
+        moments = jax.tree.map(lambda x: x[3], over_shards(partial(count_in, moments))(obs))
+    assert moments["kind"] is None and moments["place"].count == 2 * 4 * 6 * 2
+    np.testing.assert_allclose(moments["place"].mean, np.mean(place, (0, 1, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(moments["place"].variance, np.var(place, (0, 1, 2, 3)), rtol=1e-4)
+    np.testing.assert_allclose(moments["flag"].mean, np.mean(np.array(place)[..., 0] > 5), rtol=1e-5)
+
+
+def test_shards_wait_for_each_other_once_a_minibatch_and_three_times_a_cycle():
+    """For what rewards, advantages, and last observations with the metrics are; a message costs more than a kernel."""
+    config = replace(SMALL, normalize_observation=True, scale_reward=True)
+    ppo = pjp.sharded(pjp.make_ppo("CartPole-v1", config), devices=1)
+    program = str(jax.make_jaxpr(ppo.step)(jax.eval_shape(ppo.init, jax.random.key(0), pjp.Hyperparams())))
+    assert program.count("all_gather[") == 3 and program.count("psum") + program.count("all_reduce") == 1
 
 
 FOUR_DEVICES = """

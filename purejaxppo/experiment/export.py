@@ -1,13 +1,16 @@
 """A trained policy as one file that acts where this package is not installed; normaliser and bounds are inside."""
 
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.errors import FlaxError
 
 from purejaxppo.envs.base import Box, Discrete, action_space, bound_action, observation_space
 from purejaxppo.experiment.arrays import to_arrays
+from purejaxppo.networks import make_network
 from purejaxppo.ppo import PPO, in_precision
 from purejaxppo.rollout import Policy, add_time, apply_policy
 
@@ -78,7 +81,8 @@ def _as_numpy(ppo: PPO, policy: Policy, env_params, path: Path) -> tuple[dict[st
     head = heads.get(type(space), "")
     names = [trunk.format(i, kind) for i in range(len(config.widths)) for kind in ("weight", "bias")]
     known = isinstance(observation_space(ppo.env), Box) and head and not config.gru_width
-    if not known or not {*names, head.format("weight")} <= found.keys():
+    known = known and {*names, head.format("weight")} <= found.keys() and _is_of_config(ppo, policy)
+    if not known:
         raise ValueError(f"out={path} cannot hold this network, only an mlp without memory over a Box (try .stablehlo)")
     arrays = {}
     for i in range(len(config.widths) + 1):
@@ -116,6 +120,18 @@ def _as_numpy(ppo: PPO, policy: Policy, env_params, path: Path) -> tuple[dict[st
     if config.bound_action == "tanh":
         lines.append("    x = low + (high - low) * (np.tanh(x) + 1) / 2")
     return arrays | bounds, "\n".join([*lines, "    return np.clip(x, low, high)"])
+
+
+def _is_of_config(ppo: PPO, policy: Policy) -> bool:
+    """Whether the network is what the config says, and not one of a user with weights of the same names."""
+    space = observation_space(ppo.env)
+    network = make_network(ppo.config, space, action_space(ppo.env, ppo.env.params))
+    obs = jax.random.normal(jax.random.key(0), (1, 8, *space.shape))
+    try:
+        ours, theirs = (n.apply(policy.params, (), obs, jnp.ones((1, 8), bool))[1:] for n in (network, ppo.network))
+        return jax.tree.all(jax.tree.map(partial(np.array_equal, equal_nan=True), ours, theirs))
+    except (FlaxError, TypeError, ValueError):  # other shapes, another distribution
+        return False
 
 
 def _shapes(ppo: PPO) -> str:

@@ -12,6 +12,7 @@ of each peer, to FOLDER/comparison.json.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -53,6 +54,8 @@ def main():
         parser.error(f"--rounds={options.rounds} must be at least 1")
     if not options.limit > 0:
         parser.error(f"--limit={options.limit} must be a positive number of seconds")
+    if importlib.util.find_spec("purejaxppo") is None:
+        parser.error(f"{sys.executable} has no purejaxppo installed (in its environment: pip install -e .)")
     peers = dict.fromkeys([*options.peers, *(["purejaxrl"] if options.purejaxrl else [])])
     if "purejaxrl" in peers and not options.purejaxrl:
         parser.error("--peers purejaxrl needs --purejaxrl PATH, a checkout")
