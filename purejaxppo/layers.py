@@ -74,7 +74,7 @@ class Trunk(nn.Module):
 
 
 class MLP(nn.Module):
-    """Dense layers over the flattened observation."""
+    """Dense layers over observations [..., *shape] of a space, flattened: columns [width, M]."""
 
     widths: tuple[int, ...]
     activation: Callable = nn.tanh

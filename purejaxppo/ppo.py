@@ -11,8 +11,9 @@ from flax import struct
 
 from purejaxppo.advantages import gae
 from purejaxppo.config import Config, Hyperparams, as_arrays
+from purejaxppo.distributions import MultiCategorical
 from purejaxppo.envs import make_env
-from purejaxppo.envs.base import Box, Discrete, Env, action_space, bound_action, observation_space
+from purejaxppo.envs.base import Box, Discrete, Env, MultiDiscrete, action_space, bound_action, observation_space
 from purejaxppo.envs.check import check_shapes
 from purejaxppo.evaluate import evaluate
 from purejaxppo.loss import ppo_loss
@@ -251,35 +252,46 @@ def _check_target_kl(target_kl, config: Config):
 
 
 def _check_network(ppo: PPO):
-    """Traces the network on the first observations, so that one that does not fit is found before anything compiles."""
+    """Traces the network on two steps of all environments, so that one that does not fit is found before compiling."""
 
     def look(key):
         state = ppo.init(key, as_arrays(Hyperparams()))
-        if any(map(is_orthogonal, jax.tree.leaves(state.policy.params, is_leaf=is_orthogonal))):
-            raise ValueError(
-                "network must give drawn parameters, but its init leaves orthogonal ones to be drawn "
-                "(return purejaxppo.orthogonal.orthogonalize(key, params) from it)"
-            )
-        actors = state.actors
-        return apply_policy(
-            state.policy,
-            actors.memory,
-            add_time(actors.obs),
-            actors.first[None],
-            network=ppo.network,
-            config=ppo.config,
-        )
+        memory = state.actors.memory
+        obs, first = jax.tree.map(lambda x: jnp.stack([x, x]), (state.actors.obs, state.actors.first))
+        return state, *apply_policy(state.policy, memory, obs, first, network=ppo.network, config=ppo.config)
 
-    memory, distribution, value = jax.eval_shape(look, jax.random.key(0))
+    try:
+        state, memory, distribution, value = jax.eval_shape(look, jax.random.key(0))
+    except Exception as error:
+        raise ValueError(f"network cannot be applied to observations [T, B, ...]: {error}") from error
+    if any(map(is_orthogonal, jax.tree.leaves(state.policy.params, is_leaf=is_orthogonal))):
+        raise ValueError(
+            "network must give drawn parameters, but its init leaves orthogonal ones to be drawn "
+            "(return purejaxppo.orthogonal.orthogonalize(key, params) from it)"
+        )
+    taken, given = (jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", tree) for tree in (state.actors.memory, memory))
+    if taken != given:
+        raise ValueError(f"network must give a memory like the one that it takes, {taken}, not {given}")
     missing = [name for name in ("sample", "mode", "log_prob", "entropy") if not hasattr(distribution, name)]
     if missing:
         raise ValueError(f"network must give a distribution, but {type(distribution).__name__} has no {missing[0]}")
-    if value.shape != (1, ppo.config.num_envs):
-        raise ValueError(f"network must give values [T, B] = (1, {ppo.config.num_envs}), not {value.shape}")
-    action = jax.eval_shape(lambda d, key: d.sample(key)[0, 0], distribution, jax.random.key(0))
-    space = action_space(ppo.env, ppo.env.params)
+    if value.shape != (2, ppo.config.num_envs):
+        raise ValueError(f"network must give values [T, B] = (2, {ppo.config.num_envs}), not {value.shape}")
+    _check_actions(distribution, action_space(ppo.env, ppo.env.params))
+
+
+def _check_actions(distribution, space):
+    """Refuses a distribution over other actions than those of the environment."""
     if isinstance(space, Discrete) and hasattr(distribution, "logits") and distribution.logits.shape[-1] != space.n:
         raise ValueError(f"network must choose among {space.n} actions, not {distribution.logits.shape[-1]}")
+    if isinstance(space, MultiDiscrete) and isinstance(distribution, MultiCategorical):
+        sizes, num_logits = tuple(distribution.sizes), distribution.logits.shape[-1]
+        if sizes != tuple(space.sizes) or num_logits != sum(sizes):
+            raise ValueError(
+                f"network must give {sum(space.sizes)} logits for choices among {tuple(space.sizes)}, not {num_logits} "
+                f"for {sizes}"
+            )
+    action = jax.eval_shape(lambda d, key: d.sample(key)[0, 0], distribution, jax.random.key(0))
     size = (int(np.prod(space.shape)),) if isinstance(space, Box) else space.shape
     if action.shape != size:
         raise ValueError(f"network must give actions of shape {size} for {space!r}, not {action.shape}")

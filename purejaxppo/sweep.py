@@ -30,6 +30,11 @@ def batched(ppo: PPO, devices=None) -> PPO:
     def init(keys, hyperparams=Hyperparams(), env_params=None):
         if keys.ndim != 1:
             raise ValueError(f"keys must be one for each run, [R], not of shape {keys.shape} (see `runs`)")
+        if "rbg" in str(jax.random.key_impl(keys)):
+            raise ValueError(
+                f"keys of the generator {jax.random.key_impl(keys)!r} draw other numbers in other batches: "
+                "take those of 'threefry2x32', or train one run at a time"
+            )
         num_runs = keys.shape[0]
         env_params = ppo.env.params if env_params is None else env_params
         hyperparams = _per_run(hyperparams, jax.tree.map(lambda _: 0.0, hyperparams), num_runs)

@@ -9,7 +9,18 @@ import pytest
 from flax import nnx
 
 from probes import SMALL, copy_cue
-from purejaxppo import Box, Categorical, Config, Discrete, MultiDiscrete, Network, batched, from_nnx, make_ppo
+from purejaxppo import (
+    Box,
+    Categorical,
+    Config,
+    Discrete,
+    MultiCategorical,
+    MultiDiscrete,
+    Network,
+    batched,
+    from_nnx,
+    make_ppo,
+)
 from purejaxppo.envs.base import flatten_observation
 from purejaxppo.layers import MLP, Dense, Logits
 from purejaxppo.networks import make_network
@@ -119,6 +130,39 @@ def test_orthogonal_weights_that_flax_stacks_are_refused():
 
     with pytest.raises(ValueError, match="orthogonal.* cannot be stacked by nn.vmap"):
         make_ppo("CartPole-v1", SMALL, network=Stacked())
+
+
+def test_a_misfit_that_one_step_does_not_show_is_found_before_anything_compiles():
+    class Rows(nn.Module):
+        """Takes the columns of our layers for rows; with one step of as many environments as features it would pass."""
+
+        @nn.compact
+        def __call__(self, obs):
+            x = MLP((SMALL.num_envs,))(Box(shape=(4,)), obs)
+            return Categorical(nn.Dense(2)(x)), nn.Dense(1)(x)[..., 0]
+
+    def longer(params, memory, obs, first):
+        return memory + 1.0, Categorical(obs @ params), obs[..., 0]
+
+    network = Network(
+        initial_memory=lambda batch: jnp.zeros(batch, jnp.int32), init=lambda *_: jnp.zeros((4, 2)), apply=longer
+    )
+    for wrong, words in ((Rows(), "cannot be applied"), (network, "must give a memory like the one that it takes")):
+        with pytest.raises(ValueError, match=f"network {words}"):
+            make_ppo("CartPole-v1", SMALL, network=wrong)
+
+
+@pytest.mark.parametrize("sizes, num_logits", [((9, 9), 18), ((2, 3), 7), ((3, 2), 5)])
+def test_choices_that_are_not_those_of_the_environment_are_refused(sizes, num_logits):
+    class Choices(nn.Module):
+        @nn.compact
+        def __call__(self, obs):
+            return MultiCategorical(nn.Dense(num_logits)(obs), sizes), nn.Dense(1)(obs)[..., 0]
+
+    env = copy_cue()._replace(action_space=MultiDiscrete((2, 3)))
+    env = env._replace(step=lambda key, state, action, params, step=env.step: step(key, state, action[0], params))
+    with pytest.raises(ValueError, match=r"network must give 5 logits for choices among \(2, 3\)"):
+        make_ppo(env, SMALL, network=Choices())
 
 
 def test_a_network_of_our_layers_whose_weights_are_not_drawn_is_refused():

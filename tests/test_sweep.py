@@ -34,6 +34,10 @@ def test_runs_cross_settings_with_seeds_and_pair_their_draws(key):
         (lambda key: grid(learning_rate=[linear(1e-3, 0.0)]), "must be a number"),
         (lambda key: runs(key, grid(num_envs=[4])), "num_envs is not a hyperparameter.*Sweep"),
         (lambda key: batched(make_ppo("CartPole-v1", SMALL)).init(key), "one for each run"),
+        (
+            lambda key: batched(make_ppo("CartPole-v1", SMALL)).init(runs(jax.random.key(0, impl="rbg"))[0]),
+            "'rbg' draw other numbers in other batches",
+        ),
         (lambda key: runs(key, {"discount": [0.9], "clip": [0.1, 0.2]}), "equally long"),
     ],
 )
