@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from purejaxppo.checks import check_choice, check_range, check_whole, nearest_divisors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,28 +76,28 @@ class Config:
 
     def __post_init__(self):
         for name in ("num_envs", "num_steps", "num_updates", "num_epochs", "num_minibatches", "segment_length"):
-            _check_whole(name, getattr(self, name), at_least=1)
+            check_whole(name, getattr(self, name), at_least=1)
         for name in ("gru_width", "resets_per_step"):
-            _check_whole(name, getattr(self, name), at_least=0)
+            check_whole(name, getattr(self, name), at_least=0)
         if not isinstance(self.widths, (tuple, list)):
             raise ValueError(f"widths={self.widths!r} must be a sequence of whole numbers, such as (64, 64)")
         object.__setattr__(self, "widths", tuple(self.widths))
         for width in self.widths:
-            _check_whole("widths", width, at_least=1)
+            check_whole("widths", width, at_least=1)
         for field in fields(self):
-            _check_choice(field, getattr(self, field.name))
+            check_choice(field, getattr(self, field.name))
         for name in ("observation_clip", "reward_clip", "initial_std"):
-            _check_range(name, getattr(self, name), 0, math.inf, open_low=True, open_high=name == "initial_std")
+            check_range(name, getattr(self, name), 0, math.inf, open_low=True, open_high=name == "initial_std")
         if self.num_steps % self.segment_length:
             raise ValueError(
                 f"segment_length={self.segment_length} must divide num_steps={self.num_steps} "
-                f"({_nearest_divisors(self.num_steps, self.segment_length)})"
+                f"({nearest_divisors(self.num_steps, self.segment_length)})"
             )
         if self.num_segments % self.num_minibatches:
             unit = "transitions" if self.segment_length == 1 else "segments"
             raise ValueError(
                 f"num_minibatches={self.num_minibatches} must divide the {self.num_segments} {unit} of a rollout "
-                f"({_nearest_divisors(self.num_segments, self.num_minibatches)})"
+                f"({nearest_divisors(self.num_segments, self.num_minibatches)})"
             )
         if self.normalize_advantage == "minibatch" and self.steps_per_update == self.num_minibatches:
             raise ValueError(
@@ -130,7 +131,7 @@ class Config:
 
     def with_total_steps(self, total_steps: int) -> "Config":
         """The same settings with as many whole updates as fit into `total_steps` environment steps."""
-        _check_whole("total_steps", total_steps, at_least=1)
+        check_whole("total_steps", total_steps, at_least=1)
         if total_steps < self.steps_per_update:
             raise ValueError(
                 f"total_steps={total_steps} must be at least one rollout, num_envs x num_steps = "
@@ -184,7 +185,7 @@ class Hyperparams:
                 _check_schedule(field.name, value)
             else:
                 low, high = HYPERPARAM_RANGES[field.name]
-                _check_range(field.name, value, low, high, open_high=field.name in FINITE_OR_BELOW)
+                check_range(field.name, value, low, high, open_high=field.name in FINITE_OR_BELOW)
 
     def tree_flatten_with_keys(self):
         return [(jax.tree_util.GetAttrKey(f.name), getattr(self, f.name)) for f in fields(self)], None
@@ -238,21 +239,6 @@ def _interpolate(start, end, progress):
     return start + (end - start) * progress
 
 
-def _check_whole(name: str, value: Any, at_least: int):
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise ValueError(f"{name}={value!r} must be a whole number")
-    if value < at_least:
-        raise ValueError(f"{name}={value} must be at least {at_least}")
-
-
-def _check_choice(field, value: Any):
-    choices = getattr(field.type, "__args__", ()) if getattr(field.type, "__origin__", None) is Literal else ()
-    if choices and value not in choices:
-        raise ValueError(f"{field.name}={value!r} must be one of {', '.join(map(repr, choices))}")
-    if field.type is bool and not isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"{field.name}={value!r} must be True or False")
-
-
 def _check_schedule(name: str, schedule: Any):
     for leaf in jax.tree.leaves(schedule):
         if callable(leaf):
@@ -260,28 +246,7 @@ def _check_schedule(name: str, schedule: Any):
                 f"{name}={schedule!r} is no pytree of numbers: make it linear(start, end) "
                 "or jax.tree_util.Partial(f, ...)"
             )
-        _check_range(f"{name} (schedule)", leaf, -math.inf, math.inf)
-
-
-def _check_range(name: str, value: Any, low: float, high: float, open_low: bool = False, open_high: bool = False):
-    if isinstance(value, jax.core.Tracer):
-        return
-    try:
-        values = np.asarray(value, np.float64)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}={value!r} must be a number") from None
-    good = (values > low if open_low else values >= low) & (values < high if open_high else values <= high)
-    if not good.all():
-        bad = values[~good].flat[0]
-        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
-        raise ValueError(f"{name}={bad:g} must be a number in {interval}")
-
-
-def _nearest_divisors(number: int, wanted: int) -> str:
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    below = [d for d in divisors if d < wanted][-1:]
-    above = [d for d in divisors if d > wanted][:1]
-    return "try " + " or ".join(map(str, below + above))
+        check_range(f"{name} (schedule)", leaf, -math.inf, math.inf)
 
 
 def as_arrays(hyperparams: Hyperparams) -> Hyperparams:

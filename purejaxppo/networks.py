@@ -16,7 +16,7 @@ from purejaxppo.config import Config
 from purejaxppo.distributions import Categorical, MultiCategorical, Normal, TanhNormal
 from purejaxppo.envs.base import Box, Discrete, MultiDiscrete
 from purejaxppo.layers import CNN, GRU, MLP, ActorCritic, Gaussian, Logits
-from purejaxppo.orthogonal import orthogonalize
+from purejaxppo.orthogonal import is_orthogonal, orthogonalize
 
 
 class Network(NamedTuple):
@@ -106,6 +106,56 @@ def _feed_forward(init, apply) -> Network:
     # One run after another: a user's initialiser may call LAPACK, which must not run vmapped on a small thread pool.
     init_sequences = jax.custom_batching.sequential_vmap(init_sequences)
     return Network(initial_memory=lambda batch: (), init=init_sequences, apply=apply_sequences)
+
+
+def check_network(network: Network, obs, action_space, num_envs: int):
+    """Traces a network on two steps of N environments, each with observations of the shapes `obs`; compiles nothing.
+
+    Raises ValueError where it does not fit them, or the actions of the environment.
+    """
+
+    def look(key):
+        memory = network.initial_memory(num_envs)
+        many = jax.tree.map(lambda x: jnp.zeros((2, num_envs, *x.shape), x.dtype), obs)
+        first = jnp.zeros((2, num_envs), bool)
+        params = network.init(key, memory, jax.tree.map(lambda x: x[:1], many), first[:1])
+        return params, memory, network.apply(params, memory, many, first)
+
+    try:
+        params, taken, (given, distribution, value) = jax.eval_shape(look, jax.random.key(0))
+    except Exception as error:
+        raise ValueError(f"network cannot be applied to observations [T, B, ...]: {error}") from error
+    if any(map(is_orthogonal, jax.tree.leaves(params, is_leaf=is_orthogonal))):
+        raise ValueError(
+            "network must give drawn parameters, but its init leaves orthogonal ones to be drawn "
+            "(return purejaxppo.orthogonal.orthogonalize(key, params) from it)"
+        )
+    taken, given = (jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", memory) for memory in (taken, given))
+    if taken != given:
+        raise ValueError(f"network must give a memory like the one that it takes, {taken}, not {given}")
+    missing = [name for name in ("sample", "mode", "log_prob", "entropy") if not hasattr(distribution, name)]
+    if missing:
+        raise ValueError(f"network must give a distribution, but {type(distribution).__name__} has no {missing[0]}")
+    if value.shape != (2, num_envs):
+        raise ValueError(f"network must give values [T, B] = (2, {num_envs}), not {value.shape}")
+    _check_actions(distribution, action_space)
+
+
+def _check_actions(distribution, space):
+    """Refuses a distribution over other actions than those of the environment."""
+    if isinstance(space, Discrete) and hasattr(distribution, "logits") and distribution.logits.shape[-1] != space.n:
+        raise ValueError(f"network must choose among {space.n} actions, not {distribution.logits.shape[-1]}")
+    if isinstance(space, MultiDiscrete) and isinstance(distribution, MultiCategorical):
+        sizes, num_logits = tuple(distribution.sizes), distribution.logits.shape[-1]
+        if sizes != tuple(space.sizes) or num_logits != sum(sizes):
+            raise ValueError(
+                f"network must give {sum(space.sizes)} logits for choices among {tuple(space.sizes)}, not {num_logits} "
+                f"for {sizes}"
+            )
+    action = jax.eval_shape(lambda d, key: d.sample(key)[0, 0], distribution, jax.random.key(0))
+    size = (int(np.prod(space.shape)),) if isinstance(space, Box) else space.shape
+    if action.shape != size:
+        raise ValueError(f"network must give actions of shape {size} for {space!r}, not {action.shape}")
 
 
 def make_head(config: Config, space) -> Callable:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from purejaxppo.checks import check_whole
 from purejaxppo.config import FINITE_OR_BELOW, HYPERPARAM_RANGES, Hyperparams
 from purejaxppo.ppo import PPO, TrainState
 from purejaxppo.sweep import batched
@@ -57,8 +58,7 @@ def evolving(
     (itself, where nothing was copied), and the fields in `explore` as this update had them; what it made of such a
     field, by a schedule or annealing, is `current_<field>`. Raises ValueError before anything compiles.
     """
-    if isinstance(every, bool) or not isinstance(every, (int, np.integer)) or every < 1:
-        raise ValueError(f"every={every!r} must be a whole number of updates, at least 1")
+    check_whole("every", every)
     ranges = explored_ranges(explore, factors)
     _check_fraction(fraction)
     many = batched(ppo)

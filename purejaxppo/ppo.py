@@ -11,14 +11,13 @@ from flax import struct
 
 from purejaxppo.advantages import gae
 from purejaxppo.config import Config, Hyperparams, as_arrays
-from purejaxppo.distributions import MultiCategorical
 from purejaxppo.envs import make_env
-from purejaxppo.envs.base import Box, Discrete, Env, MultiDiscrete, action_space, bound_action, observation_space
+from purejaxppo.envs.base import Env, action_space, bound_action, observation_space
 from purejaxppo.envs.check import check_shapes
 from purejaxppo.evaluate import evaluate
 from purejaxppo.loss import ppo_loss
 from purejaxppo.messages import gather_shards
-from purejaxppo.networks import Network, as_network, make_network
+from purejaxppo.networks import Network, as_network, check_network, make_network
 from purejaxppo.normalize import (
     measure,
     measure_observations,
@@ -30,7 +29,6 @@ from purejaxppo.normalize import (
     standardize_advantage,
     standardize_observations,
 )
-from purejaxppo.orthogonal import is_orthogonal
 from purejaxppo.rollout import Actors, Policy, add_time, apply_policy, collect, start
 from purejaxppo.summary import measure_rollout, summarize
 from purejaxppo.update import Batch, adam, update
@@ -95,7 +93,8 @@ def make_ppo(
         act=bind(act, **parts),
         **parts,
     )
-    _check_network(ppo)
+    obs = jax.eval_shape(partial(_first_observation, env=env, config=config), jax.random.key(0))
+    check_network(network, obs, spaces[1], config.num_envs)
     return ppo
 
 
@@ -251,47 +250,7 @@ def _check_target_kl(target_kl, config: Config):
         )
 
 
-def _check_network(ppo: PPO):
-    """Traces the network on two steps of all environments, so that one that does not fit is found before compiling."""
-
-    def look(key):
-        state = ppo.init(key, as_arrays(Hyperparams()))
-        memory = state.actors.memory
-        obs, first = jax.tree.map(lambda x: jnp.stack([x, x]), (state.actors.obs, state.actors.first))
-        return state, *apply_policy(state.policy, memory, obs, first, network=ppo.network, config=ppo.config)
-
-    try:
-        state, memory, distribution, value = jax.eval_shape(look, jax.random.key(0))
-    except Exception as error:
-        raise ValueError(f"network cannot be applied to observations [T, B, ...]: {error}") from error
-    if any(map(is_orthogonal, jax.tree.leaves(state.policy.params, is_leaf=is_orthogonal))):
-        raise ValueError(
-            "network must give drawn parameters, but its init leaves orthogonal ones to be drawn "
-            "(return purejaxppo.orthogonal.orthogonalize(key, params) from it)"
-        )
-    taken, given = (jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", tree) for tree in (state.actors.memory, memory))
-    if taken != given:
-        raise ValueError(f"network must give a memory like the one that it takes, {taken}, not {given}")
-    missing = [name for name in ("sample", "mode", "log_prob", "entropy") if not hasattr(distribution, name)]
-    if missing:
-        raise ValueError(f"network must give a distribution, but {type(distribution).__name__} has no {missing[0]}")
-    if value.shape != (2, ppo.config.num_envs):
-        raise ValueError(f"network must give values [T, B] = (2, {ppo.config.num_envs}), not {value.shape}")
-    _check_actions(distribution, action_space(ppo.env, ppo.env.params))
-
-
-def _check_actions(distribution, space):
-    """Refuses a distribution over other actions than those of the environment."""
-    if isinstance(space, Discrete) and hasattr(distribution, "logits") and distribution.logits.shape[-1] != space.n:
-        raise ValueError(f"network must choose among {space.n} actions, not {distribution.logits.shape[-1]}")
-    if isinstance(space, MultiDiscrete) and isinstance(distribution, MultiCategorical):
-        sizes, num_logits = tuple(distribution.sizes), distribution.logits.shape[-1]
-        if sizes != tuple(space.sizes) or num_logits != sum(sizes):
-            raise ValueError(
-                f"network must give {sum(space.sizes)} logits for choices among {tuple(space.sizes)}, not {num_logits} "
-                f"for {sizes}"
-            )
-    action = jax.eval_shape(lambda d, key: d.sample(key)[0, 0], distribution, jax.random.key(0))
-    size = (int(np.prod(space.shape)),) if isinstance(space, Box) else space.shape
-    if action.shape != size:
-        raise ValueError(f"network must give actions of shape {size} for {space!r}, not {action.shape}")
+def _first_observation(key, *, env, config):
+    """One observation as the network of a new run reads it."""
+    moments = observation_moments(observation_space(env)) if config.normalize_observation else ()
+    return standardize_observations(moments, env.reset(key, env.params)[1], config.observation_clip)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from purejaxppo.checks import check_whole
 from purejaxppo.config import Hyperparams, as_arrays
 from purejaxppo.ppo import PPO, TrainState
 from purejaxppo.sharding import choose_devices
@@ -134,8 +135,7 @@ def runs(key, values: Table | Mapping | None = None, num_seeds: int = 1, hyperpa
     for name in values:
         if name not in known:
             raise ValueError(f"{name} is not a hyperparameter (known: {', '.join(known)}; Sweep takes other fields)")
-    if num_seeds < 1:
-        raise ValueError(f"num_seeds={num_seeds} must be at least 1")
+    check_whole("num_seeds", num_seeds)
     lengths = {name: len(column) for name, column in values.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"the columns of values must be equally long, not {lengths} (grid(...) combines them)")

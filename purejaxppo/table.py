@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from purejaxppo.checks import check_whole
+
 
 @dataclass(frozen=True)
 class Table:
@@ -83,8 +85,7 @@ def sample(key, num_settings: int, *, sobol: bool = False, **distributions) -> T
     With `sobol` they are points of a scrambled Sobol sequence (scipy), which fill the space more evenly than
     independent draws. `key` is a JAX key. Raises ValueError for what is no distribution.
     """
-    if isinstance(num_settings, bool) or not isinstance(num_settings, (int, np.integer)) or num_settings < 1:
-        raise ValueError(f"num_settings={num_settings} must be a whole number, at least 1")
+    check_whole("num_settings", num_settings)
     for name, distribution in distributions.items():
         if not isinstance(distribution, Distribution):
             raise ValueError(f"{name}={distribution!r} must be a distribution, such as log_uniform(1e-4, 1e-2)")

@@ -11,7 +11,7 @@ import purejaxppo
 
 ROOT = Path(purejaxppo.__file__).parent
 ORDER = [
-    "config", "envs.base", "envs.check", "envs.from_gymnax", "envs", "distributions", "messages", "normalize",
+    "checks", "config", "envs.base", "envs.check", "envs.from_gymnax", "envs", "distributions", "messages", "normalize",
     "orthogonal", "layers", "networks", "rollout", "values", "advantages", "loss", "update", "summary", "evaluate",
     "ppo", "sharding", "table", "sweep", "population",
 ]  # fmt: skip

@@ -183,7 +183,7 @@ def test_states_go_to_arrays_and_back(key):
         (lambda: plan_missing(make_sweep(**{"env.gravity": ["heavy"]})), "env.gravity=heavy must be a number"),
         (lambda: plan_missing(make_sweep(**{"env.max_steps_in_episode": [9.5]})), "9.5 must be a whole number"),
         (lambda: plan_missing(make_sweep(env=["CartPole-v9"])), "CartPole-v9"),
-        (lambda: plan_missing(make_sweep(), slice_size=9), "slice_size=9 must be from 1 to the 8 runs"),
+        (lambda: plan_missing(make_sweep(), slice_size=9), "slice_size=9 must be at most 8, the runs"),
         (lambda: pjp.Sweep("CartPole-v1", {"clip": [1]}), "must be a Table"),
         (
             lambda: pjp.Sweep("CartPole-v1", hyperparams=pjp.Hyperparams(clip=pjp.linear(0.2, 0.1))),

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import xarray
 
+from purejaxppo.checks import check_whole
 from purejaxppo.experiment.arrays import to_arrays
 
 
@@ -39,8 +40,7 @@ class Checkpoints:
     keep: int = 2
 
     def __post_init__(self):
-        if isinstance(self.keep, bool) or not isinstance(self.keep, int) or self.keep < 1:
-            raise ValueError(f"keep={self.keep!r} must be a whole number of checkpoints, at least 1")
+        check_whole("keep", self.keep)
 
     def paths(self) -> list[Path]:
         """Those that were written to their end, the newest first."""

@@ -125,9 +125,9 @@ def _as_numpy(ppo: PPO, policy: Policy, env_params, path: Path) -> tuple[dict[st
 def _is_of_config(ppo: PPO, policy: Policy) -> bool:
     """Whether the network is what the config says, and not one of a user with weights of the same names."""
     space = observation_space(ppo.env)
-    network = make_network(ppo.config, space, action_space(ppo.env, ppo.env.params))
     obs = jax.random.normal(jax.random.key(0), (1, 8, *space.shape))
     try:
+        network = make_network(ppo.config, space, action_space(ppo.env, ppo.env.params))
         ours, theirs = (n.apply(policy.params, (), obs, jnp.ones((1, 8), bool))[1:] for n in (network, ppo.network))
         return jax.tree.all(jax.tree.map(partial(np.array_equal, equal_nan=True), ours, theirs))
     except (FlaxError, TypeError, ValueError):  # other shapes, another distribution

@@ -12,6 +12,7 @@ import numpy as np
 import xarray
 from tqdm.auto import tqdm
 
+from purejaxppo.checks import check_whole
 from purejaxppo.experiment.journal import Journal
 from purejaxppo.experiment.program import Program, compile
 from purejaxppo.experiment.sinks import guarded
@@ -74,8 +75,8 @@ def fit(
     """
     numbers = {"num_updates": num_updates, "updates_per_chunk": updates_per_chunk, "evaluate_every": evaluate_every}
     for name, number in numbers.items():
-        if number is not None and number < 1:
-            raise ValueError(f"{name}={number} must be at least 1")
+        if number is not None:
+            check_whole(name, number)
     first = int(np.max(state.num_updates))
     last = ppo.config.num_updates if num_updates is None else first + num_updates
     if first >= last:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
+from purejaxppo.checks import check_whole
 from purejaxppo.experiment.fit import noted_interrupt
 from purejaxppo.experiment.inputs import wave_arguments
 from purejaxppo.experiment.program import Program, best_slice_size, compile, first_state, num_cores
@@ -165,9 +166,8 @@ def train_runs(program: Program, states: TrainState, runs: np.ndarray, length: i
 
 
 def _rungs(sweep: Sweep, num_rungs: int, eta: int) -> tuple[int, ...]:
-    for name, number, least in (("num_rungs", num_rungs, 1), ("eta", eta, 2)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < least:
-            raise ValueError(f"{name}={number!r} must be a whole number, at least {least}")
+    check_whole("num_rungs", num_rungs)
+    check_whole("eta", eta, at_least=2)
     groups = sweep.groups()
     if len(groups) > 1:
         raise ValueError(

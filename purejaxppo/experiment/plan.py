@@ -8,6 +8,7 @@ from functools import partial
 
 import jax
 
+from purejaxppo.checks import check_whole
 from purejaxppo.experiment.inputs import env_columns, wave_arguments
 from purejaxppo.experiment.program import SELDOM, Program, best_slice_size, compile, num_cores
 from purejaxppo.experiment.sweeps import CONFIG_FIELDS, Group, Sweep
@@ -133,11 +134,10 @@ def _plan_group(sweep, group: Group, ppo: PPO, devices, slice_size, updates_per_
     many = batched(ppo) if len(devices) == 1 else batched(ppo, devices)
     if updates_per_chunk is None:
         updates_per_chunk = -(-group.config.num_updates // 50)
-    if updates_per_chunk < 1:
-        raise ValueError(f"updates_per_chunk={updates_per_chunk} must be at least 1")
+    check_whole("updates_per_chunk", updates_per_chunk)
     chunk = min(updates_per_chunk, group.config.num_updates)
-    if slice_size is not None and not 1 <= slice_size <= num_runs:
-        raise ValueError(f"slice_size={slice_size} must be from 1 to the {num_runs} runs of its group")
+    if slice_size is not None:
+        check_whole("slice_size", slice_size, at_most=num_runs, of="the runs of its group")
 
     def compile_slices(size):
         runs = [(group.settings[0], 0)] * (size * len(devices))

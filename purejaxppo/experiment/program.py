@@ -1,7 +1,6 @@
 """Compiled training: a run, or a batch of runs in slices that suit the machine, through any number of updates."""
 
 import contextlib
-import math
 import os
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from purejaxppo.checks import check_whole
 from purejaxppo.config import Config
 from purejaxppo.ppo import PPO, TrainState
 
@@ -48,10 +48,7 @@ class Program:
         With `donate` the memory of `state` is used up; without, it stays as it is.
         """
         length = self.num_updates if length is None else length
-        if not _is_whole(length, 1, self.num_updates):
-            raise ValueError(
-                f"length={length} must be a whole number from 1 to num_updates={self.num_updates} of this program"
-            )
+        check_whole("length", length, at_most=self.num_updates, of="the num_updates of this program")
         state = state if donate else jax.tree.map(jnp.copy, state)
         if self.num_slices == 1:
             state, metrics = jax.block_until_ready(self.executable(state, np.int32(length)))
@@ -86,11 +83,10 @@ def compile(ppo: PPO, state: TrainState, num_updates: int | None = None, *, slic
     if state.num_updates.ndim > 1:
         raise ValueError("a state of a batch of batches cannot be trained; give runs one leading axis")
     num_updates = ppo.config.num_updates if num_updates is None else num_updates
-    if not _is_whole(num_updates, 1):
-        raise ValueError(f"num_updates={num_updates} must be a whole number, at least 1")
+    check_whole("num_updates", num_updates)
     num_runs = state.num_updates.size
-    if slice_size is not None and not _is_whole(slice_size, 1, num_runs):
-        raise ValueError(f"slice_size={slice_size} must be a whole number from 1 to the {num_runs} runs of the state")
+    if slice_size is not None:
+        check_whole("slice_size", slice_size, at_most=num_runs, of="the runs of the state")
     if ppo.mesh is not None:
         _check_shards(ppo, state, slice_size)
     together = not isinstance(state, TrainState)  # a population
@@ -196,10 +192,6 @@ def _check_shards(ppo: PPO, state, slice_size):
         )
     if slice_size not in (None, state.num_updates.size):
         raise ValueError(f"slice_size={slice_size} cannot be had: runs on {ppo.mesh.size} devices go through together")
-
-
-def _is_whole(number, least: int, most: float = math.inf) -> bool:
-    return isinstance(number, (int, np.integer)) and least <= number <= most
 
 
 def _take(state, first, size: int):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from tqdm.auto import tqdm
 
+from purejaxppo.checks import check_whole
 from purejaxppo.experiment.plan import plan_sweep
 from purejaxppo.experiment.run import run_sweep
 from purejaxppo.experiment.statistics import aggregate, filled
@@ -40,9 +41,8 @@ def optuna_search(
     for field, distribution in space.items():
         if not isinstance(distribution, Distribution):
             raise ValueError(f"{field}={distribution!r} must be a distribution, such as log_uniform(1e-4, 1e-2)")
-    for field, number in (("num_trials", num_trials), ("batch_size", batch_size)):
-        if number < 1:
-            raise ValueError(f"{field}={number} must be at least 1")
+    check_whole("num_trials", num_trials)
+    check_whole("batch_size", batch_size)
     make = shared.pop("make", make_ppo)
     distributions = {field: _to_optuna(distribution) for field, distribution in space.items()}
     study = optuna.create_study(

@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from typing import NamedTuple
 
+from purejaxppo.checks import check_whole
 from purejaxppo.config import Config, Hyperparams
 from purejaxppo.experiment.presets import preset
 from purejaxppo.table import Table, align
@@ -45,9 +46,10 @@ class Sweep:
             raise ValueError(f"env={self.env!r} must be a name (another environment comes with make=, see plan_sweep)")
         if not isinstance(self.table, Table):
             raise ValueError(f"table={self.table!r} must be a Table, such as grid(learning_rate=[1e-4, 1e-3])")
-        for name, number, least in (("num_seeds", self.num_seeds, 1), ("seed", self.seed, 0)):
-            if isinstance(number, bool) or not isinstance(number, int) or not least <= number < 2**31:
-                raise ValueError(f"{name}={number!r} must be a whole number from {least} to 2**31 - 1")
+        check_whole("num_seeds", self.num_seeds, at_most=2**31 - 1)
+        check_whole("seed", self.seed, at_least=0, at_most=2**31 - 1)
+        object.__setattr__(self, "num_seeds", int(self.num_seeds))
+        object.__setattr__(self, "seed", int(self.seed))
         default = preset(self.env)
         object.__setattr__(self, "config", self.config or default.config)
         object.__setattr__(self, "hyperparams", self.hyperparams or default.hyperparams)

@@ -1,0 +1,48 @@
+"""What a number or a word given by a person must be; each refusal is a ValueError of one sentence."""
+
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+
+def check_whole(name: str, value: Any, at_least: int = 1, at_most: int | None = None, of: str = ""):
+    """Refuses what is no whole number, too small or too large; `of` says what there are `at_most` of."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise ValueError(f"{name}={value!r} must be a whole number")
+    if value < at_least:
+        raise ValueError(f"{name}={value} must be at least {at_least}")
+    if at_most is not None and value > at_most:
+        raise ValueError(f"{name}={value} must be at most {at_most}{of and f', {of}'}")
+
+
+def check_choice(field, value: Any):
+    """Refuses what the type of a dataclass's field, a Literal or a bool, does not allow."""
+    choices = getattr(field.type, "__args__", ()) if getattr(field.type, "__origin__", None) is Literal else ()
+    if choices and value not in choices:
+        raise ValueError(f"{field.name}={value!r} must be one of {', '.join(map(repr, choices))}")
+    if field.type is bool and not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{field.name}={value!r} must be True or False")
+
+
+def check_range(name: str, value: Any, low: float, high: float, open_low: bool = False, open_high: bool = False):
+    """Refuses numbers, one or many, outside an interval; what is traced passes."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    try:
+        values = np.asarray(value, np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={value!r} must be a number") from None
+    good = (values > low if open_low else values >= low) & (values < high if open_high else values <= high)
+    if not good.all():
+        bad = values[~good].flat[0]
+        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+        raise ValueError(f"{name}={bad:g} must be a number in {interval}")
+
+
+def nearest_divisors(number: int, wanted: int) -> str:
+    """The divisors of a number next to the one that was wanted, as a remedy."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    below = [d for d in divisors if d < wanted][-1:]
+    above = [d for d in divisors if d > wanted][:1]
+    return "try " + " or ".join(map(str, below + above))
