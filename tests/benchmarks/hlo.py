@@ -1,0 +1,110 @@
+"""Counts kernels in the text of a compiled program (optimised HLO), with the loops that repeat them.
+
+Every instruction that computes or copies counts as one kernel: a fusion, a copy, a sort, a call of a library. What a
+fusion holds is part of its kernel. Two kinds may take several launches: a call of a library, and a sort of rows of
+more than 4,096 numbers (15 for 65,536, which is the shuffle of 2048 environments x 32 steps).
+"""
+
+import re
+from itertools import combinations
+from typing import NamedTuple
+
+# `%name (parameters) -> type {` opens a computation; ENTRY marks the one that the program starts with.
+COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
+# `  %name = type opcode(operands), attributes`: inside a type no blank is followed by a word and a parenthesis.
+INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?[\w.-]+ = .*? ([a-z][\w-]*)\((.*)")
+# The computations that an instruction runs: `body=%name` or `branch_computations={%name, %name}`.
+CALLED = re.compile(
+    r"(body|condition|calls|to_apply|true_computation|false_computation|branch_computations)=(\{[^}]*\}|%?[\w.-]+)"
+)
+TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+# Nothing is launched for these.
+FREE = {
+    "add-dependency", "after-all", "async-update", "bitcast", "constant", "get-tuple-element", "opt-barrier",
+    "parameter", "partition-id", "replica-id", "tuple",
+}  # fmt: skip
+
+
+class Loop(NamedTuple):
+    """A loop of a program; a program is a loop of one iteration."""
+
+    trip_count: int | None  # None where the compiler does not know it; one iteration is counted then
+    own_kernels: int  # of one iteration, without the loops in it
+    loops: tuple["Loop", ...]  # the loops in it, in the order in which they run
+
+    @property
+    def kernels_per_iteration(self) -> int:
+        return self.own_kernels + sum(loop.kernels for loop in self.loops)
+
+    @property
+    def kernels(self) -> int:
+        return self.kernels_per_iteration * (1 if self.trip_count is None else self.trip_count)
+
+    @property
+    def unknown_loops(self) -> int:
+        """How many loops in it, at any depth, have a trip count that the compiler does not know."""
+        return sum((loop.trip_count is None) + loop.unknown_loops for loop in self.loops)
+
+
+def read_program(text: str) -> Loop:
+    """The loops of a compiled program, from what `jax.stages.Compiled.as_text` returns."""
+    computations, entry = {}, None
+    for line in text.splitlines():
+        if header := COMPUTATION.match(line):
+            instructions = computations[header["name"]] = []
+            entry = header["name"] if header["entry"] else entry
+        elif instruction := INSTRUCTION.match(line):
+            instructions.append(instruction.groups())
+    return read_loop(1, [entry], computations)
+
+
+def read_loop(trip_count: int | None, names: list[str], computations: dict) -> Loop:
+    """A loop whose iteration runs the named computations one after the other."""
+    own_kernels, loops = 0, []
+    for opcode, attributes in [instruction for name in names for instruction in computations[name]]:
+        called = {key: re.findall(r"[\w.-]+", value) for key, value in CALLED.findall(attributes)}
+        if opcode == "while":
+            known = TRIP_COUNT.search(attributes)
+            # Where the trip count is known the condition is never evaluated.
+            repeated = called["body"] if known else called["body"] + called["condition"]
+            loops.append(read_loop(int(known[1]) if known else None, repeated, computations))
+        elif opcode in ("call", "call-start", "async-start", "conditional"):
+            # A call runs one computation. Of the branches of a conditional the one with the most kernels counts.
+            branches = [read_loop(1, [name], computations) for names in called.values() for name in names]
+            inside = max(branches, key=lambda branch: branch.kernels)
+            own_kernels += inside.own_kernels
+            loops.extend(inside.loops)
+        elif opcode not in FREE and not opcode.endswith("-done"):  # the kernel of a pair is its `-start`
+            own_kernels += 1
+    return Loop(trip_count, own_kernels, tuple(loops))
+
+
+def count_cycle(program: Loop, num_updates: int, num_steps: int, num_minibatches: int) -> dict:
+    """Kernels of one cycle of `train`, of one of its rollout steps, of one of its minibatches (of all epochs together
+    there are `num_minibatches`), and of all the rest.
+
+    The loops are found by their trip counts. An unrolled loop does several steps in an iteration, so its trip count
+    divides their number. Of the loops that fit, the rollout and the minibatches are the two, in this order, that run
+    the most kernels.
+    """
+    cycles = [loop for loop in program.loops if loop.trip_count == num_updates]
+    cycle = max(cycles, key=lambda loop: loop.kernels, default=Loop(1, 0, ()))
+    known = [loop for loop in cycle.loops if loop.trip_count]
+    pairs = [
+        (rollout, minibatches)
+        for rollout, minibatches in combinations(known, 2)
+        if num_steps % rollout.trip_count == 0 and num_minibatches % minibatches.trip_count == 0
+    ]
+    if not pairs:
+        raise ValueError(
+            f"found no loop of {num_updates} updates that holds a loop of {num_steps} steps "
+            f"and then one of {num_minibatches} minibatches"
+        )
+    rollout, minibatches = max(pairs, key=lambda pair: pair[0].kernels + pair[1].kernels)
+    return {
+        "rollout_step": rollout.kernels / num_steps,
+        "minibatch": minibatches.kernels / num_minibatches,
+        "rest": cycle.kernels_per_iteration - rollout.kernels - minibatches.kernels,
+        "cycle": cycle.kernels_per_iteration,
+        "unknown_loops": cycle.unknown_loops,
+    }

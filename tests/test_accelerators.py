@@ -1,0 +1,79 @@
+"""How GPU kernels are counted in the text of a compiled program; compiling one takes an environment of its own."""
+
+import pytest
+from benchmarks.hlo import count_cycle, read_program
+
+# A training of 10 cycles: 2 rollout steps in an iteration of the rollout's loop, a loop of unknown length, minibatches.
+TRAINING = """HloModule jit_train, is_scheduled=true, entry_computation_layout={(f32[4]{0})->f32[4]{0}}
+
+FileNames
+1 "ppo.py"
+
+%fused (param.0: f32[4], /*index=1*/param.1: f32[4]) -> f32[4] {
+  %tanh.1 = f32[4]{0} tanh(%param.0)
+  ROOT %add.1 = f32[4]{0} add(%tanh.1, %param.1)
+}
+
+%rollout (state: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %gte.1 = f32[4]{0} get-tuple-element(%state), index=1
+  %fusion.1 = f32[4]{0} fusion(%gte.1, %gte.1), kind=kLoop, calls=%fused
+  %start = ((f32[4]{0}, s32[]), f32[4]{0}, u32[]) fusion-start(%fusion.1), kind=kLoop, calls=%fused
+  %copy.1 = f32[4]{0:T(128)S(5)} copy(%gte.1)
+  %done = f32[4]{0} fusion-done(%start)
+  ROOT %tuple.1 = (s32[], f32[4]{0}) tuple(%gte.1, /*index=1*/%done)
+}
+
+%gae (state: (s32[], f32[4])) -> (s32[], f32[4]) {
+  ROOT %fusion.2 = (s32[], f32[4]{0}) fusion(%state), kind=kLoop, calls=%fused
+}
+
+%look (state: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %call.1 = f32[4]{0} call(%state), to_apply=%gae
+  ROOT %gemm.1 = (s32[], f32[4]{0}) custom-call(%call.1), custom_call_target="__cublas$gemm"
+}
+
+%minibatch (state: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %fusion.3 = f32[4]{0} fusion(%state), kind=kInput, calls=%fused
+  %conditional.1 = f32[4]{0} conditional(%flag, %state, %state), branch_computations={%gae, %look}
+  ROOT %sort.1 = (s32[], f32[4]{0}) sort(%state), dimensions={0}, to_apply=%less
+}
+
+%less (a: s32[], b: s32[]) -> pred[] {
+  ROOT %compare.1 = pred[] compare(%a, %b), direction=LT
+}
+
+%cycle (state: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %while.1 = (s32[], f32[4]{0}) while(%state), condition=%less, body=%rollout, backend_config={KNOWN_4}
+  %while.2 = (s32[], f32[4]{0}) while(%while.1), condition=%less, body=%look
+  %while.3 = (s32[], f32[4]{0}) while(%while.2), condition=%less, body=%gae, backend_config={KNOWN_8}
+  %while.4 = (s32[], f32[4]{0}) while(%while.3), condition=%less, body=%minibatch, backend_config={KNOWN_4}
+  ROOT %copy.2 = (s32[], f32[4]{0}) copy(%while.4)
+}
+
+ENTRY %main (arg: f32[4]) -> f32[4] {
+  %copy.3 = f32[4]{0} copy(%arg)
+  ROOT %while.5 = (s32[], f32[4]{0}) while(%copy.3), condition=%less, body=%cycle, backend_config={KNOWN_10}
+}
+"""
+for number in (4, 8, 10):
+    TRAINING = TRAINING.replace(f"KNOWN_{number}}}", f'"known_trip_count":{{"n":"{number}"}}}}')
+
+
+def test_loops_are_multiplied_out_and_one_iteration_of_an_unknown_loop_is_counted():
+    program = read_program(TRAINING)
+    (cycle,) = program.loops
+    assert [loop.trip_count for loop in cycle.loops] == [4, None, 8, 4]
+    # A look: the call, the product, and the condition, which is evaluated on the device.
+    assert [loop.kernels_per_iteration for loop in cycle.loops] == [3, 3, 1, 4]
+    assert (program.own_kernels, cycle.own_kernels, cycle.unknown_loops) == (1, 1, 1)
+    assert program.kernels == 1 + 10 * (4 * 3 + 3 + 8 * 1 + 4 * 4 + 1)
+
+
+def test_the_rollout_and_the_minibatches_are_found_even_where_the_rollout_is_unrolled():
+    counts = count_cycle(read_program(TRAINING), num_updates=10, num_steps=8, num_minibatches=4)
+    assert counts == {"rollout_step": 1.5, "minibatch": 4, "rest": 12, "cycle": 40, "unknown_loops": 1}
+
+
+def test_a_program_without_such_loops_is_refused():
+    with pytest.raises(ValueError, match="no loop of 10 updates that holds a loop of 8 steps .* of 3 minibatches"):
+        count_cycle(read_program(TRAINING), num_updates=10, num_steps=8, num_minibatches=3)
