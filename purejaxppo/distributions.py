@@ -1,7 +1,7 @@
-"""Action distributions: `sample`, `mode`, `log_prob`, `entropy`; batch axes lead, an action's own axis comes last.
+"""Action distributions: `sample`, `mode`, `log_prob`, `entropy`, `kl`; batch axes lead, an action's own comes last.
 
-A sample is `place(noise(key))`: noise depends on shapes alone, so that a rollout can draw all of it ahead. A
-distribution of your own may leave the two out.
+A sample is `place(noise(key))`: noise depends on shapes alone, so that a rollout can draw all of it ahead. A custom
+distribution may leave `noise`, `place` and `kl` out.
 """
 
 import jax
@@ -16,15 +16,19 @@ WEIGHTS = np.exp(-(NODES**2) / 2)
 WEIGHTS = WEIGHTS / WEIGHTS.sum()
 
 
+class Drawn:
+    """A distribution that is drawn from by way of noise."""
+
+    def sample(self, key):
+        """Actions as drawn, not bounded by any space."""
+        return self.place(self.noise(key))
+
+
 @struct.dataclass
-class Categorical:
+class Categorical(Drawn):
     """One of K choices; a logit of -inf masks its choice."""
 
     logits: jax.Array  # [..., K]
-
-    def sample(self, key):
-        """Indices [...] int32."""
-        return self.place(self.noise(key))
 
     def noise(self, key):
         """Gumbel noise [..., K]."""
@@ -50,25 +54,23 @@ class Categorical:
         probs = jnp.exp(log_probs)
         return -jnp.where(probs > 0, probs * jnp.where(probs > 0, log_probs, 0), 0).sum(0)
 
+    def kl(self, other):
+        """Kullback-Leibler divergence of this distribution from another, in nats, [...]."""
+        log_probs, others = self._log_probs(), other._log_probs()
+        possible = jnp.isfinite(log_probs)
+        ratio = jnp.where(possible, log_probs, 0) - jnp.where(possible, others, 0)
+        return (jnp.exp(log_probs) * ratio).sum(0)
+
     def _log_probs(self):
         """Of all choices, [K, ...]: sums over a first axis are vectorised on a CPU, those over a short last one not."""
         return jax.nn.log_softmax(jnp.moveaxis(self.logits, -1, 0), axis=0)
 
 
 @struct.dataclass
-class MultiCategorical:
-    """Independent choices, one of `sizes[i]` each; the logits of all of them in one row."""
+class MultiCategorical(Categorical):
+    """Independent choices, one of `sizes[i]` each; the logits of all of them in one row, [..., sum(sizes)]."""
 
-    logits: jax.Array  # [..., sum(sizes)]
     sizes: tuple[int, ...] = struct.field(pytree_node=False)
-
-    def sample(self, key):
-        """Indices [..., len(sizes)] int32."""
-        return self.place(self.noise(key))
-
-    def noise(self, key):
-        """Gumbel noise [..., sum(sizes)]."""
-        return jax.random.gumbel(key, (self.logits.size,), jnp.float32).reshape(self.logits.shape)
 
     def place(self, noise):
         """In each entry the choice that is largest with its noise, [..., len(sizes)] int32."""
@@ -86,20 +88,20 @@ class MultiCategorical:
         """Joint entropy in nats, [...]."""
         return sum(part.entropy() for part in self._parts())
 
+    def kl(self, other):
+        """Kullback-Leibler divergence of this distribution from another, in nats, [...]."""
+        return sum(part.kl(others) for part, others in zip(self._parts(), other._parts()))
+
     def _parts(self):
         return [Categorical(x) for x in jnp.split(self.logits, np.cumsum(self.sizes)[:-1], axis=-1)]
 
 
 @struct.dataclass
-class Normal:
+class Normal(Drawn):
     """Independent Gaussians, joint over the last axis."""
 
     loc: jax.Array  # [..., A]
     scale: jax.Array  # [..., A], positive
-
-    def sample(self, key):
-        """Actions [..., A], not bounded by any space."""
-        return self.place(self.noise(key))
 
     def noise(self, key):
         """Standard normal noise [..., A]."""
@@ -121,50 +123,35 @@ class Normal:
         """Joint entropy in nats, [...]."""
         return (0.5 * (1 + LOG_2PI) + jnp.log(self.scale)).sum(-1)
 
+    def kl(self, other):
+        """Kullback-Leibler divergence of this distribution from another, in nats, [...]; no squash changes it."""
+        ratio = self.scale / other.scale
+        return (0.5 * (ratio**2 + ((self.loc - other.loc) / other.scale) ** 2 - 1) - jnp.log(ratio)).sum(-1)
+
     def _log_density(self, action):
         return -0.5 * ((action - self.loc) / self.scale) ** 2 - jnp.log(self.scale) - 0.5 * LOG_2PI
 
 
 @struct.dataclass
-class TanhNormal:
-    """Gaussians squashed into (low, high) by tanh, joint over the last axis.
+class TanhNormal(Normal):
+    """Gaussians squashed into (low, high) by tanh, joint over the last axis; `loc` and `scale` are before the squash.
 
-    An action is named by its value before the squash: `sample` and `mode` return it, `log_prob` takes it and gives
-    the density of the squashed action. Nothing is ever inverted: in float32 tanh(10) is 1.
+    Actions are represented by their value before the squash: `sample` and `mode` return it (the squashed mode is the
+    median of the action), `log_prob` takes it and gives the density of the squashed action. Nothing is ever inverted:
+    in float32 tanh(10) is 1.
     """
 
-    loc: jax.Array  # [..., A], before the squash
-    scale: jax.Array  # [..., A], before the squash
     low: float | jax.Array = -1.0  # [] or [..., A]
     high: float | jax.Array = 1.0  # [] or [..., A]
 
-    def sample(self, key):
-        """Actions before the squash, [..., A]."""
-        return self.place(self.noise(key))
-
-    def noise(self, key):
-        """Standard normal noise [..., A]."""
-        return self._normal().noise(key)
-
-    def place(self, noise):
-        """The noise, scaled and shifted, before the squash, [..., A]."""
-        return self._normal().place(noise)
-
-    def mode(self):
-        """The mean before the squash, [..., A]; squashed, it is the median of the action."""
-        return self.loc
-
     def log_prob(self, action):
         """Joint log density [...] of the squashed actions, given before the squash [..., A]."""
-        return (self._normal()._log_density(action) - self._log_slope(action)).sum(-1)
+        return (self._log_density(action) - self._log_slope(action)).sum(-1)
 
     def entropy(self):
         """Joint entropy of the squashed actions in nats, [...]; by quadrature, within 2e-4 up to a scale of 5."""
         slopes = jax.vmap(lambda node: self._log_slope(self.loc + self.scale * node))(jnp.asarray(NODES))
-        return self._normal().entropy() + jnp.tensordot(jnp.asarray(WEIGHTS), slopes.sum(-1), axes=1)
-
-    def _normal(self):
-        return Normal(self.loc, self.scale)
+        return super().entropy() + jnp.tensordot(jnp.asarray(WEIGHTS), slopes.sum(-1), axes=1)
 
     def _log_slope(self, action):
         """log of the derivative of the squash, per dimension, without overflow for large actions."""

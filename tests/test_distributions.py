@@ -79,3 +79,28 @@ def test_actions_that_do_not_fit_the_logits_are_refused():
     """Three actions for one row of three logits: broadcast, each would get the probability of another choice."""
     with pytest.raises(TypeError):
         Categorical(jnp.log(jnp.array([0.2, 0.3, 0.5]))).log_prob(jnp.array([0, 0, 0]))
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (Categorical(jnp.array([0.5, -1.0, 2.0])), Categorical(jnp.array([0.0, 1.0, -0.5]))),
+        (Categorical(jnp.array([0.5, -jnp.inf, 2.0])), Categorical(jnp.array([0.0, -jnp.inf, -0.5]))),
+        (
+            MultiCategorical(jnp.array([0.5, -1.0, 2.0, 0.0, 1.0]), (3, 2)),
+            MultiCategorical(jnp.array([0.0, 1.0, 0.5, 2.0, 1.0]), (3, 2)),
+        ),
+        (Normal(jnp.array([0.3, -1.0]), jnp.array([0.5, 2.0])), Normal(jnp.array([0.0, 0.0]), jnp.array([1.0, 1.5]))),
+        (
+            TanhNormal(jnp.array([0.3, -1.0]), jnp.array([0.5, 1.0])),
+            TanhNormal(jnp.array([0.0, 0.0]), jnp.array([1.0, 1.5])),
+        ),
+    ],
+)
+def test_the_divergence_is_the_mean_log_ratio_of_samples(one, other, key):
+    samples = jax.vmap(one.sample)(jax.random.split(key, 100_000))
+    log_ratio = jax.vmap(one.log_prob)(samples) - jax.vmap(other.log_prob)(samples)
+    error = log_ratio.std() / np.sqrt(len(samples))
+    assert one.kl(other) > 0.1 and abs(log_ratio.mean() - one.kl(other)) < 5 * error
+    np.testing.assert_allclose(one.kl(one), 0, atol=1e-6)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(jax.grad(lambda d: d.kl(d))(one)) if x.ndim)
