@@ -1,26 +1,32 @@
 """Proximal Policy Optimization as pure JAX functions, compiled end to end."""
 
-from purejaxppo.config import Config, Hyperparams, linear
+from purejaxppo.advantages import gae
+from purejaxppo.config import Config, Hyperparams, linear, schedule
 from purejaxppo.distributions import Categorical, MultiCategorical, Normal, TanhNormal
 from purejaxppo.envs import Box, Discrete, Env, MultiDiscrete, Step, check_env, make_env, time_limit
+from purejaxppo.loss import ppo_loss
 from purejaxppo.networks import Network, from_linen, from_nnx
 from purejaxppo.population import evolving
-from purejaxppo.ppo import PPO, TrainState, make_ppo
+from purejaxppo.ppo import PPO, TrainState, make_ppo, with_step
+from purejaxppo.rollout import Policy, Rollout
 from purejaxppo.sharding import sharded
 from purejaxppo.sweep import batched, concatenate, runs
 from purejaxppo.table import Table, choice, grid, integers, log_uniform, paired, sample, uniform
+from purejaxppo.update import Batch, adam
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Box", "Categorical", "Config", "Discrete", "Env", "Hyperparams", "MultiCategorical", "MultiDiscrete",
-    "Network", "Normal", "PPO", "Result", "Step", "Sweep", "Table", "TanhNormal", "TrainState", "a2c",
+    "Batch", "Box", "Categorical", "Config", "Discrete", "Env", "Hyperparams", "MultiCategorical", "MultiDiscrete",
+    "Network", "Normal", "PPO", "Policy", "Result", "Rollout", "Step", "Sweep", "Table", "TanhNormal", "TrainState",
+    "a2c", "adam",
     "batched", "cache_compilation", "check_env", "choice", "compile", "concatenate", "evaluate_agents",
-    "evaluate_in_gymnasium", "evolving", "export", "first_state", "fit", "from_linen", "from_nnx", "grid",
+    "evaluate_in_gymnasium", "evolving", "export", "first_state", "fit", "from_linen", "from_nnx", "gae", "grid",
     "integers", "linear", "load", "load_agents", "load_sweep", "log_uniform", "make_env", "make_ppo",
     "optuna_search", "paired", "plan_sweep", "plot_curves", "plot_heatmap", "plot_importance",
-    "plot_learning_curve", "plot_parallel", "preset", "record_episode", "render", "resume", "run_sweep", "runs",
-    "sample", "sharded", "successive_halving", "time_limit", "uniform", "use_one_thread",
+    "plot_learning_curve", "plot_parallel", "ppo_loss", "preset", "record_episode", "render", "resume", "run_sweep",
+    "runs", "sample", "schedule", "sharded", "successive_halving", "time_limit", "uniform", "use_one_thread",
+    "with_step",
 ]  # fmt: skip
 
 LAZY = {

@@ -1,11 +1,13 @@
 """Settings: `Config` compiles, `Hyperparams` flows through the program and may be swept."""
 
 import math
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from purejaxppo.checks import check_choice, check_range, check_whole, nearest_divisors
 
@@ -84,8 +86,8 @@ class Config:
         object.__setattr__(self, "widths", tuple(self.widths))
         for width in self.widths:
             check_whole("widths", width, at_least=1)
-        for field in fields(self):
-            check_choice(field, getattr(self, field.name))
+        for setting in fields(self):
+            check_choice(setting, getattr(self, setting.name))
         for name in ("observation_clip", "reward_clip", "initial_std"):
             check_range(name, getattr(self, name), 0, math.inf, open_low=True, open_high=name == "initial_std")
         if self.num_steps % self.segment_length:
@@ -140,52 +142,70 @@ class Config:
         return replace(self, num_updates=total_steps // self.steps_per_update)
 
 
+class Spec(NamedTuple):
+    """What values a hyperparameter may have."""
+
+    low: float = 0.0
+    high: float = math.inf
+    open_high: bool = False  # whether `high` itself is excluded
+    schedulable: bool = False
+    decay: bool = False  # lives near 1 and looks 1 / (1 - x) steps far, so it is 1 - x that evolution multiplies
+
+
+EXTRA = "extra."
+EXTRA_SPEC = Spec(low=-math.inf, schedulable=True)
+
+
+def number(default: float, **spec) -> Any:
+    """A field of `Hyperparams`: its default, and what values it may have."""
+    return field(default=default, metadata={"spec": Spec(**spec)})
+
+
 @jax.tree_util.register_pytree_with_keys_class
 @dataclass(frozen=True, kw_only=True)
 class Hyperparams:
     """What is traced: one number each, or an array with a leading axis R in a batch of runs.
 
-    `learning_rate`, `clip` and `entropy_coefficient` may also be schedules: callable pytrees of the progress,
-    from 0 at the first update towards 1, such as `linear(3e-4, 0)`. Raises ValueError at construction.
+    `learning_rate`, `clip`, `entropy_coefficient` and those in `extra` may also be schedules: callable pytrees of the
+    progress, from 0 at the first update towards 1, such as `linear(3e-4, 0)`, or `schedule(f)` of an optax schedule f.
+    Raises ValueError at construction.
     """
 
-    learning_rate: float = 2.5e-4
+    learning_rate: float = number(2.5e-4, open_high=True, schedulable=True)
     """Adam's step size, or a schedule."""
-    learning_rate_annealing: float = 1.0
+    learning_rate_annealing: float = number(1.0, high=1)
     """Share of a plain `learning_rate` that is annealed away linearly over the run: 1 ends at 0, 0 is constant."""
-    discount: float = 0.99
+    discount: float = number(0.99, high=1, decay=True)
     """Worth of the next step's return, in [0, 1]."""
-    gae_lambda: float = 0.95
+    gae_lambda: float = number(0.95, high=1, decay=True)
     """Trace decay of the advantage estimate, in [0, 1]."""
-    clip: float = 0.2
+    clip: float = number(0.2, schedulable=True)
     """How far the probability ratio may move from 1, or a schedule; inf is no clipping."""
-    value_clip: float = 0.2
+    value_clip: float = number(0.2)
     """How far the value may move from the old value, where `clip_value_loss` is on."""
-    entropy_coefficient: float = 0.01
+    entropy_coefficient: float = number(0.01, open_high=True, schedulable=True)
     """Weight of the entropy bonus, or a schedule."""
-    value_coefficient: float = 0.5
+    value_coefficient: float = number(0.5, open_high=True)
     """Weight of the value loss, which is half a mean square."""
-    max_grad_norm: float = 0.5
+    max_grad_norm: float = number(0.5)
     """Global gradient norm above which gradients are scaled down; inf is no bound."""
-    adam_eps: float = 1e-5
+    adam_eps: float = number(1e-5, open_high=True)
     """Added to the denominator of Adam's step."""
-    adam_b1: float = 0.9
+    adam_b1: float = number(0.9, high=1, open_high=True, decay=True)
     """Decay of Adam's first moment."""
-    adam_b2: float = 0.999
+    adam_b2: float = number(0.999, high=1, open_high=True, decay=True)
     """Decay of Adam's second moment."""
-    target_kl: float = math.inf
+    target_kl: float = number(math.inf)
     """Approximate KL at which an update stops, where `stop_on_kl` is on; inf never stops."""
+    extra: dict[str, float] = field(default_factory=dict)
+    """Coefficients of a custom loss or step, by name; `extra.NAME` in tables and sweeps."""
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if callable(value) and field.name not in SCHEDULABLE:
-                raise ValueError(f"{field.name} must be a number; only {', '.join(SCHEDULABLE)} may be schedules")
-            if callable(value):
-                _check_schedule(field.name, value)
-            else:
-                low, high = HYPERPARAM_RANGES[field.name]
-                check_range(field.name, value, low, high, open_high=field.name in FINITE_OR_BELOW)
+        if not isinstance(self.extra, Mapping) or not all(str(name).isidentifier() for name in self.extra):
+            raise ValueError(f"extra={self.extra!r} must be a dict of numbers by name, such as {{'beta': 0.1}}")
+        object.__setattr__(self, "extra", dict(self.extra))
+        for name in self.names:
+            _check_value(name, self.get(name))
 
     def tree_flatten_with_keys(self):
         return [(jax.tree_util.GetAttrKey(f.name), getattr(self, f.name)) for f in fields(self)], None
@@ -194,40 +214,52 @@ class Hyperparams:
     def tree_unflatten(cls, _, values):
         # Without __post_init__: inside a transformation the leaves need not be numbers.
         hyperparams = object.__new__(cls)
-        for field, value in zip(fields(cls), values):
-            object.__setattr__(hyperparams, field.name, value)
+        for name, value in zip((f.name for f in fields(cls)), values):
+            object.__setattr__(hyperparams, name, value)
         return hyperparams
 
-    def at(self, progress) -> "Hyperparams":
-        """The hyperparameters at a progress in [0, 1] of the run, every schedule evaluated to a number."""
-        rate = self.learning_rate
-        if not callable(rate):
-            rate = rate * (1 - self.learning_rate_annealing * progress)
-        values = {name: getattr(self, name) for name in SCHEDULABLE} | {"learning_rate": rate}
-        return replace(self, **{name: v(progress) if callable(v) else v for name, v in values.items()})
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All hyperparameters by name; those in `extra` as `extra.NAME`."""
+        return (*HYPERPARAM_SPECS, *(EXTRA + name for name in self.extra))
+
+    def get(self, name: str) -> Any:
+        """The value of a hyperparameter by its name in `names`."""
+        return self.extra[name.removeprefix(EXTRA)] if name.startswith(EXTRA) else getattr(self, name)
+
+    def set(self, values: Mapping[str, Any]) -> "Hyperparams":
+        """The same hyperparameters with other values for some, by name. Raises ValueError as the constructor does."""
+        extra = {name.removeprefix(EXTRA): x for name, x in values.items() if name.startswith(EXTRA)}
+        changed = {name: x for name, x in values.items() if not name.startswith(EXTRA)}
+        unknown = extra.keys() - self.extra.keys()
+        if self.extra and unknown:
+            raise ValueError(f"{EXTRA}{min(unknown)} is not in extra, which has {', '.join(self.extra)}")
+        return replace(self, extra=self.extra | extra, **changed)
+
+    def at(self, num_updates: jax.Array | int, config: Config) -> "Hyperparams":
+        """The hyperparameters of the update that follows `num_updates` of a run, every schedule as its number there."""
+        progress = jnp.minimum(num_updates / config.num_updates, 1.0).astype(jnp.float32)
+        num_steps = num_updates * (config.num_epochs * config.num_minibatches)
+
+        def now(value):
+            if not callable(value):
+                return value
+            return value(num_steps if isinstance(value, OptaxSchedule) else progress)
+
+        values = {name: now(self.get(name)) for name in self.names}
+        if not callable(self.learning_rate):
+            values["learning_rate"] *= 1 - self.learning_rate_annealing * progress
+        return self.set(values)
 
 
-SCHEDULABLE = ("learning_rate", "clip", "entropy_coefficient")
-
-HYPERPARAM_RANGES = {
-    "learning_rate": (0, math.inf),
-    "learning_rate_annealing": (0, 1),
-    "discount": (0, 1),
-    "gae_lambda": (0, 1),
-    "clip": (0, math.inf),
-    "value_clip": (0, math.inf),
-    "entropy_coefficient": (0, math.inf),
-    "value_coefficient": (0, math.inf),
-    "max_grad_norm": (0, math.inf),
-    "adam_eps": (0, math.inf),
-    "adam_b1": (0, 1),
-    "adam_b2": (0, 1),
-    "target_kl": (0, math.inf),
-}
+HYPERPARAM_SPECS = {f.name: f.metadata["spec"] for f in fields(Hyperparams) if f.name != "extra"}
 
 
-# Ranges whose upper end is not itself allowed.
-FINITE_OR_BELOW = ("learning_rate", "entropy_coefficient", "value_coefficient", "adam_eps", "adam_b1", "adam_b2")
+def spec_of(name: str) -> Spec | None:
+    """What values a hyperparameter may have, by its name; None for a name that is none."""
+    if name.startswith(EXTRA) and name.removeprefix(EXTRA).isidentifier():
+        return EXTRA_SPEC
+    return HYPERPARAM_SPECS.get(name)
 
 
 def linear(start, end) -> jax.tree_util.Partial:
@@ -239,12 +271,37 @@ def _interpolate(start, end, progress):
     return start + (end - start) * progress
 
 
-def _check_schedule(name: str, schedule: Any):
-    for leaf in jax.tree.leaves(schedule):
+@struct.dataclass
+class OptaxSchedule:
+    """A schedule over optimizer steps."""
+
+    function: Callable = struct.field(pytree_node=False)
+
+    def __call__(self, num_steps):
+        return jnp.asarray(self.function(num_steps), jnp.float32)
+
+
+def schedule(optax_schedule: Callable) -> OptaxSchedule:
+    """A schedule of optax, a function of the optimizer steps done, as one for `Hyperparams`.
+
+    A run makes `num_epochs * num_minibatches` optimizer steps per update; all of an update have the value of its first.
+    """
+    return OptaxSchedule(optax_schedule)
+
+
+def _check_value(name: str, value: Any):
+    spec = spec_of(name)
+    if not callable(value):
+        check_range(name, value, spec.low, spec.high, open_high=spec.open_high)
+        return
+    if not spec.schedulable:
+        able = [name for name, spec in HYPERPARAM_SPECS.items() if spec.schedulable]
+        raise ValueError(f"{name} must be a number; only {', '.join(able)} and those in extra may be schedules")
+    for leaf in jax.tree.leaves(value):
         if callable(leaf):
             raise ValueError(
-                f"{name}={schedule!r} is no pytree of numbers: make it linear(start, end) "
-                "or jax.tree_util.Partial(f, ...)"
+                f"{name}={value!r} is no pytree of numbers: make it linear(start, end), schedule(f) of an optax "
+                "schedule f, or jax.tree_util.Partial(f, ...) of a function f of the progress in [0, 1]"
             )
         check_range(f"{name} (schedule)", leaf, -math.inf, math.inf)
 

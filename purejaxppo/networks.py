@@ -16,14 +16,14 @@ from purejaxppo.config import Config
 from purejaxppo.distributions import Categorical, MultiCategorical, Normal, TanhNormal
 from purejaxppo.envs.base import Box, Discrete, MultiDiscrete
 from purejaxppo.layers import CNN, GRU, MLP, ActorCritic, Gaussian, Logits
-from purejaxppo.orthogonal import is_orthogonal, orthogonalize
+from purejaxppo.orthogonal import orthogonalize
 
 
 class Network(NamedTuple):
     """Three pure functions; anything that offers them is a network."""
 
     initial_memory: Callable  # batch -> memory, leaves [B, ...]; () for feed-forward
-    init: Callable  # key, memory, obs [T, B, ...], first [T, B] -> params
+    init: Callable  # key, memory, obs [T, B, ...], first [T, B] -> params, orthogonal ones drawn or not
     apply: Callable  # params, memory, obs [T, B, ...], first [T, B] -> memory, distribution, value [T, B]
 
 
@@ -101,41 +101,48 @@ def _feed_forward(init, apply) -> Network:
 
     def apply_sequences(params, memory, obs, first):
         outputs = apply(params, flat(obs))
-        return memory, *jax.tree.map(lambda x: x.reshape(*first.shape, *x.shape[1:]), outputs)
+        return memory, *jax.tree.map(lambda x: x.reshape(*first.shape, *x.shape[1:]) if jnp.ndim(x) else x, outputs)
 
     # One run after another: a user's initialiser may call LAPACK, which must not run vmapped on a small thread pool.
     init_sequences = jax.custom_batching.sequential_vmap(init_sequences)
     return Network(initial_memory=lambda batch: (), init=init_sequences, apply=apply_sequences)
 
 
-def check_network(network: Network, obs, action_space, num_envs: int):
+def check_network(network: Network, obs, action_space, config: Config):
     """Traces a network on two steps of N environments, each with observations of the shapes `obs`; compiles nothing.
 
-    Raises ValueError where it does not fit them, or the actions of the environment.
+    Raises ValueError where it does not fit them, the actions of the environment, or the segments of the config.
     """
+    num_envs = config.num_envs
 
     def look(key):
         memory = network.initial_memory(num_envs)
         many = jax.tree.map(lambda x: jnp.zeros((2, num_envs, *x.shape), x.dtype), obs)
         first = jnp.zeros((2, num_envs), bool)
         params = network.init(key, memory, jax.tree.map(lambda x: x[:1], many), first[:1])
-        return params, memory, network.apply(params, memory, many, first)
+        return memory, network.apply(orthogonalize(key, params), memory, many, first)
 
     try:
-        params, taken, (given, distribution, value) = jax.eval_shape(look, jax.random.key(0))
+        taken, (given, distribution, value) = jax.eval_shape(look, jax.random.key(0))
     except Exception as error:
         raise ValueError(f"network cannot be applied to observations [T, B, ...]: {error}") from error
-    if any(map(is_orthogonal, jax.tree.leaves(params, is_leaf=is_orthogonal))):
-        raise ValueError(
-            "network must give drawn parameters, but its init leaves orthogonal ones to be drawn "
-            "(return purejaxppo.orthogonal.orthogonalize(key, params) from it)"
-        )
     taken, given = (jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", memory) for memory in (taken, given))
     if taken != given:
         raise ValueError(f"network must give a memory like the one that it takes, {taken}, not {given}")
+    if jax.tree.leaves(taken) and config.segment_length == 1:
+        raise ValueError(
+            "segment_length=1 teaches a network with a memory nothing about the past "
+            f"(try segment_length={config.num_steps}, which is num_steps, or a divisor of it)"
+        )
     missing = [name for name in ("sample", "mode", "log_prob", "entropy") if not hasattr(distribution, name)]
     if missing:
         raise ValueError(f"network must give a distribution, but {type(distribution).__name__} has no {missing[0]}")
+    for leaf in jax.tree.leaves(distribution):
+        if jnp.ndim(leaf) and leaf.shape[:2] != (2, num_envs):
+            raise ValueError(
+                f"network must give a distribution over [T, B] = (2, {num_envs}), but {type(distribution).__name__} "
+                f"holds an array of shape {leaf.shape} (broadcast it, or make it a scalar)"
+            )
     if value.shape != (2, num_envs):
         raise ValueError(f"network must give values [T, B] = (2, {num_envs}), not {value.shape}")
     _check_actions(distribution, action_space)

@@ -1,5 +1,6 @@
 """Standardisation: of advantages, and by running moments of observations and returns, kept as state of the policy."""
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -58,6 +59,7 @@ def standardize_advantage(advantage, axes=None, axis_name=()):
 
 def standardize(moments: Moments, values, clip: float):
     """Values [..., *shape] in deviations from the running mean, within [-clip, clip]."""
+    chex.assert_shape(values, (..., *moments.mean.shape))
     lead = (1,) * (values.ndim - moments.mean.ndim)
     mean, variance = (x.reshape(lead + x.shape) for x in (moments.mean, moments.variance))
     return jnp.clip((values - mean) * jax.lax.rsqrt(variance + 1e-8), -clip, clip)
@@ -65,6 +67,7 @@ def standardize(moments: Moments, values, clip: float):
 
 def scale(moments: Moments, values, clip: float):
     """Values divided by the running deviation but not shifted, within [-clip, clip]: for rewards."""
+    chex.assert_rank(moments.variance, 0)
     return jnp.clip(values * jax.lax.rsqrt(moments.variance + 1e-8), -clip, clip)
 
 

@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields
 from functools import partial, wraps
 
 import jax
@@ -12,12 +12,11 @@ import numpy as np
 from flax import struct
 
 from purejaxppo.checks import check_whole
-from purejaxppo.config import FINITE_OR_BELOW, HYPERPARAM_RANGES, Hyperparams
-from purejaxppo.ppo import PPO, TrainState
+from purejaxppo.config import Hyperparams, spec_of
+from purejaxppo.ppo import PPO, TrainState, replace_step
 from purejaxppo.sweep import batched
 
-# Decays, which live near 1 and look 1 / (1 - x) steps far: it is 1 - x that is multiplied.
-DECAYS = ("discount", "gae_lambda", "adam_b1", "adam_b2")
+KEPT = ("key", "env_params", "actors")  # by a run that is replaced; all else of a state was learned
 
 
 @struct.dataclass
@@ -65,22 +64,38 @@ def evolving(
     select = partial(evolve, explore=explore, fraction=fraction, factors=factors)
 
     @wraps(many.init)
-    def init(keys, hyperparams=Hyperparams(), env_params=None):
-        num_replaced(fraction, keys.size)
+    def init(key, hyperparams=Hyperparams(), env_params=None):
+        num_replaced(fraction, key.size)
         _check_plain(hyperparams, ranges)
         return Population(
-            runs=many.init(keys, hyperparams, env_params),
-            key=jax.random.fold_in(keys[0], 2**32 - 1),  # none of the few keys that the run splits this one into
-            fitness=jnp.full(keys.shape, jnp.nan, jnp.float32),
-            num_episodes=jnp.zeros(keys.shape, jnp.int32),
+            runs=many.init(key, hyperparams, env_params),
+            key=jax.random.fold_in(key[0], 2**32 - 1),  # none of the few keys that the run splits this one into
+            fitness=jnp.full(key.shape, jnp.nan, jnp.float32),
+            num_episodes=jnp.zeros(key.shape, jnp.int32),
         )
+
+    @wraps(many.collect)
+    def collect(state: Population):
+        runs, rollout = many.collect(state.runs)
+        return state.replace(runs=runs), rollout
+
+    @wraps(many.learn)
+    def learn(state: Population, rollout):
+        return finish(state, *many.learn(state.runs, rollout))
 
     @wraps(many.step)
     def step(state: Population):
+        return finish(state, *many.step(state.runs))
+
+    def freeze(state: Population, new: Population, metrics: dict):
+        runs, frozen = many.freeze(state.runs, new.runs, metrics)
+        return new.replace(runs=runs), frozen | {"parent": metrics["parent"]}
+
+    def finish(state: Population, runs: TrainState, metrics: dict):
+        """The population after an update of its runs, evolved if it is due."""
         key, evolve_key = jax.random.split(state.key)
-        runs, metrics = many.step(state.runs)
         metrics |= {f"current_{name}": metrics[name] for name in ranges if name in metrics}
-        metrics |= {name: getattr(runs.hyperparams, name) for name in ranges}
+        metrics |= {name: runs.hyperparams.get(name) for name in ranges}
         fitness, num_episodes = count_episodes(state, metrics)
         due = runs.num_updates.max() % every == 0
         frozen = runs.num_updates == state.num_updates
@@ -90,12 +105,7 @@ def evolving(
         num_episodes = jnp.where(due, 0, num_episodes)
         return Population(runs=runs, key=key, fitness=fitness, num_episodes=num_episodes), metrics | {"parent": parent}
 
-    @wraps(many.train)
-    def train(state: Population):
-        state, metrics = jax.lax.scan(lambda state, _: step(state), state, length=ppo.config.num_updates)
-        return state, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), metrics)
-
-    return many._replace(init=init, step=step, train=train)
+    return replace_step(many, step)._replace(init=init, collect=collect, learn=learn, freeze=freeze)
 
 
 def count_episodes(state: Population, metrics: dict):
@@ -121,9 +131,10 @@ def evolve(
 
     Each of the `fraction` of the runs with the lowest fitness [R] draws one of the `fraction` with the highest, and
     goes on from it if that one is truly fitter; nan, no fitness, is below any other. It takes over what was learned
-    (parameters, normalisers, the optimizer's state), how far its schedules are, and the hyperparameters. Of these,
-    each field in `explore`, names or {name: (lowest, highest)}, is multiplied by one of `factors`, a decay (`DECAYS`)
-    in 1 - x, and clipped to its range. So a coefficient of 0 and a discount of 1 stay what they are.
+    (parameters, normalisers, the optimizer's state, fields of a subclass of the state), how far its schedules are, and
+    the hyperparameters. Of these, each one in `explore`, names or {name: (lowest, highest)}, is multiplied by one of
+    `factors`, a decay such as the discount in 1 - x, and clipped to its range. So a coefficient of 0 and a discount of
+    1 stay what they are.
 
     A run that is replaced keeps its key and its environments, with the episodes under way. But what the old network
     remembered means nothing to the new one, so its memory begins anew; so does the discounted return, a sum under
@@ -135,26 +146,20 @@ def evolve(
     parent_key, factor_key = jax.random.split(key)
     parent = choose_parents(parent_key, fitness, num_replaced(fraction, num_runs))
     copied = parent != jnp.arange(num_runs)
-    learned = state.policy, state.opt_state, state.num_updates, state.hyperparams
-    policy, opt_state, num_updates, hyperparams = jax.tree.map(lambda x: x[parent], learned)
+    learned = {field.name: getattr(state, field.name) for field in fields(state) if field.name not in KEPT}
+    learned = jax.tree.map(lambda x: x[parent], learned)
+    hyperparams = learned["hyperparams"]
     chosen = jax.random.choice(factor_key, jnp.array(factors, jnp.float32), (len(ranges), num_runs))
     explored = {}
     for (name, (low, high)), factor in zip(ranges.items(), chosen):
-        value = getattr(hyperparams, name)
-        moved = 1 - factor * (1 - value) if name in DECAYS else factor * value
+        value = hyperparams.get(name)
+        moved = 1 - factor * (1 - value) if spec_of(name).decay else factor * value
         explored[name] = jnp.where(copied, jnp.clip(moved, low, high), value)
-    actors = state.actors
-    state = state.replace(
-        policy=policy,
-        opt_state=opt_state,
-        num_updates=num_updates,
-        hyperparams=replace(hyperparams, **explored),
-        actors=actors.replace(
-            first=actors.first | copied[:, None],  # all that it does is to empty the memory
-            discounted_return=jnp.where(copied[:, None], 0, actors.discounted_return),
-        ),
+    actors = state.actors.replace(
+        first=state.actors.first | copied[:, None],  # all that it does is to empty the memory
+        discounted_return=jnp.where(copied[:, None], 0, state.actors.discounted_return),
     )
-    return state, parent
+    return state.replace(**learned | {"hyperparams": hyperparams.set(explored), "actors": actors}), parent
 
 
 def choose_parents(key, fitness, num_copies: int):
@@ -186,15 +191,15 @@ def explored_ranges(explore, factors) -> dict:
     wanted = explore if isinstance(explore, Mapping) else {}
     ranges = {}
     for name in names:
-        if name not in HYPERPARAM_RANGES:
-            near = difflib.get_close_matches(str(name), HYPERPARAM_RANGES, n=1, cutoff=0)
+        spec = spec_of(str(name))
+        if spec is None:
+            near = difflib.get_close_matches(str(name), Hyperparams().names, n=1, cutoff=0)
             raise ValueError(f"explore names {name!r}, which is no hyperparameter (did you mean {near[0]!r}?)")
-        lowest, highest = HYPERPARAM_RANGES[name]
-        low, high = wanted.get(name, (lowest, highest))
-        if not lowest <= low <= high <= highest:
-            raise ValueError(f"explore={{{name!r}: ({low}, {high})}} must ascend within [{lowest}, {highest}]")
-        if name in FINITE_OR_BELOW:
-            high = min(high, float(np.nextafter(np.float32(highest), np.float32(0))))
+        low, high = wanted.get(name, (spec.low, spec.high))
+        if not spec.low <= low <= high <= spec.high:
+            raise ValueError(f"explore={{{name!r}: ({low}, {high})}} must ascend within [{spec.low}, {spec.high}]")
+        if spec.open_high:
+            high = min(high, float(np.nextafter(np.float32(spec.high), np.float32(0))))
         ranges[name] = low, high
     return ranges
 
@@ -206,5 +211,7 @@ def _check_fraction(fraction: float):
 
 def _check_plain(hyperparams: Hyperparams, ranges: dict):
     for name in ranges:
-        if callable(getattr(hyperparams, name)):
+        if name not in hyperparams.names:
+            raise ValueError(f"explore names {name!r}, which the hyperparameters lack (give it a first value)")
+        if callable(hyperparams.get(name)):
             raise ValueError(f"{name} is a schedule, which cannot be explored (give a number, or explore other fields)")

@@ -1,7 +1,11 @@
-"""Proximal Policy Optimization as pure functions: `init` makes a run, `step` is one cycle, `train` is all of them."""
+"""Proximal Policy Optimization as pure functions: `init` makes a run, `step` is one cycle, `train` is all of them.
 
+A cycle is `learn` after `collect`. What is built from a PPO is again a PPO: `with_step` gives it another cycle.
+"""
+
+import inspect
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import jax
@@ -29,15 +33,16 @@ from purejaxppo.normalize import (
     standardize_advantage,
     standardize_observations,
 )
-from purejaxppo.rollout import Actors, Policy, add_time, apply_policy, collect, start
-from purejaxppo.summary import measure_rollout, summarize
+from purejaxppo.orthogonal import orthogonalize
+from purejaxppo.rollout import Actors, Policy, Rollout, add_time, apply_policy, discounted_returns, start, unroll
+from purejaxppo.summary import join_metrics, measure_rollout, summarize
 from purejaxppo.update import Batch, adam, update
 from purejaxppo.values import values
 
 
 @struct.dataclass
 class TrainState:
-    """A run: everything that the next step needs."""
+    """A run: everything that the next step needs. A subclass with more fields is a state too, see `with_step`."""
 
     key: jax.Array
     hyperparams: Hyperparams  # float32 leaves []
@@ -56,25 +61,51 @@ class PPO(NamedTuple):
     """Pure functions with their static arguments bound, and those arguments themselves."""
 
     init: Callable  # key, hyperparams=Hyperparams(), env_params=None -> TrainState
-    step: Callable  # state -> state, metrics: one rollout and the update from it
+    collect: Callable  # state -> state, Rollout: act for T steps
+    learn: Callable  # state, Rollout -> state, metrics: the update from it
+    step: Callable  # state -> state, metrics: one after the other
     train: Callable  # state -> state, metrics [U]: `config.num_updates` steps
     evaluate: Callable  # key, policy, env_params=None, *, num_episodes, greedy, max_steps -> Evaluation [E]
     act: Callable  # policy, obs, key=None, memory=None, env_params=None -> action, memory
     env: Env
     network: Network
     config: Config
-    mesh: Any = None  # of the devices that share the environments of a run (see `sharded`)
+    loss: Callable  # as given to `make_ppo`
+    optimizer: Callable
+    mesh: Any = None  # of devices that share the environments of a run (`sharded`) or the runs of a batch (`batched`)
+    freeze: Callable | None = None  # state, next state, metrics -> both, with runs that turned nan as they were
+    custom: tuple | None = None  # ppo, step, init: what `with_step` was given
+
+    def __repr__(self) -> str:
+        config = self.config
+        names = [getattr(f, "__name__", None) or repr(f) for f in (self.loss, self.optimizer)]
+        cycle = f", step {self.custom[1].__name__}" if self.custom else ""
+        return "\n".join(
+            [
+                f"PPO on {self.env.name}" + (f", over {self.mesh.size} devices" if self.mesh else ""),
+                f"  collect  {config.num_envs} environments x {config.num_steps} steps",
+                f"  learn    {config.num_epochs} epochs x {config.num_minibatches} minibatches, "
+                f"loss {names[0]}, optimizer {names[1]}{cycle}",
+                f"  train    {config.num_updates} updates, {config.total_steps:,} steps",
+                f"  fields   {', '.join(self._fields)}",
+            ]
+        )
 
 
 def make_ppo(
-    env, config: Config = Config(), *, network=None, loss: Callable = ppo_loss, optimizer: Callable = adam
+    env: Any,
+    config: Config = Config(),
+    *,
+    network: Any = None,
+    loss: Callable = ppo_loss,
+    optimizer: Callable = adam,
 ) -> PPO:
     """PPO for an environment: a name, a gymnax environment, a pair (gymnax environment, params), or an `Env`.
 
     What plugs in: `network`, a `Network` or a flax linen module (see `networks`); `loss`, a function like
     `loss.ppo_loss`, given advantages that are standardised by then; `optimizer`, a function from `Hyperparams` to an
-    optax transformation. Raises ValueError, before anything compiles, where the environment, the network and the
-    config do not fit together.
+    optax transformation. Another cycle is plugged in by `with_step`. Raises ValueError, before anything compiles, where
+    the environment, the network and the config do not fit together.
     """
     env = make_env(env)
     problems = check_shapes(env)
@@ -82,37 +113,85 @@ def make_ppo(
         raise ValueError(f"{env.name} is no sound environment: {' '.join(problems)}")
     spaces = observation_space(env), action_space(env, env.params)
     network = make_network(config, *spaces) if network is None else as_network(network)
-    parts = {"env": env, "network": network, "config": config}
-    learning = parts | {"loss": partial(loss, network=network, config=config), "optimizer": optimizer}
-    bind = partial(bind_in_precision, config.matmul_precision)
-    ppo = PPO(
-        init=bind(init, **parts, optimizer=optimizer),
-        step=bind(step, **learning),
-        train=bind(train, **learning),
-        evaluate=bind(evaluate, **parts),
-        act=bind(act, **parts),
-        **parts,
-    )
     obs = jax.eval_shape(partial(_first_observation, env=env, config=config), jax.random.key(0))
-    check_network(network, obs, spaces[1], config.num_envs)
-    return ppo
+    check_network(network, obs, spaces[1], config)
+    return bind_ppo(env, network, config, loss, optimizer)
 
 
-def bind_in_precision(precision: str, function: Callable, **static) -> Callable:
-    """A function with static arguments bound, whose float32 products have a precision, under its own name."""
-    bound = partial(in_precision, precision, partial(function, **static))
-    bound.__name__ = function.__name__  # what compiled programs and profiles call it
+def bind_ppo(env: Env, network: Network, config: Config, loss: Callable, optimizer: Callable, axis_name=()) -> PPO:
+    """The PPO of parts that fit together.
+
+    `axis_name` is the mesh axis whose shards hold the environments, each `config.num_envs` of them (see `sharded`);
+    () is none.
+    """
+    bound = partial(bind, config.matmul_precision)
+    acting = {"env": env, "network": network, "config": config}
+    learning = {"network": network, "config": config, "loss": loss, "optimizer": optimizer, "axis_name": axis_name}
+    ppo = PPO(
+        init=bound(init, **acting, optimizer=optimizer),
+        collect=bound(collect, **acting, axis_name=axis_name),
+        learn=bound(learn, **learning),
+        step=bound(step, **acting | learning),
+        train=train,
+        evaluate=bound(evaluate, **acting),
+        act=bound(act, **acting),
+        **acting,
+        loss=loss,
+        optimizer=optimizer,
+    )
+    return replace_step(ppo, ppo.step)
+
+
+def bind(precision: str, function: Callable, **static) -> Callable:
+    """A function with static arguments bound, whose float32 products have a precision; else it looks as it did.
+
+    JAX's own default precision is TF32 on recent GPUs.
+    """
+
+    @wraps(function)
+    def bound(*args, **kwargs):
+        with jax.default_matmul_precision(precision):
+            return function(*args, **static, **kwargs)
+
+    signature = inspect.signature(function)
+    left = [parameter for name, parameter in signature.parameters.items() if name not in static]
+    bound.__signature__ = signature.replace(parameters=left)
     return bound
 
 
-def in_precision(precision: str, function: Callable, *args, **kwargs):
-    """The result of a function whose float32 products have a precision; JAX's own default is TF32 on recent GPUs."""
-    with jax.default_matmul_precision(precision):
-        return function(*args, **kwargs)
+def with_step(ppo: PPO, step: Callable, init: Callable | None = None) -> PPO:
+    """The same PPO with another cycle, `step(ppo, state) -> state, metrics`: again a PPO, which all transforms take.
+
+    The step is given the PPO that `with_step` was given, whose `collect`, `learn` and `step` it may call, and whose
+    state it may change: hyperparameters, environment parameters, or fields of its own. A state with such fields is a
+    subclass of `TrainState`, from `init(ppo, key, hyperparams, env_params)`. Under `sharded` the step sees the whole
+    rollout, not a shard of it.
+    """
+
+    def whole_step(state: TrainState):
+        after = step(ppo, state)
+        return ppo.freeze(state, *after) if ppo.freeze else after
+
+    new = replace_step(ppo, wraps(ppo.step)(bind(ppo.config.matmul_precision, whole_step)))
+    if init is not None:
+        new = new._replace(init=wraps(ppo.init)(bind(ppo.config.matmul_precision, partial(init, ppo))))
+    return new._replace(custom=(ppo, step, init))
+
+
+def replace_step(ppo: PPO, step: Callable) -> PPO:
+    """A PPO with another step, a function of the state, and the training that repeats it."""
+    return ppo._replace(step=step, train=bind(ppo.config.matmul_precision, train, step=step, config=ppo.config))
 
 
 def init(
-    key, hyperparams: Hyperparams = Hyperparams(), env_params=None, *, env, network, config, optimizer
+    key: jax.Array,
+    hyperparams: Hyperparams = Hyperparams(),
+    env_params: Any = None,
+    *,
+    env: Env,
+    network: Network,
+    config: Config,
+    optimizer: Callable,
 ) -> TrainState:
     """A run that has not learned yet. `env_params` are those of the environment where none are given."""
     _check_target_kl(hyperparams.target_kl, config)
@@ -125,108 +204,157 @@ def init(
     observation = observation_moments(observation_space(env)) if config.normalize_observation else ()
     obs = standardize_observations(observation, add_time(actors.obs), config.observation_clip)
     params = network.init(network_key, actors.memory, obs, actors.first[None])
+    params = orthogonalize(jax.random.fold_in(network_key, 0), params)  # a user's network may leave them to be drawn
     return TrainState(
         key=key,
         hyperparams=hyperparams,
         env_params=env_params,
         policy=Policy(params=params, observation=observation, reward=no_moments() if config.scale_reward else ()),
-        opt_state=optimizer(hyperparams.at(0.0)).init(params),
+        opt_state=optimizer(hyperparams.at(0, config)).init(params),
         actors=actors,
         num_updates=jnp.int32(0),
     )
 
 
-def step(state: TrainState, *, env, network, config, loss, optimizer, axis_name=()):
-    """One cycle: act for T steps, estimate advantages, learn for some epochs. Returns the next state and metrics.
-
-    `axis_name` is the mesh axis whose shards hold the environments, each `config.num_envs` of them (see `sharded`);
-    () is none.
-    """
+def collect(
+    state: TrainState, *, env: Env, network: Network, config: Config, axis_name=()
+) -> tuple[TrainState, Rollout]:
+    """The first half of a cycle: act for T steps. Returns the state after them, and the rollout to `learn` from."""
     key, rollout_key, update_key = jax.random.split(state.key, 3)
-    if axis_name:  # what lies in a shard is drawn and shuffled there
-        shard = jax.lax.axis_index(axis_name)
-        rollout_key, update_key = jax.random.fold_in(rollout_key, shard), jax.random.fold_in(update_key, shard)
-    progress = jnp.minimum(state.num_updates / config.num_updates, 1.0).astype(jnp.float32)
-    hyperparams = state.hyperparams.at(progress)
-    policy = state.policy
-
-    actors, transitions = collect(
-        rollout_key,
+    actors, rollout = unroll(
+        key_of_shard(rollout_key, axis_name),
         state.actors,
-        policy,
+        state.policy,
         state.env_params,
-        hyperparams.discount,
         env=env,
         network=network,
         config=config,
     )
-    policy, reward = scale_rewards(policy, transitions, config, axis_name)
-    batch = estimate(policy, transitions, reward, actors.memory, hyperparams, network=network, config=config)
+    return state.replace(key=key, actors=actors), rollout.replace(key=update_key)
+
+
+def learn(
+    state: TrainState,
+    rollout: Rollout,
+    *,
+    network: Network,
+    config: Config,
+    loss: Callable,
+    optimizer: Callable,
+    axis_name=(),
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The second half of a cycle: estimate advantages, learn for some epochs. Returns the next state and metrics.
+
+    All that is learned follows from the rollout as it is given; the returns and lengths of episodes that are reported
+    are those that the environment had in `collect`.
+    """
+    hyperparams = state.hyperparams.at(state.num_updates, config)
+    state, reward = scale_rewards(state, rollout, hyperparams.discount, config, axis_name)
+    policy, actors = state.policy, state.actors
+    batch = estimate(policy, rollout, reward, actors.memory, hyperparams, network=network, config=config)
     if config.normalize_advantage == "batch":
         batch = batch.replace(advantage=standardize_advantage(batch.advantage, axis_name=axis_name))
     params, opt_state, learned = update(
-        update_key,
+        key_of_shard(rollout.key, axis_name),
         policy.params,
         state.opt_state,
         batch,
         hyperparams,
-        loss=loss,
+        loss=partial(loss, network=network, config=config),
         optimizer=optimizer,
         config=config,
         axis_name=axis_name,
     )
-
     measured_obs, measured = gather_shards(
-        (measure_observations(policy.observation, transitions.obs), measure_rollout(transitions, batch)), axis_name
+        (measure_observations(policy.observation, rollout.obs), measure_rollout(rollout, batch)), axis_name
     )
     # The policy acted and learned under the old moments, so that its ratio began at 1; the next cycle has the new.
     policy = policy.replace(observation=merge_observations(policy.observation, measured_obs))
-    next_state = state.replace(
-        key=key,
-        policy=policy.replace(params=params),
-        opt_state=opt_state,
-        actors=actors,
-        num_updates=state.num_updates + 1,
-    )
-    return next_state, learned | summarize(measured) | {"learning_rate": hyperparams.learning_rate}
+    state = state.replace(policy=policy.replace(params=params), opt_state=opt_state, num_updates=state.num_updates + 1)
+    metrics = summarize(measured, rollout) | {"learning_rate": hyperparams.learning_rate}
+    return state, join_metrics(metrics, {"reports of the loss": learned})
 
 
-def train(state: TrainState, *, config, **parts):
-    """All `config.num_updates` cycles of a run in one program; metrics are stacked, [U]."""
-    return jax.lax.scan(lambda state, _: step(state, config=config, **parts), state, length=config.num_updates)
+def step(
+    state: TrainState,
+    *,
+    env: Env,
+    network: Network,
+    config: Config,
+    loss: Callable,
+    optimizer: Callable,
+    axis_name=(),
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One cycle: act for T steps, estimate advantages, learn for some epochs. Returns the next state and metrics."""
+    state, rollout = collect(state, env=env, network=network, config=config, axis_name=axis_name)
+    return learn(state, rollout, network=network, config=config, loss=loss, optimizer=optimizer, axis_name=axis_name)
 
 
-def scale_rewards(policy: Policy, transitions, config: Config, axis_name=()):
-    """The policy with this rollout's returns counted in, and the rewards to learn from, [T, N].
+def train(state: TrainState, *, step: Callable, config: Config) -> tuple[TrainState, dict[str, jax.Array]]:
+    """All `config.num_updates` cycles of a run in one program; metrics are stacked, [U, ...], of R runs [R, U, ...]."""
+    state, metrics = jax.lax.scan(lambda state, _: step(state), state, length=config.num_updates)
+    return state, jax.tree.map(lambda x: jnp.moveaxis(x, 0, state.num_updates.ndim), metrics)
+
+
+def key_of_shard(key: jax.Array, axis_name=()) -> jax.Array:
+    """The key itself, or one for each shard of a mesh axis: what lies in a shard is drawn and shuffled there."""
+    return jax.random.fold_in(key, jax.lax.axis_index(axis_name)) if axis_name else key
+
+
+def scale_rewards(state: TrainState, rollout: Rollout, discount, config: Config, axis_name=()):
+    """The state with this rollout's returns counted in, and the rewards to learn from, [T, N].
 
     Unlike observations, rewards take no part in the ratio: the newest moments are the right ones for them.
     """
     if not config.scale_reward:
-        return policy, transitions.reward
-    moments = merge(policy.reward, gather_shards(measure(transitions.discounted_return), axis_name))
-    return policy.replace(reward=moments), scale(moments, transitions.reward, config.reward_clip)
+        return state, rollout.reward
+    last, returns = discounted_returns(state.actors.discounted_return, rollout.reward, rollout.done, discount)
+    moments = merge(state.policy.reward, gather_shards(measure(returns), axis_name))
+    state = state.replace(
+        policy=state.policy.replace(reward=moments), actors=state.actors.replace(discounted_return=last)
+    )
+    return state, scale(moments, rollout.reward, config.reward_clip)
 
 
-def estimate(policy: Policy, transitions, reward, last_memory, hyperparams: Hyperparams, *, network, config) -> Batch:
+def estimate(
+    policy: Policy, rollout: Rollout, reward, last_memory, hyperparams: Hyperparams, *, network, config
+) -> Batch:
     """What there is to learn from a rollout: advantages and value targets, [T, N]."""
-    terminated = transitions.terminated if config.bootstrap_on_truncation else transitions.done
-    value, next_value = values(policy, transitions, terminated, last_memory, network=network, config=config)
-    advantage = gae(
-        reward, value, next_value, terminated, transitions.done, hyperparams.discount, hyperparams.gae_lambda
+    terminated = rollout.terminated if config.bootstrap_on_truncation else rollout.done
+    value, next_value = values(policy, rollout, terminated, last_memory, network=network, config=config)
+    advantage = gae(reward, value, next_value, terminated, rollout.done, hyperparams.discount, hyperparams.gae_lambda)
+    obs, next_obs = (
+        standardize_observations(policy.observation, x, config.observation_clip)
+        for x in (rollout.obs, rollout.next_obs)
     )
     return Batch(
-        obs=standardize_observations(policy.observation, transitions.obs, config.observation_clip),
-        first=transitions.first,
-        memory=transitions.memory,
-        action=transitions.action,
-        log_prob=transitions.log_prob,
+        obs=obs,
+        first=rollout.first,
+        memory=rollout.memory,
+        action=rollout.action,
+        log_prob=rollout.log_prob,
         value=value,
         advantage=advantage,
         target=advantage + value,
+        distribution=rollout.distribution,
+        reward=reward,
+        next_obs=next_obs,
+        terminated=rollout.terminated,
+        truncated=rollout.truncated,
     )
 
 
-def act(policy: Policy, obs, key=None, memory=None, env_params=None, *, env, network, config):
+def act(
+    policy: Policy,
+    obs: Any,
+    key: jax.Array | None = None,
+    memory: Any = None,
+    env_params: Any = None,
+    *,
+    env: Env,
+    network: Network,
+    config: Config,
+) -> tuple[Any, Any]:
     """One action of a trained policy for one observation, ready for the environment, and the memory after it.
 
     `key` draws a sample; without one, the mode. `memory` is what the last call of this episode returned; None begins

@@ -1,4 +1,4 @@
-"""Acting in environments: from a policy and actors that stand somewhere to T steps of N environments."""
+"""Acting in environments: from a policy and actors that stand somewhere to a rollout, T steps of N environments."""
 
 from typing import Any
 
@@ -31,31 +31,34 @@ class Actors:
     memory: Any  # [N, ...] of the network, before `first` empties it
     episode_return: jax.Array  # [N], raw rewards so far
     episode_length: jax.Array  # [N] int32, steps so far
-    discounted_return: jax.Array  # [N], discounted sum of past rewards, for their scale
+    discounted_return: jax.Array  # [N], discounted sum of past rewards learned from, for their scale
 
 
 @struct.dataclass
-class Transition:
-    """One step of every environment; a rollout stacks T of them in front, [T, N, ...]."""
+class Rollout:
+    """T steps of N environments, a record that may be changed before it is learned from; one step of it is [N, ...]."""
 
-    obs: Any  # [N, ...] acted on, as the environment shows it
-    first: jax.Array  # [N] bool, whether `obs` begins an episode
-    memory: Any  # [N, ...] of the network, before `obs`
-    distribution: Any  # [1, N, ...] that `action` was drawn from
-    action: jax.Array  # [N, ...] as drawn, before any bound
-    reward: jax.Array  # [N] raw
-    next_obs: Any  # [N, ...] reached, before any reset
-    terminated: jax.Array  # [N] bool
-    truncated: jax.Array  # [N] bool
-    # Filled in once for the whole rollout by `count_returns`, which costs less than step by step.
-    log_prob: Any = None  # [N] of `action` when it was drawn
-    episode_return: Any = None  # [N], raw, this reward included
-    episode_length: Any = None  # [N] int32, this step included
-    discounted_return: Any = None  # [N], this reward included
+    obs: Any  # [T, N, ...] acted on, as the environment shows it
+    first: jax.Array  # [T, N] bool, whether `obs` begins an episode
+    memory: Any  # [T, N, ...] of the network, before `obs`
+    distribution: Any  # [T, N, ...] that `action` was drawn from; its scalars belong to all steps
+    action: jax.Array  # [T, N, ...] as drawn, before any bound
+    reward: jax.Array  # [T, N] raw; what is learned from
+    next_obs: Any  # [T, N, ...] reached, before any reset
+    terminated: jax.Array  # [T, N] bool
+    truncated: jax.Array  # [T, N] bool
+    metrics: dict  # of the environment, [T, N] each: means over steps are reported
+    episode_metrics: dict  # of the environment, [T, N] each: means over the episodes that ended are reported
+    # Filled in once for the whole rollout, which costs less than step by step.
+    log_prob: Any = None  # [T, N] of `action` when it was drawn
+    ended: Any = None  # [T, N] bool, whether the environment ended an episode with this step
+    episode_return: Any = None  # [T, N], the environment's rewards so far, this one included
+    episode_length: Any = None  # [T, N] int32, this step included
+    key: Any = None  # [] that learning from this rollout draws from
 
     @property
-    def done(self):
-        """Whether the episode ended with this step, [N] or [T, N]."""
+    def done(self) -> jax.Array:
+        """Whether what is learned from ends with this step, [T, N] bool: `terminated` or `truncated`."""
         return self.terminated | self.truncated
 
 
@@ -83,8 +86,8 @@ def start(key, env_params, *, env: Env, network: Network, num_envs: int) -> Acto
     )
 
 
-def collect(key, actors: Actors, policy: Policy, env_params, discount, *, env: Env, network: Network, config: Config):
-    """T steps of N environments under a fixed policy: the actors where they end, and Transition [T, N]."""
+def unroll(key, actors: Actors, policy: Policy, env_params, *, env: Env, network: Network, config: Config):
+    """T steps of N environments under a fixed policy: the actors where they end, and the Rollout without its key."""
 
     def step(actors, draws):
         return act_and_step(draws, actors, policy, env_params, env=env, network=network, config=config)
@@ -97,26 +100,37 @@ def collect(key, actors: Actors, policy: Policy, env_params, discount, *, env: E
 
     distribution = jax.eval_shape(look, policy, actors)
     draws = draw_ahead(key, distribution, env_params, env=env, config=config)
-    return count_returns(*jax.lax.scan(step, actors, draws), discount)
+    actors, rollout = jax.lax.scan(step, actors, draws)
+    # Stacked over steps of their own time axis, [T, 1, N, ...]; scalars are the same in every step.
+    distribution = jax.tree.map(lambda x: x[:, 0] if x.ndim > 1 else x[0], rollout.distribution)
+    rollout = rollout.replace(distribution=distribution, log_prob=distribution.log_prob(rollout.action))
+    return count_episodes(actors, rollout)
 
 
-def count_returns(actors: Actors, transitions: Transition, discount):
-    """Actors and Transition [T, N] of a rollout with log probabilities and running returns filled in."""
+def count_episodes(actors: Actors, rollout: Rollout):
+    """Actors and Rollout with what is counted of the environment's episodes filled in."""
 
     def count(before, step):
         reward, done = step
-        episode_return, episode_length, discounted_return = before
-        after = episode_return + reward, episode_length + 1, discount * discounted_return + reward
+        after = before[0] + reward, before[1] + 1
         return jax.tree.map(lambda x: jnp.where(done, 0, x), after), after
 
-    before = actors.episode_return, actors.episode_length, actors.discounted_return
-    last, running = jax.lax.scan(count, before, (transitions.reward, transitions.done))
-    names = "episode_return", "episode_length", "discounted_return"
-    log_prob = jax.vmap(lambda distribution, action: distribution.log_prob(action[None])[0])
-    transitions = transitions.replace(
-        log_prob=log_prob(transitions.distribution, transitions.action), **dict(zip(names, running))
-    )
-    return actors.replace(**dict(zip(names, last))), transitions
+    ended = rollout.done
+    before = actors.episode_return, actors.episode_length
+    last, (returns, lengths) = jax.lax.scan(count, before, (rollout.reward, ended))
+    rollout = rollout.replace(ended=ended, episode_return=returns, episode_length=lengths)
+    return actors.replace(episode_return=last[0], episode_length=last[1]), rollout
+
+
+def discounted_returns(before, reward, done, discount):
+    """Running discounted sums of rewards [T, N] from `before` [N]: those after the last step, [N], and all, [T, N]."""
+
+    def count(before, step):
+        reward, done = step
+        after = discount * before + reward
+        return jnp.where(done, 0, after), after
+
+    return jax.lax.scan(count, before, (reward, done))
 
 
 def draw_ahead(key, distribution, env_params, *, env: Env, config: Config) -> Draws:
@@ -138,9 +152,9 @@ def draw_ahead(key, distribution, env_params, *, env: Env, config: Config) -> Dr
 
 
 def act_and_step(draws: Draws, actors, policy, env_params, *, env, network, config):
-    """One step of N environments, those that ended begun anew: the actors after it, and Transition [N].
+    """One step of N environments, those that ended begun anew: the actors after it, and this step of the Rollout, [N].
 
-    What `count_returns` fills in for a whole rollout is left out.
+    What `unroll` fills in for a whole rollout is left out, and `distribution` has a time axis of one step.
     """
     memory, distribution, _ = apply_policy(
         policy, actors.memory, add_time(actors.obs), actors.first[None], network=network, config=config
@@ -153,7 +167,7 @@ def act_and_step(draws: Draws, actors, policy, env_params, *, env, network, conf
     done = result.terminated | result.truncated
     env_state, obs = begin_where(done, draws.start, (result.state, result.obs))
 
-    transition = Transition(
+    rollout_step = Rollout(
         obs=actors.obs,
         first=actors.first,
         memory=actors.memory,
@@ -163,8 +177,10 @@ def act_and_step(draws: Draws, actors, policy, env_params, *, env, network, conf
         next_obs=result.obs,
         terminated=result.terminated,
         truncated=result.truncated,
+        metrics=result.metrics,
+        episode_metrics=result.episode_metrics,
     )
-    return actors.replace(env_state=env_state, obs=obs, first=done, memory=memory), transition
+    return actors.replace(env_state=env_state, obs=obs, first=done, memory=memory), rollout_step
 
 
 def apply_policy(policy: Policy, memory, obs, first, *, network: Network, config: Config):
@@ -185,6 +201,8 @@ def step_envs(keys, env_state, action, env_params, *, env: Env, config: Config):
         state=jax.tree.map(_strong, result.state),
         obs=jax.tree.map(_strong, result.obs),
         reward=result.reward.astype(jnp.float32),
+        metrics=_as_floats(result.metrics),
+        episode_metrics=_as_floats(result.episode_metrics),
     )
 
 
@@ -211,3 +229,7 @@ def add_time(tree):
 
 def _strong(x):
     return jnp.asarray(x, jnp.result_type(x))
+
+
+def _as_floats(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)

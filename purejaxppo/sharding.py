@@ -8,7 +8,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from purejaxppo.config import Config
-from purejaxppo.ppo import PPO, TrainState
+from purejaxppo.ppo import PPO, TrainState, bind_ppo, with_step
+from purejaxppo.rollout import Rollout
 
 AXIS = "envs"
 
@@ -19,32 +20,47 @@ def sharded(ppo: PPO, devices=None) -> PPO:
     Each of D devices acts in N / D environments and learns from an equal part of every minibatch; gradients are
     averaged in every minibatch and moments pooled in every cycle, so that the policy is the same everywhere. Settings
     and states are those of the whole: `evaluate`, `act` and a saved policy know nothing of devices. The draws are not
-    those of one device, since each shuffles what it holds. A loss of one's own must be a mean over transitions. Raises
-    ValueError where a rollout cannot be shared out evenly.
+    those of one device, since each shuffles what it holds. A custom loss must be a mean over transitions; a custom step
+    sees whole rollouts. Raises ValueError where a rollout cannot be shared out evenly.
     """
+    if ppo.custom:
+        base, step, init = ppo.custom
+        return with_step(sharded(base, devices), step, init)
     if ppo.mesh is not None:
         raise ValueError(f"this PPO is sharded already, over {ppo.mesh.size} devices")
     devices = choose_devices(devices)
     config = _config_of_shard(ppo.config, len(devices))
     mesh = Mesh(np.array(devices), AXIS)
+    shard = bind_ppo(ppo.env, ppo.network, config, ppo.loss, ppo.optimizer, AXIS)
+    # That all shards agree on what they share is tested, not checked by types.
+    on_shards = partial(jax.shard_map, mesh=mesh, check_vma=False)
 
     @wraps(ppo.init)
     def init(*args, **kwargs):
         state = ppo.init(*args, **kwargs)
         return jax.lax.with_sharding_constraint(state, jax.tree.map(partial(NamedSharding, mesh), _specs(state)))
 
-    def on_shards(function):
+    @wraps(ppo.collect)
+    def collect(state):
+        specs = _specs(state), _specs_of_rollout(jax.eval_shape(ppo.collect, state)[1])
+        return on_shards(shard.collect, in_specs=specs[:1], out_specs=specs)(state)
+
+    @wraps(ppo.learn)
+    def learn(state, rollout):
+        specs = _specs(state), _specs_of_rollout(rollout)
+        return on_shards(shard.learn, in_specs=specs, out_specs=(specs[0], PartitionSpec()))(state, rollout)
+
+    def whole(function):
         @wraps(function)
         def run(state):
             specs = _specs(state)
-            shard = partial(function, config=config, axis_name=AXIS)
-            # That all shards agree on what they share is tested, not checked by types.
-            out = specs, PartitionSpec()
-            return jax.shard_map(shard, mesh=mesh, in_specs=(specs,), out_specs=out, check_vma=False)(state)
+            return on_shards(function, in_specs=(specs,), out_specs=(specs, PartitionSpec()))(state)
 
         return run
 
-    return ppo._replace(init=init, step=on_shards(ppo.step), train=on_shards(ppo.train), mesh=mesh)
+    return ppo._replace(
+        init=init, collect=collect, learn=learn, step=whole(shard.step), train=whole(shard.train), mesh=mesh
+    )
 
 
 def choose_devices(devices, present=None) -> list[jax.Device]:
@@ -78,6 +94,11 @@ def _specs(state: TrainState):
         raise ValueError("sharded takes the PPO of one run: for many runs write batched(sharded(ppo))")
     everywhere = jax.tree.map(lambda _: PartitionSpec(), state)
     return everywhere.replace(actors=jax.tree.map(lambda _: PartitionSpec(AXIS), state.actors))
+
+
+def _specs_of_rollout(rollout: Rollout):
+    """Where every leaf of a rollout [T, N, ...] lies: environments in shards, scalars everywhere."""
+    return jax.tree.map(lambda x: PartitionSpec(None, AXIS) if x.ndim else PartitionSpec(), rollout)
 
 
 def _config_of_shard(config: Config, num_devices: int) -> Config:

@@ -1,26 +1,49 @@
 """The metrics of a rollout, and what each shard of it has to measure for them."""
 
+import jax
 import jax.numpy as jnp
 
 from purejaxppo.normalize import measure, pool
+from purejaxppo.rollout import Rollout
 from purejaxppo.update import Batch
 
+# Names that metrics have beside them, as coordinates or as results of the host.
+RESERVED = {"run", "seed", "setting", "update", "step", "parent", "evaluation_return", "failed_update"}
 
-def measure_rollout(transitions, batch: Batch) -> dict:
+
+def measure_rollout(rollout: Rollout, batch: Batch) -> dict:
     """What `summarize` needs of a rollout, or of the part of it that lies in a shard."""
-    ended = jnp.stack([jnp.ones_like(batch.value), transitions.episode_return, transitions.episode_length])
+    of_episodes = rollout.episode_return, rollout.episode_length, *rollout.episode_metrics.values()
+    ended = jnp.stack([jnp.ones_like(batch.value), *of_episodes])
     values = jnp.stack([batch.value, batch.target, batch.target - batch.value])
-    return {"ended": jnp.where(transitions.done[None], ended, 0).sum((1, 2)), "values": measure(values, (1, 2))}
-
-
-def summarize(measured: dict) -> dict:
-    """What a reader needs of a rollout measured in D parts, each one number; nan for episodes where none ended."""
-    num_episodes, episode_return, episode_length = measured["ended"].sum(0)
-    values = pool(measured["values"])
     return {
+        "ended": jnp.where(rollout.ended[None], ended, 0).sum((1, 2)),
+        "values": measure(values, (1, 2)),
+        "steps": jax.tree.map(jnp.mean, rollout.metrics),
+    }
+
+
+def summarize(measured: dict, rollout: Rollout) -> dict[str, jax.Array]:
+    """What a reader needs of a rollout measured in D parts, each one number; nan for episodes where none ended."""
+    num_episodes, episode_return, episode_length, *of_episodes = measured["ended"].sum(0)
+    values = pool(measured["values"])
+    own = {
         "episode_return": episode_return / num_episodes,
         "episode_length": episode_length / num_episodes,
         "num_episodes": num_episodes.astype(jnp.int32),
         "explained_variance": 1 - values.variance[2] / values.variance[1],
         "value_mean": values.mean[0],
     }
+    steps = {name: x.mean(0) for name, x in measured["steps"].items()}
+    episodes = {name: x / num_episodes for name, x in zip(rollout.episode_metrics, of_episodes)}
+    return join_metrics(own, {"metrics of the environment": steps, "episode_metrics of the environment": episodes})
+
+
+def join_metrics(metrics: dict, others: dict[str, dict]) -> dict:
+    """Metrics with those of others, by who reports them, added. Raises ValueError for a name that is taken."""
+    for reporter, added in others.items():
+        taken = added.keys() & (metrics.keys() | RESERVED)
+        if taken:
+            raise ValueError(f"{reporter} hold {min(taken)!r}, a name that is taken (report it under another)")
+        metrics = metrics | added
+    return metrics

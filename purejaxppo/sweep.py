@@ -1,7 +1,6 @@
 """Many runs in one program: the same functions and the same pytrees with one more axis R in front."""
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
 from functools import partial, wraps
 
 import jax
@@ -10,8 +9,8 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from purejaxppo.checks import check_whole
-from purejaxppo.config import Hyperparams, as_arrays
-from purejaxppo.ppo import PPO, TrainState
+from purejaxppo.config import Hyperparams, as_arrays, spec_of
+from purejaxppo.ppo import PPO, TrainState, replace_step
 from purejaxppo.sharding import choose_devices
 from purejaxppo.table import Table
 
@@ -26,66 +25,62 @@ def batched(ppo: PPO, devices=None) -> PPO:
     was, and from there on it reports nan and no episodes. `devices`, a list or how many, share the runs out among
     them, R / D to each, with no communication.
     """
-    ppo = _freezing(ppo)
+    mesh = _mesh(ppo, devices)
+    on_devices = partial(_on_devices, mesh)
 
-    def init(keys, hyperparams=Hyperparams(), env_params=None):
-        if keys.ndim != 1:
-            raise ValueError(f"keys must be one for each run, [R], not of shape {keys.shape} (see `runs`)")
-        if "rbg" in str(jax.random.key_impl(keys)):
+    @wraps(ppo.init)
+    def init(key, hyperparams=Hyperparams(), env_params=None):
+        if key.ndim != 1:
+            raise ValueError(f"keys must be one for each run, [R], not of shape {key.shape} (see `runs`)")
+        if "rbg" in str(jax.random.key_impl(key)):
             raise ValueError(
-                f"keys of the generator {jax.random.key_impl(keys)!r} draw other numbers in other batches: "
+                f"keys of the generator {jax.random.key_impl(key)!r} draw other numbers in other batches: "
                 "take those of 'threefry2x32', or train one run at a time"
             )
-        num_runs = keys.shape[0]
+        num_runs = key.shape[0]
         env_params = ppo.env.params if env_params is None else env_params
         hyperparams = _per_run(hyperparams, jax.tree.map(lambda _: 0.0, hyperparams), num_runs)
-        return on_devices(jax.vmap(ppo.init))(keys, hyperparams, _per_run(env_params, ppo.env.params, num_runs))
+        return on_devices(jax.vmap(ppo.init))(key, hyperparams, _per_run(env_params, ppo.env.params, num_runs))
 
-    def evaluate(keys, policies, env_params=None, **options):
+    @wraps(ppo.evaluate)
+    def evaluate(key, policy, env_params=None, **options):
         env_params = ppo.env.params if env_params is None else env_params
-        env_params = _per_run(env_params, ppo.env.params, keys.shape[0])
-        return jax.vmap(lambda *args: ppo.evaluate(*args, **options))(keys, policies, env_params)
+        env_params = _per_run(env_params, ppo.env.params, key.shape[0])
+        return jax.vmap(lambda *args: ppo.evaluate(*args, **options))(key, policy, env_params)
 
-    def act(policies, obs, keys=None, memory=None, env_params=None):
+    @wraps(ppo.act)
+    def act(policy, obs, key=None, memory=None, env_params=None):
         if env_params is not None:
-            env_params = _per_run(env_params, ppo.env.params, len(jax.tree.leaves(policies)[0]))
-        return jax.vmap(ppo.act)(policies, obs, keys, memory, env_params)
+            env_params = _per_run(env_params, ppo.env.params, len(jax.tree.leaves(policy)[0]))
+        return jax.vmap(ppo.act)(policy, obs, key, memory, env_params)
 
     def over_runs(function):
         return wraps(function)(on_devices(partial(_over_runs, function)))
 
-    mesh = _mesh(ppo, devices)
-    on_devices = partial(_on_devices, mesh)
+    one = replace_step(ppo, wraps(ppo.step)(lambda state: freeze(state, *ppo.step(state))))
+    lifted = {name: over_runs(getattr(one, name)) for name in ("collect", "learn", "step", "train")}
     return ppo._replace(
-        init=init, step=over_runs(ppo.step), train=over_runs(ppo.train), evaluate=evaluate, act=act,
-        mesh=mesh or ppo.mesh,
+        init=init, evaluate=evaluate, act=act, **lifted,
+        mesh=mesh or ppo.mesh, freeze=over_runs(freeze), custom=None,
     )  # fmt: skip
 
 
-def _over_runs(function, state):
+def _over_runs(function, state, *args):
     """A function of one state for a batch of R; a single run goes through without its axis, which is faster."""
     if state.num_updates.ndim == 0:
         raise ValueError("a batch of runs takes states with a leading axis R, from its own init with keys [R]")
     if len(state.num_updates) > 1:
-        return jax.vmap(function)(state)
-    return jax.tree.map(lambda x: x[None], function(jax.tree.map(lambda x: x[0], state)))
+        return jax.vmap(function)(state, *args)
+    return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], (state, *args))))
 
 
-def _freezing(ppo: PPO) -> PPO:
-    """A PPO whose run stays as it is instead of taking a step after which it would hold a number that is not finite."""
-
-    def step(state):
-        new, metrics = ppo.step(state)
-        learned = new.policy, new.opt_state, metrics.get("loss", 0.0)
-        finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(learned)]).all()
-        # The same state has the same key, and so the same step before it: once frozen it stays so.
-        state = jax.tree.map(lambda old, new: jnp.where(finite, new, old), state, new)
-        return state, {name: jnp.where(finite, x, _nothing(x)) for name, x in metrics.items()}
-
-    def train(state):
-        return jax.lax.scan(lambda state, _: step(state), state, length=ppo.config.num_updates)
-
-    return ppo._replace(step=wraps(ppo.step)(step), train=wraps(ppo.train)(train))
+def freeze(state: TrainState, new: TrainState, metrics: dict) -> tuple[TrainState, dict]:
+    """The state after a whole step and its metrics, or the state before and nan if it holds a number not finite."""
+    learned = new.policy, new.opt_state, metrics.get("loss", 0.0)
+    finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(learned)]).all()
+    # The same state has the same key, and so the same step before it: once frozen it stays so.
+    state = jax.tree.map(lambda old, new: jnp.where(finite, new, old), state, new)
+    return state, {name: jnp.where(finite, x, _nothing(x)) for name, x in metrics.items()}
 
 
 def _nothing(metric):
@@ -131,10 +126,10 @@ def runs(key, values: Table | Mapping | None = None, num_seeds: int = 1, hyperpa
     a name that is no hyperparameter: `Sweep` takes those of every kind.
     """
     values = values.columns() if isinstance(values, Table) else values or {}
-    known = [field.name for field in fields(Hyperparams)]
     for name in values:
-        if name not in known:
-            raise ValueError(f"{name} is not a hyperparameter (known: {', '.join(known)}; Sweep takes other fields)")
+        if spec_of(name) is None:
+            known = ", ".join(hyperparams.names)
+            raise ValueError(f"{name} is not a hyperparameter (known: {known}, extra.NAME; Sweep takes other fields)")
     check_whole("num_seeds", num_seeds)
     lengths = {name: len(column) for name, column in values.items()}
     if len(set(lengths.values())) > 1:
@@ -142,7 +137,7 @@ def runs(key, values: Table | Mapping | None = None, num_seeds: int = 1, hyperpa
     num_settings = max(lengths.values(), default=1)
     keys = seed_keys(key, jnp.tile(jnp.arange(num_seeds), num_settings))
     columns = {name: np.repeat(np.asarray(column), num_seeds) for name, column in values.items()}
-    swept = as_arrays(replace(hyperparams, **columns))
+    swept = as_arrays(hyperparams.set(columns))
     return keys, _per_run(swept, jax.tree.map(lambda _: 0.0, swept), keys.shape[0])
 
 

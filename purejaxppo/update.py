@@ -1,8 +1,10 @@
 """Learning from one rollout: epochs of shuffled minibatches, one optimizer step each."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,10 +15,15 @@ from purejaxppo.config import Config, Hyperparams
 from purejaxppo.messages import mean_over_shards
 from purejaxppo.normalize import standardize_advantage
 
+LOSS = 2**31  # what is folded into the key of the shuffles for that of the loss
+
 
 @struct.dataclass
 class Batch:
-    """What is learned from: a rollout [T, N, ...], or a minibatch of it [L, B, ...]."""
+    """What is learned from: a rollout [T, N, ...], or a minibatch of it [L, B, ...]. What no loss reads costs nothing.
+
+    Where a shape is not said it is [T, N] or [L, B].
+    """
 
     obs: Any  # as the network reads it, normalised if at all
     first: jax.Array  # bool, whether `obs` begins an episode
@@ -26,6 +33,11 @@ class Batch:
     value: jax.Array  # of the policy that acted
     advantage: jax.Array
     target: jax.Array  # of the value
+    distribution: Any = None  # of the policy that acted; its scalars belong to all transitions
+    reward: jax.Array | None = None  # as learned from: scaled, if at all
+    next_obs: Any = None  # reached, before any reset, as the network reads it
+    terminated: jax.Array | None = None  # bool
+    truncated: jax.Array | None = None  # bool
 
 
 def adam(hyperparams: Hyperparams) -> optax.GradientTransformation:
@@ -51,6 +63,7 @@ def update(
 ):
     """All epochs over one rollout: params, opt_state, and the means of what the minibatches reported.
 
+    `loss(params, minibatch, hyperparams)` takes a keyword `key` besides if it has one, another for every minibatch.
     Every epoch draws a permutation of its own. With `stop_on_kl`, the first minibatch whose KL exceeds the target
     and all after it leave params and optimizer state as they are, and do not count in the means.
     Where a rollout lies in shards along the mesh axis `axis_name`, a minibatch has an equal part in each.
@@ -62,12 +75,15 @@ def update(
     if config.normalize_advantage == "minibatch":
         # For all minibatches at once, so that shards wait for each other once and not in every one.
         advantage = standardize_advantage(advantage, (1, 2), axis_name)
+    keys = {}
+    if "key" in inspect.signature(loss).parameters:
+        keys["key"] = jax.random.split(jax.random.fold_in(key, LOSS), len(chosen))
 
     def learn(carry, minibatch):
         params, opt_state, stopped = carry
-        chosen, advantage = minibatch
+        chosen, advantage, key = minibatch
         minibatch = take(segments, chosen).replace(advantage=advantage.T)
-        (_, report), grads = jax.value_and_grad(loss, has_aux=True)(params, minibatch, hyperparams)
+        (_, report), grads = jax.value_and_grad(loss, has_aux=True)(params, minibatch, hyperparams, **key)
         _check_report(report, config)
         report = {name: jnp.asarray(value, jnp.float32) for name, value in report.items()}
         grads, report = mean_over_shards((grads, report), axis_name)
@@ -84,7 +100,7 @@ def update(
         )
 
     carry = params, opt_state, jnp.bool_(False)
-    (params, opt_state, _), (reports, counted) = jax.lax.scan(learn, carry, (chosen, advantage))
+    (params, opt_state, _), (reports, counted) = jax.lax.scan(learn, carry, (chosen, advantage, keys))
     return params, opt_state, jax.tree.map(lambda x: _mean_where(counted, x), reports)
 
 
@@ -118,8 +134,11 @@ def shuffle(key, size: int, num_shuffles: int):
 
 def to_segments(batch: Batch, length: int) -> Batch:
     """A rollout [T, N, ...] cut into S = T / L * N segments [S, L, ...]; of the memory what precedes each, [S, ...]."""
+    chex.assert_equal_shape_prefix([x for x in jax.tree.leaves(batch) if x.ndim], 2)
 
     def cut(x):
+        if x.ndim == 0:
+            return x
         num_steps, num_envs, *shape = x.shape
         x = x.reshape(num_steps // length, length, num_envs, *shape)
         return jnp.swapaxes(x, 1, 2).reshape(-1, length, *shape)
@@ -130,18 +149,21 @@ def to_segments(batch: Batch, length: int) -> Batch:
 
 def take(segments: Batch, chosen) -> Batch:
     """The minibatch [L, B, ...] of the segments with the indices `chosen` [B]."""
-    minibatch = jax.tree.map(lambda x: x[chosen], segments)
-    time_first = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), minibatch)
+    minibatch = jax.tree.map(lambda x: x[chosen] if x.ndim else x, segments)
+    time_first = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1) if x.ndim > 1 else x, minibatch)
     return time_first.replace(memory=minibatch.memory)
 
 
 def _check_report(report: dict, config: Config):
     for name, value in report.items():
-        if jnp.shape(value) != ():
-            raise ValueError(f"the loss reports {name} of shape {jnp.shape(value)}; it must be a scalar")
+        if jnp.ndim(value) > 1:
+            raise ValueError(
+                f"the loss reports {name} of shape {jnp.shape(value)}; it must be a scalar or a vector (take a mean)"
+            )
     if config.stop_on_kl and "approx_kl" not in report:
         raise ValueError("stop_on_kl=True needs a loss that reports approx_kl")
 
 
 def _mean_where(counted, values):
-    return jnp.where(counted, values, 0).sum() / jnp.maximum(counted.sum(), 1)
+    counts = counted.reshape(-1, *(1,) * (values.ndim - 1))
+    return jnp.where(counts, values, 0).sum(0) / jnp.maximum(counted.sum(), 1)

@@ -7,25 +7,25 @@ import jax.numpy as jnp
 
 from purejaxppo.config import Config
 from purejaxppo.networks import Network
-from purejaxppo.rollout import Policy, Transition, add_time, apply_policy
+from purejaxppo.rollout import Policy, Rollout, add_time, apply_policy
 
 
-def values(policy: Policy, transitions: Transition, terminated, last_memory, *, network: Network, config: Config):
+def values(policy: Policy, rollout: Rollout, terminated, last_memory, *, network: Network, config: Config):
     """The value of every state acted on, and of every state reached, before any reset, [T, N] each.
 
     Where an episode goes on, the state reached is the one acted on next. Only the others are looked at by themselves:
     the last of the rollout, and those of episodes that were cut off. What `terminated` [T, N] marks is worth nothing.
     """
-    memory = jax.tree.map(lambda x, last: jnp.concatenate([x, last[None]]), transitions.memory, last_memory)
+    memory = jax.tree.map(lambda x, last: jnp.concatenate([x, last[None]]), rollout.memory, last_memory)
     first_memory, memory_after = (jax.tree.map(lambda x: x[part], memory) for part in (0, slice(1, None)))
-    _, _, value = apply_policy(policy, first_memory, transitions.obs, transitions.first, network=network, config=config)
+    _, _, value = apply_policy(policy, first_memory, rollout.obs, rollout.first, network=network, config=config)
     next_value = jnp.where(terminated, 0, jnp.concatenate([value[1:], value[-1:]]))
-    unknown = (transitions.done | (jnp.arange(config.num_steps) == config.num_steps - 1)[:, None]) & ~terminated
+    unknown = (rollout.done | (jnp.arange(config.num_steps) == config.num_steps - 1)[:, None]) & ~terminated
 
     settings = {"network": network, "config": config}
     fill = jax.custom_jvp(partial(fill_in_turn, **settings))  # a loop of unknown length has no gradient of its own
     fill.defjvp(lambda primals, tangents: jax.jvp(partial(fill_at_once, **settings), primals, tangents))
-    return value, fill(next_value, unknown, policy, memory_after, transitions.next_obs)
+    return value, fill(next_value, unknown, policy, memory_after, rollout.next_obs)
 
 
 def fill_at_once(next_value, unknown, policy: Policy, memory, obs, **settings):

@@ -1,5 +1,3 @@
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -47,7 +45,7 @@ def test_a_config_that_cannot_be_is_refused_in_one_sentence(settings, sentence):
         ({"adam_b1": 1.0}, r"adam_b1=1 must be a number in \[0, 1\)"),
         ({"entropy_coefficient": float("inf")}, "entropy_coefficient=inf"),
         ({"learning_rate": linear(float("nan"), 0.0)}, "learning_rate .schedule.=nan"),
-        ({"learning_rate": optax.linear_schedule(1e-3, 0.0, 10)}, "is no pytree of numbers: make it linear"),
+        ({"learning_rate": optax.linear_schedule(1e-3, 0.0, 10)}, "is no pytree of numbers: make it linear.*schedule"),
         ({"discount": linear(0.9, 1.0)}, "discount must be a number; only .* may be schedules"),
     ],
 )
@@ -62,7 +60,7 @@ def test_hyperparams_pass_through_transformations_unchecked():
     doubled = jax.jit(lambda h: jax.tree.map(lambda x: x * 2, h))(Hyperparams())
     assert doubled.discount == 0.99 * 2
     names = [jax.tree_util.keystr(path, simple=True) for path, _ in jax.tree_util.tree_leaves_with_path(Hyperparams())]
-    assert names == [field.name for field in dataclasses.fields(Hyperparams)]
+    assert tuple(names) == Hyperparams().names
 
 
 def test_total_steps_are_whole_updates():

@@ -18,7 +18,7 @@ def test_policy_loss_matches_the_cases_computed_by_hand(ratio, advantage, loss, 
 
 
 def test_value_loss_matches_the_case_computed_by_hand():
-    loss, gradient = jax.value_and_grad(value_loss)(1.0, 0.0, 0.9, 0.2)
+    loss, gradient = jax.value_and_grad(value_loss)(*jnp.array([1.0, 0.0, 0.9]), 0.2)
     np.testing.assert_allclose([loss, gradient], [0.245, 0], rtol=1e-6)
 
 

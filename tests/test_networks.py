@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from purejaxppo import (
     MultiCategorical,
     MultiDiscrete,
     Network,
+    TanhNormal,
     batched,
     from_nnx,
     make_ppo,
@@ -165,14 +167,51 @@ def test_choices_that_are_not_those_of_the_environment_are_refused(sizes, num_lo
         make_ppo(env, SMALL, network=Choices())
 
 
-def test_a_network_of_our_layers_whose_weights_are_not_drawn_is_refused():
+def test_orthogonal_weights_that_a_network_leaves_to_be_drawn_are_drawn(key):
+    def apply(params, memory, obs, first):
+        flat = Mixed().apply(params, obs.reshape(-1, 4))
+        return memory, *jax.tree.map(lambda x: x.reshape(*first.shape, *x.shape[1:]), flat)
+
+    init = lambda key, memory, obs, first: Mixed().init(key, obs[0])
+    ppo = make_ppo("CartPole-v1", SMALL, network=Network(lambda batch: (), init, apply))
+    weight = np.asarray(ppo.init(key).policy.params["params"]["ours"]["weight"])
+    np.testing.assert_allclose(weight @ weight.T, 4 * np.eye(8), atol=1e-5)  # a scale of 2
+    assert (ppo.init(jax.random.key(1)).policy.params["params"]["ours"]["weight"] != weight).any()
+
+
+def test_a_network_with_a_memory_is_refused_with_segments_of_one_step():
     network = Network(
-        initial_memory=lambda batch: (),
-        init=lambda key, memory, obs, first: Mixed().init(key, obs[0]),
-        apply=lambda params, memory, obs, first: (memory, *Mixed().apply(params, obs[0])),
-    )
-    with pytest.raises(ValueError, match="network must give drawn parameters.*orthogonalize"):
-        make_ppo("CartPole-v1", SMALL, network=network)
+        initial_memory=lambda batch: jnp.zeros(batch),
+        init=lambda *_: jnp.zeros(()),
+        apply=lambda params, memory, obs, first: (
+            memory, Categorical(jnp.zeros((*first.shape, 2)) + params), jnp.zeros(first.shape),
+        ),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="segment_length=1 teaches a network with a memory nothing.*segment_length=8"):
+        make_ppo(copy_cue(), SMALL, network=network)
+    make_ppo(copy_cue(), dataclasses.replace(SMALL, segment_length=4), network=network)
+
+
+def test_a_distribution_whose_arrays_are_not_over_the_batch_is_refused():
+    def apply(params, memory, obs, first):
+        loc = jnp.zeros((*first.shape, 1)) + params
+        return memory, TanhNormal(loc, jnp.ones_like(loc), low=-jnp.ones(1)), jnp.zeros(first.shape)
+
+    network = Network(lambda batch: (), lambda *_: jnp.zeros(()), apply)
+    with pytest.raises(ValueError, match=r"TanhNormal.*an array of shape \(1,\).*broadcast it"):
+        make_ppo("Pendulum-v1", SMALL, network=network)
+
+
+def test_a_linen_module_may_give_a_distribution_with_scalars():
+    class Bounded(nn.Module):
+        @nn.compact
+        def __call__(self, obs):
+            loc = nn.Dense(1)(obs)
+            return TanhNormal(loc, jnp.ones_like(loc), -2.0, 2.0), nn.Dense(1)(obs)[..., 0]
+
+    ppo = make_ppo("Pendulum-v1", dataclasses.replace(SMALL, bound_action="tanh"), network=Bounded())
+    _, metrics = jax.jit(ppo.step)(ppo.init(jax.random.key(0)))
+    np.testing.assert_allclose(metrics["approx_kl"], 0, atol=1e-3)
 
 
 class Small(nnx.Module):

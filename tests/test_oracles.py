@@ -26,8 +26,8 @@ from purejaxppo.advantages import gae
 from purejaxppo.loss import approximate_kl, policy_loss, ppo_loss, value_loss
 from purejaxppo.messages import gather_shards
 from purejaxppo.normalize import measure, merge, no_moments, standardize
-from purejaxppo.ppo import scale_rewards
-from purejaxppo.rollout import Policy, act_and_step, count_returns, draw_ahead, start
+from purejaxppo.ppo import TrainState, scale_rewards
+from purejaxppo.rollout import Policy, act_and_step, discounted_returns, draw_ahead, start
 from purejaxppo.update import Batch, adam
 
 NUMBERS = json.loads((Path(__file__).parent / "oracles" / "numbers.json").read_text())
@@ -173,12 +173,18 @@ def test_discounted_returns_and_scaled_rewards_are_those_of_stable_baselines3(ca
     num_steps, num_envs = np.shape(case["reward"])
     config = Config(num_envs=num_envs, num_steps=num_steps, scale_reward=True, reward_clip=case["clip"])
     policy = Policy(params=(), observation=(), reward=no_moments())
-    transitions, return_after_reset = play_script(case, policy, config)
+    actors, rollout = play_script(case, policy, config)
+    _, returns = discounted_returns(actors.discounted_return, rollout.reward, rollout.done, case["discount"])
+    return_after_reset = jnp.where(rollout.done, 0, returns)
     np.testing.assert_allclose(return_after_reset, case["return_after_reset"], rtol=1e-5, atol=1e-6)
-    policy, scaled = scale_rewards(policy, transitions, config)
+    state = TrainState(
+        policy=policy, actors=actors, **dict.fromkeys(("key", "hyperparams", "env_params", "opt_state", "num_updates"))
+    )
+    state, scaled = scale_rewards(state, rollout, case["discount"], config)
     for name, expected in case["moments"].items():
-        np.testing.assert_allclose(getattr(policy.reward, name), expected, rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(getattr(state.policy.reward, name), expected, rtol=1e-5, err_msg=name)
     np.testing.assert_allclose(scaled, case["scaled"], rtol=1e-5)
+    np.testing.assert_allclose(state.actors.discounted_return, return_after_reset[-1])
 
 
 def play_script(case, policy, config):
@@ -207,8 +213,7 @@ def play_script(case, policy, config):
         return act_and_step(draws, actors.replace(env_state=row), policy, (), env=env, network=network, config=config)
 
     actors = start(key, (), env=env, network=network, num_envs=config.num_envs)
-    _, transitions = count_returns(*jax.lax.scan(step, actors, script), case["discount"])
-    return transitions, jnp.where(transitions.done, 0, transitions.discounted_return)
+    return jax.lax.scan(step, actors, script)
 
 
 @cases("adam")

@@ -229,7 +229,8 @@ def test_means_over_episodes_are_exact_where_a_rollout_is_no_power_of_two():
     """Nine episodes of 500 in 800 steps: a mean over steps divided by the share that ended gives 500.00003."""
     done = jnp.zeros((100, 8), bool).at[50].set(True).at[60, 0].set(True)
     full, zeros = jnp.full(done.shape, 500.0), jnp.zeros(done.shape)
-    transitions = SimpleNamespace(done=done, episode_return=full, episode_length=full.astype(jnp.int32))
+    lengths = full.astype(jnp.int32)
+    rollout = SimpleNamespace(ended=done, episode_return=full, episode_length=lengths, metrics={}, episode_metrics={})
     batch = SimpleNamespace(value=zeros, target=zeros)
-    metrics = summarize(gather_shards(measure_rollout(transitions, batch)))
+    metrics = summarize(gather_shards(measure_rollout(rollout, batch)), rollout)
     assert (metrics["num_episodes"], metrics["episode_return"], metrics["episode_length"]) == (9, 500, 500)

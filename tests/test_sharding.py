@@ -38,19 +38,18 @@ def assert_close(found, expected, **tolerance):
 
 @pytest.fixture(scope="module")
 def rollout():
-    """Params, optimizer's state, transitions and the batch of one rollout of four environments."""
+    """PPO, state, rollout and the batch of one rollout of four environments."""
     from purejaxppo.ppo import estimate
-    from purejaxppo.rollout import collect
 
     config = replace(SMALL, num_envs=4, num_steps=16, num_minibatches=1, num_epochs=1)
     ppo = pjp.make_ppo("CartPole-v1", config)
     state = jax.jit(ppo.init)(jax.random.key(0))
-    parts = {"network": ppo.network, "config": config}
-    actors, transitions = collect(
-        jax.random.key(1), state.actors, state.policy, state.env_params, 0.99, env=ppo.env, **parts
-    )
-    batch = estimate(state.policy, transitions, transitions.reward, actors.memory, state.hyperparams, **parts)
-    return ppo, state, transitions, batch
+    state, rollout = ppo.collect(state)
+    batch = estimate(
+        state.policy, rollout, rollout.reward, state.actors.memory, state.hyperparams,
+        network=ppo.network, config=config,
+    )  # fmt: skip
+    return ppo, state, rollout, batch
 
 
 def test_a_minibatch_in_shards_makes_the_step_of_the_whole(rollout):
@@ -72,13 +71,18 @@ def test_a_minibatch_in_shards_makes_the_step_of_the_whole(rollout):
 
 
 def test_a_summary_of_shards_is_that_of_the_whole(rollout):
-    _, _, transitions, batch = rollout
-    assert transitions.done.any()
-    transitions = transitions.replace(distribution=None)
-    found = over_shards(lambda *part: summarize(gather_shards(measure_rollout(*part), "envs")))(
-        cut(transitions, 2), cut(batch, 2)
-    )
-    expected = summarize(gather_shards(measure_rollout(transitions, batch)))
+    _, _, rollout, batch = rollout
+    assert rollout.done.any()
+    depth = jnp.arange(rollout.reward.size, dtype=jnp.float32).reshape(rollout.reward.shape)
+    rollout = rollout.replace(key=None, metrics={"depth": depth}, episode_metrics={"last_depth": depth})
+
+    def summary(*part, axis_name=()):
+        return summarize(gather_shards(measure_rollout(*part), axis_name), part[0])
+
+    found = over_shards(partial(summary, axis_name="envs"))(cut(rollout, 2), cut(batch, 2))
+    expected = summary(rollout, batch)
+    np.testing.assert_allclose(expected["depth"], depth.mean())
+    np.testing.assert_allclose(expected["last_depth"], depth[rollout.done].mean())
     assert_close(jax.tree.map(lambda x: x[1], found), expected, rtol=1e-4)
 
 
@@ -123,6 +127,7 @@ import numpy as np
 import purejaxppo as pjp
 from functools import partial
 from dataclasses import replace
+from purejaxppo.ppo import bind_ppo
 
 config = pjp.Config(num_envs=8, num_steps=16, num_updates=3, num_minibatches=4, widths=(8,), normalize_observation=True,
                     scale_reward=True, bound_action="tanh")
@@ -142,8 +147,8 @@ for x in jax.tree.leaves((state.policy, state.opt_state)):
 alone = plain.init(jax.random.key(0))
 actors = jax.tree.map(lambda x: x.reshape(4, 2, *x.shape[1:]), alone.actors)
 lanes = jax.tree.map(lambda _: None, alone).replace(actors=jax.tree.map(lambda _: 0, actors))
-train = partial(plain.train, config=replace(config, num_envs=2), axis_name="envs")
-expected, _ = jax.jit(jax.vmap(train, in_axes=(lanes,), axis_name="envs"))(alone.replace(actors=actors))
+shard = bind_ppo(plain.env, plain.network, replace(config, num_envs=2), plain.loss, plain.optimizer, "envs")
+expected, _ = jax.jit(jax.vmap(shard.train, in_axes=(lanes,), axis_name="envs"))(alone.replace(actors=actors))
 for x, y in zip(jax.tree.leaves(state.policy), jax.tree.leaves(expected.policy), strict=True):
     np.testing.assert_allclose(x, y[0], rtol=1e-3, atol=1e-5)
 

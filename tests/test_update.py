@@ -107,7 +107,7 @@ def test_the_learning_rate_follows_its_schedule(hyperparams, expected):
 
 
 def test_clip_and_entropy_coefficient_may_be_schedules():
-    seen = Hyperparams(clip=linear(0.2, 0.0), entropy_coefficient=linear(0.0, 1.0)).at(0.25)
+    seen = Hyperparams(clip=linear(0.2, 0.0), entropy_coefficient=linear(0.0, 1.0)).at(1, Config(num_updates=4))
     np.testing.assert_allclose([seen.clip, seen.entropy_coefficient], [0.15, 0.25])
 
 

@@ -17,6 +17,8 @@ class Step(NamedTuple):
     reward: jax.Array  # []
     terminated: jax.Array  # [] bool: the task ended, nothing is worth anything after it
     truncated: jax.Array  # [] bool: time ran out, the state still has a value
+    metrics: dict[str, jax.Array] = {}  # numbers []: means over all steps join the metrics of training
+    episode_metrics: dict[str, jax.Array] = {}  # numbers []: means of what they are where episodes end join them
 
 
 class Env(NamedTuple):

@@ -61,6 +61,11 @@ def check_shapes(env: Env) -> list[str]:
     for name in ("terminated", "truncated"):
         if jnp.result_type(getattr(result, name)) != jnp.bool_:
             problems.append(f"{name} is {jnp.result_type(getattr(result, name))}; it must be a bool.")
+    for name, value in [*result.metrics.items(), *result.episode_metrics.items()]:
+        if np.shape(value) != () or "/" in name:
+            problems.append(
+                f"metric {name!r} has shape {np.shape(value)}; it must be a scalar with no '/' in its name."
+            )
     return problems + _check_observation_space(env, obs)
 
 

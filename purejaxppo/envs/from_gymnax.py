@@ -27,7 +27,7 @@ def from_gymnax(env, params=None) -> Env:
         return _strong(state), _strong(obs)
 
     def step(key, state, action, params):
-        obs, state, reward, terminated, _ = env.step_env(key, state, action, params)
+        obs, state, reward, terminated, info = env.step_env(key, state, action, params)
         truncated = env.is_truncated(state, params)
         return Step(
             state=_strong(state),
@@ -35,6 +35,7 @@ def from_gymnax(env, params=None) -> Env:
             reward=jnp.asarray(reward, jnp.float32),
             terminated=jnp.asarray(terminated, bool),
             truncated=jnp.asarray(truncated, bool),
+            metrics=_numbers(info),
         )
 
     return Env(
@@ -80,6 +81,12 @@ class _StandIn(ModuleType):
         if attribute.startswith("__"):
             raise AttributeError(f"{self.__name__} is not imported yet")
         return _StandIn(f"{self.__name__}.{attribute}")
+
+
+def _numbers(info: dict) -> dict:
+    """What gymnax and its users report of a step, less its discount, which is 0 or 1 by `terminated`."""
+    numbers = {name: x for name, x in info.items() if isinstance(x, (jax.Array, float, int)) and not jnp.ndim(x)}
+    return {name: x for name, x in numbers.items() if name != "discount" and not jnp.issubdtype(x, jax.dtypes.prng_key)}
 
 
 def _strong(tree):

@@ -13,11 +13,10 @@ import numpy as np
 from purejaxppo.config import Hyperparams
 from purejaxppo.envs.base import Box, action_space
 from purejaxppo.experiment.program import compile, first_state
-from purejaxppo.loss import ppo_loss
-from purejaxppo.ppo import PPO, estimate, in_precision
-from purejaxppo.rollout import begin_where, collect, draw_ahead, step_envs
+from purejaxppo.ppo import PPO, bind, estimate
+from purejaxppo.rollout import begin_where, draw_ahead, step_envs
 from purejaxppo.sweep import batched, runs
-from purejaxppo.update import adam, minibatches, update
+from purejaxppo.update import minibatches, update
 
 
 def bench(ppo: PPO, hyperparams: Hyperparams, num_seeds, *, rounds: int, seconds: float, report: Callable = print):
@@ -78,35 +77,27 @@ def time_parts(ppo: PPO, hyperparams: Hyperparams, *, rounds: int, seconds: floa
 
     Acting is a rollout less its environment, learning is the update less drawing its shuffles (gathering minibatches
     is in it). A part alone, with its inputs and outputs touched once per round, may take more or less than inside the
-    cycle: `other` is what the cycle takes beyond the sum, and may be negative. For a PPO with the loss and the
-    optimizer of this package.
+    cycle: `other` is what the cycle takes beyond the sum, and may be negative.
     """
     state = first_state(ppo, jax.random.key(0), hyperparams)
     settings = {"network": ppo.network, "config": ppo.config}
-    now = jax.tree.map(jnp.asarray, state.hyperparams.at(jnp.float32(0)))
-    rollout = partial(collect, env=ppo.env, **settings)
-    actors, transitions = jax.jit(rollout)(
-        jax.random.key(1), state.actors, state.policy, state.env_params, now.discount
-    )
+    now = jax.tree.map(jnp.asarray, state.hyperparams.at(0, ppo.config))
+    state, rollout = jax.jit(ppo.collect)(state)
     advantages = partial(estimate, **settings)
-    batch = jax.jit(advantages)(state.policy, transitions, transitions.reward, actors.memory, now)
-    learn = partial(update, loss=partial(ppo_loss, **settings), optimizer=adam, config=ppo.config)
-    data = state, now, actors, transitions, batch
+    batch = jax.jit(advantages)(state.policy, rollout, rollout.reward, state.actors.memory, now)
+    learn = partial(update, loss=partial(ppo.loss, **settings), optimizer=ppo.optimizer, config=ppo.config)
+    data = state, now, rollout, batch
     parts = {
         "cycle": lambda key, state, *_: ppo.step(state.replace(key=key)),
-        "rollout": lambda key, state, now, actors, *_: rollout(
-            key, actors, state.policy, state.env_params, now.discount
-        ),
-        "environment": lambda key, state, now, actors, *_: play(key, actors.env_state, state.env_params, ppo),
-        "advantages": lambda key, state, now, actors, transitions, batch: advantages(
-            state.policy, transitions, transitions.reward, actors.memory, now
+        "rollout": lambda key, state, *_: ppo.collect(state.replace(key=key)),
+        "environment": lambda key, state, *_: play(key, state.actors.env_state, state.env_params, ppo),
+        "advantages": lambda key, state, now, rollout, batch: advantages(
+            state.policy, rollout, rollout.reward, state.actors.memory, now
         ),
         "shuffling": lambda key, *_: minibatches(key, ppo.config),
-        "update": lambda key, state, now, actors, transitions, batch: learn(
-            key, state.policy.params, state.opt_state, batch, now
-        ),
+        "update": lambda key, state, now, rollout, batch: learn(key, state.policy.params, state.opt_state, batch, now),
     }
-    exact = partial(partial, in_precision, ppo.config.matmul_precision)
+    exact = partial(bind, ppo.config.matmul_precision)
     times = {name: time_part(exact(part), data, rounds=rounds, seconds=seconds / 2) for name, part in parts.items()}
     shares = {
         "acting": times["rollout"] - times["environment"],

@@ -11,7 +11,7 @@ from flax.errors import FlaxError
 from purejaxppo.envs.base import Box, Discrete, action_space, bound_action, observation_space
 from purejaxppo.experiment.arrays import to_arrays
 from purejaxppo.networks import make_network
-from purejaxppo.ppo import PPO, in_precision
+from purejaxppo.ppo import PPO, bind
 from purejaxppo.rollout import Policy, add_time, apply_policy
 
 FORMATS = (".stablehlo", ".npz")
@@ -66,11 +66,8 @@ def _as_stablehlo(ppo: PPO, policy: Policy, env_params, platforms) -> bytes:
     memory = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype), memory)
     recurrent = bool(jax.tree.leaves(memory))
     arguments = (obs, memory, jax.ShapeDtypeStruct((batch,), bool)) if recurrent else (obs,)
-    function = jax.jit(act if recurrent else act_without_memory)
-    exported = in_precision(
-        ppo.config.matmul_precision, jax.export.export(function, platforms=list(platforms)), *arguments
-    )
-    return exported.serialize()
+    function = jax.jit(bind(ppo.config.matmul_precision, act if recurrent else act_without_memory))
+    return jax.export.export(function, platforms=list(platforms))(*arguments).serialize()
 
 
 def _as_numpy(ppo: PPO, policy: Policy, env_params, path: Path) -> tuple[dict[str, np.ndarray], str]:

@@ -138,7 +138,7 @@ def keys_like(settings: dict):
 def hyperparams_of(settings: dict) -> Hyperparams:
     """The hyperparameters of a run, arrays where its agents differ in them."""
     values = settings["hyperparams"].items()
-    return Hyperparams(**{n: np.float32(x) if isinstance(x, list) else float(x) for n, x in values})
+    return Hyperparams().set({n: np.float32(x) if isinstance(x, list) else float(x) for n, x in values})
 
 
 def env_params_of(settings: dict, like):

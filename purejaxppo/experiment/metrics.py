@@ -10,7 +10,8 @@ from purejaxppo.config import Config
 def label(metrics: dict, config: Config, updates_before: int = 0) -> xarray.Dataset:
     """Metrics [U] or [R, U] with names to their axes: (`run`,) `update` counted from 1, and `step` along it.
 
-    `step` counts the environment steps of one run, as a float64 that is exact up to 2**53.
+    A vector of K numbers per update has a dimension of its own behind them, `NAME_index`. `step` counts the environment
+    steps of one run, as a float64 that is exact up to 2**53.
     """
     shape = np.shape(metrics["learning_rate"])
     dims = ("run", "update")[-len(shape) :]
@@ -18,7 +19,12 @@ def label(metrics: dict, config: Config, updates_before: int = 0) -> xarray.Data
     coords = {"update": update.astype(np.int32), "step": ("update", update * float(config.steps_per_update))}
     if len(shape) == 2:
         coords["run"] = np.arange(shape[0], dtype=np.int32)
-    return xarray.Dataset({name: (dims, np.asarray(x)) for name, x in metrics.items()}, coords)
+    return xarray.Dataset({name: label_metric(name, dims, x) for name, x in metrics.items()}, coords)
+
+
+def label_metric(name: str, dims: tuple[str, ...], values: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
+    """The dimensions of a metric and its values: `dims`, and a dimension of its own for the numbers of a vector."""
+    return (*dims, f"{name}_index")[: np.ndim(values)], np.asarray(values)
 
 
 def last_episodes(metrics: xarray.Dataset, num_episodes: int = 100) -> xarray.DataArray:

@@ -28,7 +28,7 @@ SELDOM = {"xla_backend_optimization_level": 1}
 class Program:
     """Training compiled ahead of time, to be called with a state of the shape that it was compiled for."""
 
-    executable: Callable  # (state of one slice, length) -> state, metrics [..., num_updates]
+    executable: Callable  # (state of one slice, length) -> state, metrics [(R,) num_updates, ...]
     take: Callable  # (state, first run) -> state of the slice that begins there
     put: Callable  # (state, state of a slice, first run) -> state
     num_updates: int
@@ -43,18 +43,18 @@ class Program:
     compile_seconds: float
 
     def __call__(self, state: TrainState, length: int | None = None, *, donate: bool = False):
-        """The state after `length` updates (all `num_updates` by default) and metrics as numpy, [..., length].
+        """The state after `length` updates (all `num_updates` by default) and metrics as numpy, [(R,) length, ...].
 
         With `donate` the memory of `state` is used up; without, it stays as it is.
         """
         length = self.num_updates if length is None else length
         check_whole("length", length, at_most=self.num_updates, of="the num_updates of this program")
-        state = state if donate else jax.tree.map(jnp.copy, state)
+        state, done = state if donate else jax.tree.map(jnp.copy, state), (slice(None),) * state.num_updates.ndim
         if self.num_slices == 1:
             state, metrics = jax.block_until_ready(self.executable(state, np.int32(length)))
         else:
             state, metrics = self._run_slices(state, np.int32(length))
-        return state, {name: np.asarray(values)[..., :length] for name, values in metrics.items()}
+        return state, {name: np.asarray(values)[*done, :length] for name, values in metrics.items()}
 
     def _run_slices(self, state, length):
         # The last slice reaches back into the one before where the runs do not divide; both come to the same.
@@ -101,13 +101,17 @@ def compile(ppo: PPO, state: TrainState, num_updates: int | None = None, *, slic
     step = jax.jit(ppo.step)  # traced once, for its shapes and for the loop
 
     def train(state, length):
+        runs = (slice(None),) * state.num_updates.ndim
+
         def one(i, carry):
             state, stacked = carry
             state, metrics = step(state)
-            return state, jax.tree.map(lambda s, m: s.at[..., i].set(m), stacked, metrics)
+            return state, jax.tree.map(lambda s, m: s.at[*runs, i].set(m), stacked, metrics)
 
-        shapes = jax.eval_shape(step, state)[1]
-        stacked = jax.tree.map(lambda x: jnp.zeros((*x.shape, num_updates), x.dtype), shapes)
+        def room(x):
+            return jnp.zeros((*x.shape[: len(runs)], num_updates, *x.shape[len(runs) :]), x.dtype)
+
+        stacked = jax.tree.map(room, jax.eval_shape(step, state)[1])
         return jax.lax.fori_loop(0, length, one, (state, stacked))
 
     start = time.perf_counter()

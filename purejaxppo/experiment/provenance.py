@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import jax
@@ -25,7 +25,7 @@ def describe(env: str, config: Config, hyperparams: Hyperparams, **more) -> dict
     return {
         "env": env,
         "config": {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(config).items()},
-        "hyperparams": {f.name: as_json(getattr(hyperparams, f.name)) for f in fields(hyperparams)},
+        "hyperparams": {name: as_json(hyperparams.get(name)) for name in hyperparams.names},
         **more,
         **describe_machine(),
     }

@@ -11,7 +11,7 @@ import numpy as np
 from flax import struct
 
 from purejaxppo.envs.base import action_space, bound_action
-from purejaxppo.ppo import PPO, in_precision
+from purejaxppo.ppo import PPO, bind
 from purejaxppo.rollout import Policy, add_time, apply_policy
 
 FRAMES_PER_SECOND = 25
@@ -58,7 +58,7 @@ def record_episode(ppo: PPO, policy: Policy, key, env_params=None, *, greedy=Fal
         start = state, obs, ppo.network.initial_memory(1), jnp.ones(1, bool)
         return jax.lax.scan(step, start, jax.random.split(play_key, max_steps))[1]
 
-    *steps, done = jax.device_get(in_precision(ppo.config.matmul_precision, jax.jit(play)))
+    *steps, done = jax.device_get(jax.jit(bind(ppo.config.matmul_precision, play))())
     length = int(done.argmax()) + 1 if done.any() else max_steps
     states, obs, actions, rewards = jax.tree.map(lambda x: x[:length], steps)
     return Episode(states=states, obs=obs, actions=actions, rewards=rewards, finished=bool(done.any()))

@@ -12,6 +12,7 @@ import numpy as np
 import xarray
 
 from purejaxppo.experiment.arrays import from_arrays
+from purejaxppo.experiment.metrics import label_metric
 from purejaxppo.experiment.ranking import best, rank
 from purejaxppo.experiment.slices import Slice, Slices, load_sweep_of
 from purejaxppo.experiment.statistics import final_scores
@@ -119,7 +120,9 @@ def label_sweep(sweep: Sweep, slices: list[Slice], machine: dict) -> xarray.Data
     num_updates = max(config.num_updates for config in configs)
     like = slices[0].metrics
     arrays = {
-        name: np.full((len(rows), sweep.num_seeds, num_updates), 0 if x.dtype.kind in "iu" else np.nan, x.dtype)
+        name: np.full(
+            (len(rows), sweep.num_seeds, num_updates, *x.shape[2:]), 0 if x.dtype.kind in "iu" else np.nan, x.dtype
+        )
         for name, x in like.items()
     }
     failed = np.zeros((len(rows), sweep.num_seeds), np.int32)
@@ -135,7 +138,9 @@ def label_sweep(sweep: Sweep, slices: list[Slice], machine: dict) -> xarray.Data
     steps = np.stack([np.where(update <= c.num_updates, update * float(c.steps_per_update), np.nan) for c in configs])
     # What the schedule makes of a swept field is a metric of the same name.
     names = {name: f"current_{name}" if name in sweep.table.names else name for name in arrays}
-    variables = {names[n]: ((*dims, "seed", "update"), x.reshape(*shape, *x.shape[1:])) for n, x in arrays.items()}
+    variables = {
+        names[n]: label_metric(n, (*dims, "seed", "update"), x.reshape(*shape, *x.shape[1:])) for n, x in arrays.items()
+    }
     variables["failed_update"] = (*dims, "seed"), failed.reshape(*shape, -1)
     coords |= {
         "seed": np.arange(sweep.num_seeds, dtype=np.int32),

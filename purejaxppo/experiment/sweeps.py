@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import NamedTuple
 
 from purejaxppo.checks import check_whole
-from purejaxppo.config import Config, Hyperparams
+from purejaxppo.config import EXTRA, Config, Hyperparams, spec_of
 from purejaxppo.experiment.presets import preset
 from purejaxppo.table import Table, align
 
 CONFIG_FIELDS = tuple(field.name for field in fields(Config))
-HYPERPARAM_FIELDS = tuple(field.name for field in fields(Hyperparams))
+HYPERPARAM_FIELDS = Hyperparams().names
 ENV_PREFIX = "env."
 
 
@@ -27,10 +27,11 @@ class Group(NamedTuple):
 class Sweep:
     """Every setting of a table times `num_seeds` seeds, on top of settings that all share; seeds vary fastest.
 
-    A field of the table is one of `Config`, of `Hyperparams`, `env` (the environment's name), or `env.NAME` for a
-    parameter of the environment. `config` and `hyperparams` are those of the environment's preset where none are given.
-    Settings with another rollout (`num_envs`, `num_steps`) are given as many updates as keep the number of steps,
-    unless `num_updates` is swept too. Raises ValueError, in one sentence, for a field or a value that cannot be.
+    A field of the table is one of `Config`, of `Hyperparams` (`extra.NAME` for a custom coefficient), `env` (the
+    environment's name), or `env.NAME` for a parameter of the environment. `config` and `hyperparams` are those of the
+    environment's preset where none are given. Settings with another rollout (`num_envs`, `num_steps`) are given as many
+    updates as keep the number of steps, unless `num_updates` is swept too. Raises ValueError, in one sentence, for a
+    field or a value that cannot be.
     """
 
     env: str
@@ -53,7 +54,7 @@ class Sweep:
         default = preset(self.env)
         object.__setattr__(self, "config", self.config or default.config)
         object.__setattr__(self, "hyperparams", self.hyperparams or default.hyperparams)
-        scheduled = [name for name in HYPERPARAM_FIELDS if callable(getattr(self.hyperparams, name))]
+        scheduled = [name for name in self.hyperparams.names if callable(self.hyperparams.get(name))]
         if scheduled:
             raise ValueError(
                 f"{scheduled[0]} is a schedule, which a sweep cannot save (learning_rate_annealing anneals the rate)"
@@ -93,11 +94,11 @@ class Sweep:
 
     def hyperparams_of(self, row: dict) -> Hyperparams:
         """The hyperparameters under a setting."""
-        changed = {name: value for name, value in row.items() if name in HYPERPARAM_FIELDS}
+        changed = {name: value for name, value in row.items() if spec_of(name)}
         for name, value in changed.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"{name}={value!r} must be a number")
-        return replace(self.hyperparams, **changed)
+        return self.hyperparams.set(changed)
 
     def groups(self) -> list[Group]:
         """Settings that differ in nothing static belong together."""
@@ -115,7 +116,7 @@ class Sweep:
 
     def to_json(self) -> dict:
         """Plain data that `from_json` takes back."""
-        hyperparams = {name: _to_number(value) for name, value in asdict(self.hyperparams).items()}
+        hyperparams = {name: _to_number(self.hyperparams.get(name)) for name in self.hyperparams.names}
         axes = self.table.axes
         return {
             "env": self.env,
@@ -139,7 +140,7 @@ class Sweep:
             num_seeds=data["num_seeds"],
             seed=data["seed"],
             config=Config(**data["config"]),
-            hyperparams=Hyperparams(**{name: float(value) for name, value in data["hyperparams"].items()}),
+            hyperparams=Hyperparams().set({name: float(value) for name, value in data["hyperparams"].items()}),
         )
 
 
@@ -149,12 +150,17 @@ def name_run(row: dict, seed: int) -> str:
 
 
 def _check_known(name: str):
-    if name.startswith(ENV_PREFIX) or name == "env" or name in CONFIG_FIELDS + HYPERPARAM_FIELDS:
+    if name.startswith(ENV_PREFIX) or name == "env" or name in CONFIG_FIELDS or spec_of(name):
         return
+    if name.startswith(EXTRA):
+        raise ValueError(f"{name} must be {EXTRA}NAME with a name such as beta")
     if name in ("seed", "num_seeds"):
         raise ValueError(f"{name} is no field to sweep: num_seeds says how many seeds every setting gets")
     near = difflib.get_close_matches(name, CONFIG_FIELDS + HYPERPARAM_FIELDS + ("env",), n=1, cutoff=0)
-    raise ValueError(f"{name} is no field of a sweep (did you mean {near[0]}? Environment parameters are env.NAME)")
+    raise ValueError(
+        f"{name} is no field of a sweep (did you mean {near[0]}? Environment parameters are env.NAME, custom "
+        "coefficients extra.NAME)"
+    )
 
 
 def _to_number(value):
@@ -165,4 +171,4 @@ def _to_number(value):
 def _from_number(name: str, value):
     if isinstance(value, list):
         return tuple(value)
-    return float(value) if value in ("inf", "-inf") and name in HYPERPARAM_FIELDS else value
+    return float(value) if value in ("inf", "-inf") and spec_of(name) else value

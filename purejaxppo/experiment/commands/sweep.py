@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from purejaxppo.config import Config, Hyperparams
+from purejaxppo.config import Config, spec_of
 from purejaxppo.experiment.commands.options import Settings, check_whole, complete, parse
 
 
@@ -158,8 +158,8 @@ def _parse_distribution(text: str):
 
 def _parse_value(name: str, text: str):
     """A value as the type of its field; what does not fit stays text, for the sweep to refuse."""
-    kinds = {field.name: field.type for field in fields(Config)} | {field.name: float for field in fields(Hyperparams)}
-    kind = kinds.get(name, str)
+    kinds = {field.name: field.type for field in fields(Config)}
+    kind = float if spec_of(name) else kinds.get(name, str)
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
