@@ -1,5 +1,6 @@
 """Proximal Policy Optimization as pure JAX functions, compiled end to end."""
 
+from purejaxppo.adaptive import adaptive_learning_rate
 from purejaxppo.advantages import gae
 from purejaxppo.config import Config, Hyperparams, linear, schedule
 from purejaxppo.distributions import Categorical, MultiCategorical, Normal, TanhNormal
@@ -19,7 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Batch", "Box", "Categorical", "Config", "Discrete", "Env", "Hyperparams", "MultiCategorical", "MultiDiscrete",
     "Network", "Normal", "PPO", "Policy", "Result", "Rollout", "Step", "Sweep", "Table", "TanhNormal", "TrainState",
-    "a2c", "adam",
+    "a2c", "adam", "adaptive_learning_rate",
     "batched", "cache_compilation", "check_env", "choice", "compile", "concatenate", "evaluate_agents",
     "evaluate_in_gymnasium", "evolving", "export", "first_state", "fit", "from_linen", "from_nnx", "gae", "grid",
     "integers", "linear", "load", "load_agents", "load_sweep", "log_uniform", "make_env", "make_ppo",

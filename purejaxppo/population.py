@@ -197,7 +197,7 @@ def explored_ranges(explore, factors) -> dict:
             raise ValueError(f"explore names {name!r}, which is no hyperparameter (did you mean {near[0]!r}?)")
         low, high = wanted.get(name, (spec.low, spec.high))
         if not spec.low <= low <= high <= spec.high:
-            raise ValueError(f"explore={{{name!r}: ({low}, {high})}} must ascend within [{spec.low}, {spec.high}]")
+            raise ValueError(f"explore={{{name!r}: ({low}, {high})}} must ascend within [{spec.low:g}, {spec.high:g}]")
         if spec.open_high:
             high = min(high, float(np.nextafter(np.float32(spec.high), np.float32(0))))
         ranges[name] = low, high

@@ -1,9 +1,10 @@
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
-from purejaxppo import Config, Hyperparams, linear
+from purejaxppo import Config, Hyperparams, linear, schedule
 
 
 @pytest.mark.parametrize(
@@ -47,11 +48,39 @@ def test_a_config_that_cannot_be_is_refused_in_one_sentence(settings, sentence):
         ({"learning_rate": linear(float("nan"), 0.0)}, "learning_rate .schedule.=nan"),
         ({"learning_rate": optax.linear_schedule(1e-3, 0.0, 10)}, "is no pytree of numbers: make it linear.*schedule"),
         ({"discount": linear(0.9, 1.0)}, "discount must be a number; only .* may be schedules"),
+        ({"extra": {"a b": 1.0}}, "extra=.* must be a dict of numbers by name"),
+        ({"extra": {"beta": float("nan")}}, "extra.beta=nan must be a number"),
+        ({"extra": {"beta": "much"}}, "extra.beta='much' must be a number"),
     ],
 )
 def test_hyperparams_that_cannot_be_are_refused_in_one_sentence(settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         Hyperparams(**settings)
+
+
+def test_coefficients_of_a_custom_loss_have_the_rights_of_hyperparameters():
+    hyperparams = Hyperparams(extra={"beta": 0.5, "late": linear(0.0, 2.0)})
+    assert hyperparams.names[-2:] == ("extra.beta", "extra.late") and hyperparams.get("extra.beta") == 0.5
+    assert hyperparams.set({"extra.beta": 3.0, "clip": 0.1}) == Hyperparams(
+        clip=0.1, extra={"beta": 3.0, "late": hyperparams.extra["late"]}
+    )
+    now = hyperparams.at(3, Config(num_updates=4))
+    np.testing.assert_allclose([now.extra["beta"], now.extra["late"]], [0.5, 1.5])
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(hyperparams)]
+    assert ".extra['beta']" in paths
+
+
+def test_a_schedule_of_optax_is_evaluated_by_optimizer_steps():
+    """Four updates of 2 x 4 minibatches are 32 steps."""
+    config = Config(num_updates=4, num_epochs=2, num_minibatches=4)
+    rates = optax.piecewise_constant_schedule(1.0, {8: 0.5, 17: 0.1})
+    hyperparams = Hyperparams(learning_rate=schedule(rates), clip=schedule(optax.linear_schedule(0.2, 0.0, 32)))
+    seen = [hyperparams.at(jnp.int32(i), config) for i in range(4)]
+    np.testing.assert_allclose([x.learning_rate for x in seen], [1, 0.5, 0.5, 0.05], rtol=1e-6)
+    np.testing.assert_allclose([x.clip for x in seen], [0.2, 0.15, 0.1, 0.05], rtol=1e-6)
+    assert seen[0].learning_rate.dtype == jnp.float32 and not seen[0].learning_rate.weak_type
+    many = jax.vmap(lambda i: hyperparams.at(i, config).clip)(jnp.arange(4))
+    np.testing.assert_allclose(many, [0.2, 0.15, 0.1, 0.05], rtol=1e-6)
 
 
 def test_hyperparams_pass_through_transformations_unchecked():

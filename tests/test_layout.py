@@ -13,7 +13,7 @@ ROOT = Path(purejaxppo.__file__).parent
 ORDER = [
     "checks", "config", "envs.base", "envs.check", "envs.from_gymnax", "envs", "distributions", "messages", "normalize",
     "orthogonal", "layers", "networks", "rollout", "values", "advantages", "loss", "update", "summary", "evaluate",
-    "ppo", "sharding", "table", "sweep", "population",
+    "ppo", "adaptive", "sharding", "table", "sweep", "population",
 ]  # fmt: skip
 
 

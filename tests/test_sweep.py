@@ -119,10 +119,18 @@ def test_runs_may_differ_in_their_environment(key):
 def test_a_sweep_over_any_hyperparameter_does_not_compile_again(ppo, key):
     many = batched(ppo)
     init, step = jax.jit(many.init), jax.jit(many.step)
-    for field in dataclasses.fields(Hyperparams):
-        keys, hyperparams = runs(key, grid(**{field.name: [0.5, 0.6]}))
+    base = Hyperparams(extra={"beta": 0.1})
+    for name in base.names:
+        keys, hyperparams = runs(key, grid(**{name: [0.5, 0.6]}), hyperparams=base)
         step(init(keys, hyperparams))
     assert init._cache_size() == step._cache_size() == 1
+
+
+def test_a_coefficient_of_a_custom_loss_is_swept_as_any_hyperparameter(key):
+    _, hyperparams = runs(key, grid(**{"extra.beta": [0.1, 0.2], "clip": [0.1, 0.3]}), 2)
+    np.testing.assert_allclose(hyperparams.extra["beta"], np.repeat([0.1, 0.2], 4))
+    with pytest.raises(ValueError, match="extra.bta is not in extra, which has beta"):
+        runs(key, grid(**{"extra.bta": [0.1]}), hyperparams=Hyperparams(extra={"beta": 1.0}))
 
 
 def test_a_batch_evaluates_and_acts_run_by_run(ppo, key):

@@ -85,8 +85,12 @@ class _StandIn(ModuleType):
 
 def _numbers(info: dict) -> dict:
     """What gymnax and its users report of a step, less its discount, which is 0 or 1 by `terminated`."""
-    numbers = {name: x for name, x in info.items() if isinstance(x, (jax.Array, float, int)) and not jnp.ndim(x)}
-    return {name: x for name, x in numbers.items() if name != "discount" and not jnp.issubdtype(x, jax.dtypes.prng_key)}
+    scalars = {name: x for name, x in info.items() if isinstance(x, (jax.Array, float, int)) and jnp.ndim(x) == 0}
+    return {name: x for name, x in scalars.items() if name != "discount" and not _is_key(x)}
+
+
+def _is_key(x) -> bool:
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _strong(tree):
