@@ -172,10 +172,12 @@ def with_step(ppo: PPO, step: Callable, init: Callable | None = None) -> PPO:
         after = step(ppo, state)
         return ppo.freeze(state, *after) if ppo.freeze else after
 
-    new = replace_step(ppo, wraps(ppo.step)(bind(ppo.config.matmul_precision, whole_step)))
-    if init is not None:
-        new = new._replace(init=wraps(ppo.init)(bind(ppo.config.matmul_precision, partial(init, ppo))))
-    return new._replace(custom=(ppo, step, init))
+    def whole_init(key, hyperparams=Hyperparams(), env_params=None):
+        return init(ppo, key, hyperparams, env_params) if init else ppo.init(key, hyperparams, env_params)
+
+    bound = partial(bind, ppo.config.matmul_precision)
+    new = replace_step(ppo, wraps(ppo.step)(bound(whole_step)))
+    return new._replace(init=wraps(ppo.init)(bound(whole_init)), custom=(ppo, step, init))
 
 
 def replace_step(ppo: PPO, step: Callable) -> PPO:

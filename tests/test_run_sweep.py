@@ -11,6 +11,7 @@ from pathlib import Path
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import xarray
@@ -55,6 +56,38 @@ def test_every_field_is_a_dimension_beside_seeds_and_updates(result):
     assert episode_return["learning_rate"].values.tolist() == LEARNING_RATES
     assert result.metrics["step"].values.tolist() == [32, 64, 96]
     assert not result.metrics["failed_update"].any() and not result.failed()
+
+
+def make_reporting(env, config):
+    """A PPO whose loss has a coefficient of its own and reports a vector, whose environment reports its time."""
+    base = pjp.make_env(env)
+
+    def step(key, state, action, params):
+        result = base.step(key, state, action, params)
+        return result._replace(metrics={"time": result.state.time}) if env == "CartPole-v1" else result
+
+    def loss(params, minibatch, hyperparams, *, network, config):
+        total, report = pjp.ppo_loss(params, minibatch, hyperparams, network=network, config=config)
+        penalty = hyperparams.extra["beta"] * report["entropy"]
+        return total + penalty, report | {"parts": jnp.stack([total, penalty])}
+
+    return pjp.make_ppo(base._replace(step=step), config, loss=loss)
+
+
+def test_coefficients_vectors_and_numbers_of_environments_are_swept_kept_and_read_back(tmp_path):
+    table = pjp.grid(**{"extra.beta": [0.0, 0.5], "env": ["CartPole-v1", "Acrobot-v1"]})
+    sweep = pjp.Sweep("CartPole-v1", table, 2, config=SMALL, hyperparams=pjp.Hyperparams())
+    result = run(sweep, tmp_path / "sweep", make=make_reporting)
+    parts = result.metrics["parts"]
+    assert parts.dims == ("extra.beta", "env", "seed", "update", "parts_index")
+    np.testing.assert_allclose(parts[1, ..., 1], 0.5 * result.metrics["entropy"][1], rtol=1e-5)
+    assert (result.metrics["time"].sel(env="CartPole-v1") > 0).all()
+    assert result.metrics["time"].sel(env="Acrobot-v1").isnull().all()
+    again = pjp.load_sweep(tmp_path / "sweep", make_reporting)
+    xarray.testing.assert_equal(again.metrics, result.metrics)
+    state = again.state(seed=1, **{"extra.beta": 0.5, "env": "CartPole-v1"})
+    assert state.hyperparams.extra["beta"] == 0.5
+    assert run(sweep, tmp_path / "sweep", make=make_reporting).steps == 0
 
 
 def test_a_run_of_the_sweep_equals_that_run_alone(result):

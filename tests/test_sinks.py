@@ -28,6 +28,18 @@ def test_rows_are_plain_numbers_of_every_update_and_run(metrics):
     assert "run" not in alone[0] and [row["loss"] for row in alone] == [1.0, 2.0, None]
 
 
+def test_the_numbers_of_a_vector_are_columns_of_their_own(metrics, tmp_path, capsys):
+    parts = np.arange(12.0).reshape(2, 3, 2)
+    metrics = label({"learning_rate": np.zeros((2, 3)), "parts": parts}, SMALL)
+    assert [(row["parts_0"], row["parts_1"]) for row in to_rows(metrics)] == [
+        (0, 1), (6, 7), (2, 3), (8, 9), (4, 5), (10, 11),
+    ]  # fmt: skip
+    csv_file(tmp_path / "log.csv")(metrics)
+    assert (tmp_path / "log.csv").read_text().startswith("update,step,run,learning_rate,parts_0,parts_1\n")
+    console(names=("parts_1",))(metrics)
+    assert "parts_1=8" in capsys.readouterr().out
+
+
 def test_means_are_over_the_numbers_that_there_are(metrics, tmp_path):
     mean_over_runs(json_lines(tmp_path / "log.jsonl"))(metrics)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

@@ -69,6 +69,15 @@ def check_shapes(env: Env) -> list[str]:
     return problems + _check_observation_space(env, obs)
 
 
+def metric_names(env: Env) -> list[str]:
+    """The names of the numbers that an environment reports, those of steps first."""
+    key = jax.random.key(0)
+    state, _ = jax.eval_shape(env.reset, key, env.params)
+    action = jax.eval_shape(partial(_random_action, space=action_space(env, env.params)), key)
+    result = jax.eval_shape(env.step, key, state, action, env.params)
+    return [*result.metrics, *result.episode_metrics]
+
+
 def _check_observation_space(env, obs) -> list[str]:
     spaces = observation_space(env)
     if jax.tree.structure(spaces) != jax.tree.structure(obs):

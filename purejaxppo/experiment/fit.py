@@ -13,6 +13,7 @@ import xarray
 from tqdm.auto import tqdm
 
 from purejaxppo.checks import check_whole
+from purejaxppo.envs.check import metric_names
 from purejaxppo.experiment.journal import Journal
 from purejaxppo.experiment.program import Program, compile
 from purejaxppo.experiment.sinks import guarded
@@ -101,7 +102,8 @@ def fit(
 def _train(program: Program, journal: Journal, last: int, evaluate_every: int | None, sinks: list, bar) -> Fit:
     """The loop: to `last` updates or an interrupt."""
     ppo, begun = journal.ppo, journal.num_updates
-    evaluate, last_return = jax.jit(ppo.evaluate), np.nan
+    evaluate, shown = jax.jit(ppo.evaluate), ["episode_return", *metric_names(ppo.env)[:3]]
+    latest = dict.fromkeys(shown, np.nan)
     start = time.perf_counter()
     with noted_interrupt() as interrupt:
         for state, metrics in chunks(program, journal.state, begun, last, evaluate_every):
@@ -111,9 +113,8 @@ def _train(program: Program, journal: Journal, last: int, evaluate_every: int | 
             part = journal.add(state, metrics)
             for sink in sinks:
                 sink(part)
-            last_return = _latest(metrics["episode_return"], last_return)
-            if not np.isnan(last_return).all():
-                bar.set_postfix_str(f"return {np.nanmean(last_return):.1f}", refresh=False)
+            latest = {name: _latest(metrics[name], before) for name, before in latest.items()}
+            bar.set_postfix_str(_progress(latest), refresh=False)
             bar.update(part.sizes["update"] * journal.steps_per_update)
             if interrupt.is_set():
                 bar.write("interrupted: the result holds what was done until here")
@@ -183,8 +184,14 @@ def _evaluation(evaluate, state: TrainState, shape, due: bool):
     return returns
 
 
-def _latest(returns, before):
-    """The last return of each run [..., updates] in which an episode ended, or the one from before."""
-    for column in np.moveaxis(returns, -1, 0):
+def _progress(latest: dict) -> str:
+    """The newest numbers as text, means over runs."""
+    there = {name: np.nanmean(x) for name, x in latest.items() if not np.isnan(x).all()}
+    return "  ".join(f"{name.removeprefix('episode_')} {mean:.4g}" for name, mean in there.items())
+
+
+def _latest(values, before):
+    """The last value of each run [..., updates] that is a number, or the one from before."""
+    for column in np.moveaxis(values, -1, 0):
         before = np.where(np.isnan(column), before, column)
     return before

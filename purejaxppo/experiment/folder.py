@@ -110,7 +110,8 @@ def load(folder, ppo: PPO | None = None) -> Saved:
     if not (folder / "policy.npz").exists():
         raise ValueError(f"the run in {folder} has not come to its end (`purejaxppo resume {folder}` goes on with it)")
     ppo = remake(settings) if ppo is None else ppo
-    like = jax.eval_shape(ppo.init, keys_like(settings))
+    hyperparams = hyperparams_of(settings)
+    like = jax.eval_shape(ppo.init, keys_like(settings), hyperparams)
     try:
         metrics = xarray.load_dataset(folder / "metrics.nc", engine="scipy")
         with np.load(folder / "policy.npz", allow_pickle=False) as file:
@@ -118,7 +119,7 @@ def load(folder, ppo: PPO | None = None) -> Saved:
     except (*DAMAGE, TypeError) as error:
         raise ValueError(f"metrics.nc or policy.npz in {folder} is damaged: {error}") from None
     policy = from_arrays(arrays, like.policy, f"{folder / 'policy.npz'}")
-    return Saved(ppo, hyperparams_of(settings), env_params_of(settings, like.env_params), policy, metrics, settings)
+    return Saved(ppo, hyperparams, env_params_of(settings, like.env_params), policy, metrics, settings)
 
 
 def remake(settings: dict, num_devices: int = 1) -> PPO:

@@ -27,6 +27,16 @@ def label_metric(name: str, dims: tuple[str, ...], values: np.ndarray) -> tuple[
     return (*dims, f"{name}_index")[: np.ndim(values)], np.asarray(values)
 
 
+def split_vectors(metrics: xarray.Dataset) -> dict[str, xarray.DataArray]:
+    """Metrics by name, each number of a vector as a metric of its own, `NAME_0`, `NAME_1` and so on."""
+    numbers = {}
+    for name, x in metrics.items():
+        index = f"{name}_index"
+        of_vector = {f"{name}_{i}": x.isel({index: i}) for i in range(x.sizes.get(index, 0))}
+        numbers |= of_vector or {name: x}
+    return numbers
+
+
 def last_episodes(metrics: xarray.Dataset, num_episodes: int = 100) -> xarray.DataArray:
     """Mean return of the last `num_episodes` training episodes of each run; nan where none ended.
 

@@ -79,7 +79,8 @@ class Result:
         states = self.slices.load(part.name).state
         i = part.runs.index(name)
         keys = jax.eval_shape(partial(jax.random.split, num=1), jax.random.key(0))
-        like = jax.eval_shape(jax.vmap(self.ppo(**row).init), keys)
+        init = partial(self.ppo(**row).init, hyperparams=self.sweep.hyperparams_of(row))
+        like = jax.eval_shape(jax.vmap(init), keys)
         return from_arrays({name: x[i : i + 1] for name, x in states.items()}, like)[0]
 
     def policy(self, seed: int = 0, **setting) -> Policy:
@@ -118,7 +119,7 @@ def label_sweep(sweep: Sweep, slices: list[Slice], machine: dict) -> xarray.Data
     runs = sweep.runs()
     configs = [sweep.config_of(row) for row in rows]
     num_updates = max(config.num_updates for config in configs)
-    like = slices[0].metrics
+    like = {name: x for part in slices for name, x in part.metrics.items()}  # environments may report others
     arrays = {
         name: np.full(
             (len(rows), sweep.num_seeds, num_updates, *x.shape[2:]), 0 if x.dtype.kind in "iu" else np.nan, x.dtype

@@ -1,7 +1,8 @@
 """Where metrics go while a run trains: functions of a Dataset with the updates of a chunk, called by the host.
 
 A sink takes metrics with the dimensions (`run`,) `update`, as `fit` labels them, and may be any function of one's own.
-Those here begin with the first update that they are given: what is there of later ones, from before a resumption, goes.
+For those here each number of a vector is a metric of its own, `NAME_0`, `NAME_1` and so on. They begin with the first
+update that they are given: what is there of later ones, from before a resumption, goes.
 """
 
 import csv
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import xarray
+
+from purejaxppo.experiment.metrics import split_vectors
 
 Sink = Callable[[xarray.Dataset], None]
 
@@ -107,7 +110,8 @@ def mean_over_runs(sink: Sink) -> Sink:
 def to_rows(metrics: xarray.Dataset) -> Iterator[dict]:
     """Every update of every run as plain Python numbers, updates first; None for what is no finite number."""
     runs = metrics["run"].values.tolist() if "run" in metrics.dims else [None]
-    values = {name: x.transpose("update", ...).values.reshape(-1, len(runs)).tolist() for name, x in metrics.items()}
+    numbers = split_vectors(metrics).items()
+    values = {name: x.transpose("update", ...).values.reshape(-1, len(runs)).tolist() for name, x in numbers}
     updates, steps = metrics["update"].values.tolist(), metrics["step"].values.tolist()
     for i, (update, step) in enumerate(zip(updates, steps)):
         for j, run in enumerate(runs):
@@ -158,7 +162,7 @@ def _file(path, write, update_of, header_lines: int = 0) -> Sink:
 def _last(metrics) -> dict:
     """The newest number of each metric, the mean over runs."""
     row = {"update": int(metrics["update"][-1]), "step": int(metrics["step"][-1])}
-    for name, x in metrics.items():
+    for name, x in split_vectors(metrics).items():
         means = x.mean("run").values if "run" in x.dims else x.values
         there = means[np.isfinite(means)]
         row |= {name: float(there[-1])} if there.size else {}
