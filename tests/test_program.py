@@ -9,6 +9,7 @@ import pytest
 
 import purejaxppo as pjp
 from probes import SMALL
+from purejaxppo.experiment import program
 from purejaxppo.experiment.program import best_slice_size, num_cores
 
 
@@ -18,6 +19,15 @@ def five():
     ppo = pjp.batched(pjp.make_ppo("CartPole-v1", SMALL))
     state = jax.jit(ppo.init)(*pjp.runs(jax.random.key(0), num_seeds=5))
     return ppo, state, *jax.jit(ppo.train)(state)
+
+
+@pytest.mark.parametrize("device, number", [(__file__, 1), ("/nothing", 0)])
+def test_an_nvidia_device_that_jax_does_not_use_is_named_once(device, number, monkeypatch, recwarn):
+    monkeypatch.setattr(program, "NVIDIA_DEVICES", (device,))
+    program.warn_of_idle_gpu.cache_clear()
+    program.warn_of_idle_gpu()
+    program.warn_of_idle_gpu()
+    assert [str(warning.message).count('"purejaxppo[cuda]"') for warning in recwarn] == [1] * number
 
 
 def test_the_first_state_is_that_of_init(five):

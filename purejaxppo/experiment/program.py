@@ -1,8 +1,10 @@
 """Compiled training: a run, or a batch of runs in slices that suit the machine, through any number of updates."""
 
 import contextlib
+import functools
 import os
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ TRANSITIONS_PER_SLICE = 4096
 # Compiler options for what runs once or seldom: a quarter less time to compile, and no slower for it (measured up to
 # widths of 512). Training keeps the options of `jax.jit`: with others its bits are not those of `ppo.train`.
 SELDOM = {"xla_backend_optimization_level": 1}
+# What there is in Linux, in containers, and in the Linux of Windows.
+NVIDIA_DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,7 @@ def compile(ppo: PPO, state: TrainState, num_updates: int | None = None, *, slic
         stacked = jax.tree.map(room, jax.eval_shape(step, state)[1])
         return jax.lax.fori_loop(0, length, one, (state, stacked))
 
+    warn_of_idle_gpu()
     start = time.perf_counter()
     take = jax.jit(partial(_take, size=slice_size), compiler_options=SELDOM)
     put = jax.jit(_put, donate_argnums=0, compiler_options=SELDOM)
@@ -138,6 +143,14 @@ def compile(ppo: PPO, state: TrainState, num_updates: int | None = None, *, slic
 def first_state(ppo: PPO, *args, **kwargs) -> TrainState:
     """What `ppo.init` makes of its arguments; compiled for a single use, in a quarter less time than `jax.jit`."""
     return jax.jit(ppo.init, compiler_options=SELDOM)(*args, **kwargs)
+
+
+@functools.cache
+def warn_of_idle_gpu():
+    """Warns, once, where this machine has an NVIDIA device, JAX computes on the CPU, and nobody asked it to."""
+    asked = jax.config.jax_platforms
+    if not asked and jax.default_backend() == "cpu" and any(map(os.path.exists, NVIDIA_DEVICES)):
+        warnings.warn('JAX computes on the CPU, but there is an NVIDIA device (pip install "purejaxppo[cuda]" uses it)')
 
 
 def use_one_thread():
