@@ -13,6 +13,8 @@ from purejaxppo.experiment.agents import Agents, load_agents
 from purejaxppo.experiment.evaluation import evaluate_agents, evaluate_in_gymnasium, summarize
 from purejaxppo.experiment.render import record_episode, render
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

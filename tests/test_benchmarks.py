@@ -11,6 +11,8 @@ import purejaxppo as pjp
 from purejaxppo.experiment.bench import bench
 from purejaxppo.experiment.command_line import main
 
+pytestmark = pytest.mark.full
+
 COMPARE = Path(__file__).parent / "benchmarks" / "compare.py"
 TINY = ["--num-steps", "16", "--num-envs", "4", "--num-updates", "4", "--rounds", "1", "--seconds", "0.01"]
 

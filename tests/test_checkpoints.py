@@ -25,6 +25,8 @@ from purejaxppo.experiment.checkpoints import Checkpoints
 from purejaxppo.experiment.resume import resume
 from purejaxppo.experiment.sinks import csv_file, json_lines
 
+pytestmark = pytest.mark.full
+
 CONFIG = dataclasses.replace(SMALL, num_updates=9)
 
 

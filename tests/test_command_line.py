@@ -13,6 +13,8 @@ import xarray
 from purejaxppo import load
 from purejaxppo.experiment.command_line import main
 
+pytestmark = pytest.mark.full
+
 TINY = "--num-envs 4 --num-steps 16 --num-updates 6 --num-minibatches 2 --num-epochs 1 --widths 8".split()
 
 

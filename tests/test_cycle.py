@@ -67,6 +67,7 @@ def test_a_step_is_learning_from_what_was_collected_to_the_bit(config, key):
     assert_same(halves(state), jax.jit(ppo.step)(state))
 
 
+@pytest.mark.full
 def test_the_halves_of_a_step_are_programs_of_their_own(key):
     """Compiled apart, for a population, and so for the batch of runs in it: to rounding."""
     ppo = pjp.evolving(pjp.make_ppo(copy_cue(), NORMALIZED), every=1)
@@ -160,6 +161,7 @@ def test_a_custom_step_is_trained_as_any_other(key):
     assert metrics["loss"].shape == (2, 3) and type(state[0]) is Counting
 
 
+@pytest.mark.full
 def test_only_whole_steps_freeze_a_run_a_custom_one_included(key):
     """Of two runs one learns from rewards that are infinite."""
 
@@ -190,6 +192,7 @@ def test_a_copy_in_a_population_takes_over_the_fields_of_a_subclass(key):
     np.testing.assert_array_equal(after.runs.total // 1000, 1 + metrics["parent"])
 
 
+@pytest.mark.full
 def test_a_step_for_a_whole_population_evolves_and_freezes_it(key):
     population = pjp.evolving(pjp.make_ppo(copy_cue(), SMALL), every=1, fraction=0.5)
 
@@ -252,12 +255,14 @@ print("done")
 """
 
 
+@pytest.mark.full
 def test_a_custom_step_over_two_devices_is_that_step_in_either_order():
     program = SHARDED.format(paths=[p for p in sys.path if p])
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "done\n", done.stderr
 
 
+@pytest.mark.full
 def test_a_state_with_more_fields_is_kept_and_resumed_to_the_bit(tmp_path, key):
     ppo = counting(pjp.make_ppo("CartPole-v1", replace(SMALL, num_updates=6)))
     state = jax.jit(ppo.init)(key, replace(FAST, extra={"beta": 0.5}))
@@ -346,6 +351,7 @@ def with_vector(*args, **kwargs):
     return loss, report | {"parts": jnp.stack([report["policy_loss"], report["value_loss"], report["entropy"]])}
 
 
+@pytest.mark.full
 def test_a_vector_of_a_loss_has_a_dimension_of_its_own(tmp_path, key):
     ppo = pjp.make_ppo("CartPole-v1", SMALL, loss=with_vector)
     start = jax.jit(ppo.init)(key)
@@ -382,6 +388,7 @@ def test_a_ppo_prints_in_five_lines():
     assert len(lines) == 5 and "CartPole-v1" in lines[0] and "loss ppo_loss, optimizer adam, step step" in lines[2]
 
 
+@pytest.mark.full
 def test_what_no_loss_reads_is_not_in_the_compiled_program(key):
     """A minibatch with what only custom losses read compiles to the program of one without it."""
     ppo = pjp.make_ppo("CartPole-v1", SMALL)

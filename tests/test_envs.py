@@ -12,6 +12,7 @@ from purejaxppo.envs import env_names
 from purejaxppo.envs.base import action_space, observation_space
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", env_names())
 def test_every_environment_of_gymnax_makes_a_finite_update(name):
     config = dataclasses.replace(SMALL, normalize_observation=True, scale_reward=True)
@@ -115,6 +116,7 @@ def dictionary_env():
     return Env(lambda key, params: (jnp.int32(0), observe(jnp.int32(0))), step, (), MultiDiscrete([2, 3]), space)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("normalize", [False, True])
 def test_dictionaries_of_every_kind_of_observation_are_learned_from(normalize, key):
     env = dictionary_env()
@@ -174,6 +176,7 @@ def test_an_unsound_environment_is_refused_before_anything_compiles():
         make_ppo(broken(reward=lambda r: jnp.ones(3)), SMALL)
 
 
+@pytest.mark.full
 def test_a_policy_trained_on_gymnax_acts_in_gymnasium_as_well():
     """The same CartPole by other hands: what one learns in the one must hold in the other."""
     gymnasium = pytest.importorskip("gymnasium")

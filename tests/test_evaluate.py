@@ -52,6 +52,7 @@ def test_greedy_play_takes_the_mode_and_repeats_itself(key):
     assert (play(key, True).episode_return != play(key, False).episode_return).any()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("gru_width", [0, 4])
 def test_acting_step_by_step_is_greedy_evaluation(gru_width, key):
     """The host plays an episode with `act`; evaluation plays the same one in a program."""
@@ -75,6 +76,7 @@ def test_acting_step_by_step_is_greedy_evaluation(gru_width, key):
     assert set(np.unique(evaluation.episode_return)) == set(returns.values())
 
 
+@pytest.mark.full
 def test_acting_returns_an_action_that_the_environment_takes(key):
     for name in ("CartPole-v1", "Pendulum-v1", "FrozenLake-misc"):
         ppo = make_ppo(name, SMALL)

@@ -37,6 +37,7 @@ GRU = {"gru_width": 8, "segment_length": SMALL.num_steps}
 PENDULUM = [{"bound_action": how, "normalize_observation": True} for how in ("clip", "tanh")]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "env, config", [("CartPole-v1", {"activation": "relu"}), *(("Pendulum-v1", config) for config in PENDULUM)]
 )

@@ -20,6 +20,8 @@ from flax import nnx, struct
 import purejaxppo as pjp
 from purejaxppo.ppo import estimate
 
+pytestmark = pytest.mark.full
+
 CONFIG = pjp.Config(num_envs=4, num_steps=16, num_updates=4, num_epochs=2, num_minibatches=2, widths=(8,))
 FAST = pjp.Hyperparams(learning_rate=1e-2)
 

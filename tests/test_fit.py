@@ -30,6 +30,7 @@ def test_chunks_are_the_same_as_one_program_to_the_bit(ppo, key):
     assert not state.actors.obs.is_deleted()
 
 
+@pytest.mark.full
 def test_a_batch_is_fitted_with_its_runs_labelled(ppo, key):
     many = batched(ppo)
     result = fit(many, jax.jit(many.init)(jax.random.split(key, 2)), updates_per_chunk=4, progress=False)
@@ -38,6 +39,7 @@ def test_a_batch_is_fitted_with_its_runs_labelled(ppo, key):
     assert result.metrics["episode_return"].dims == ("run", "update")
 
 
+@pytest.mark.full
 def test_a_run_goes_on_where_it_stopped(ppo, key):
     state = jax.jit(ppo.init)(key)
     first = fit(ppo, state, num_updates=4, progress=False)

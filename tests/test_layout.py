@@ -42,6 +42,7 @@ def test_every_module_of_the_core_is_in_the_order():
     assert found - {"__init__", "__main__"} == set(ORDER)
 
 
+@pytest.mark.full
 def test_importing_brings_no_suite_and_no_host_library():
     heavy = ["gymnax", "gymnasium", "matplotlib", "xarray", "pandas", "tqdm", "tyro"]
     program = f"import sys, purejaxppo; print([m for m in {heavy} if m in sys.modules])"
@@ -49,6 +50,7 @@ def test_importing_brings_no_suite_and_no_host_library():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("before", ["", "import matplotlib"])
 def test_environments_of_gymnax_bring_no_library_for_pictures_until_one_is_drawn(before):
     program = f"""if True:

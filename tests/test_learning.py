@@ -10,6 +10,8 @@ import pytest
 from purejaxppo import Config, Hyperparams, batched, fit, make_ppo, preset, runs
 from purejaxppo.experiment.metrics import last_episodes
 
+pytestmark = pytest.mark.full
+
 
 def train(name, num_seeds, config=None, hyperparams=None):
     """Returns of the last 100 training episodes of each seed, and of 128 fresh ones: [num_seeds] each."""

@@ -72,6 +72,7 @@ def test_every_weight_of_our_networks_is_an_orthogonal_matrix(details, key):
         np.testing.assert_allclose(gram / gram[0, 0], np.eye(len(gram)), atol=1e-5)
 
 
+@pytest.mark.full
 def test_initialisation_under_vmap_does_not_deadlock():
     """In a process of its own with a time limit: LAPACK's QR in its place hangs two threads with jax 0.10.2."""
     program = (
@@ -93,6 +94,7 @@ class Shared(nn.Module):
         return Categorical(nn.Dense(2)(x)), nn.Dense(1)(x)[..., 0]
 
 
+@pytest.mark.full
 def test_a_linen_module_of_a_user_trains_alone_and_in_a_batch():
     many = batched(make_ppo("CartPole-v1", SMALL, network=Shared()))
     state = jax.jit(many.init)(jax.random.split(jax.random.key(0), 8))
@@ -227,6 +229,7 @@ class Small(nnx.Module):
         return Categorical(self.logits(x)), self.value(x)[..., 0]
 
 
+@pytest.mark.full
 def test_an_nnx_module_of_a_user_trains_and_starts_differently_for_every_key():
     many = batched(make_ppo(copy_cue(), SMALL, network=from_nnx(Small)))
     state = jax.jit(many.init)(jax.random.split(jax.random.key(0), 2))
@@ -290,6 +293,7 @@ def test_actor_and_critic_are_apart_unless_shared(key):
         assert set(network.init(key, (), obs, first)["params"]) == parts
 
 
+@pytest.mark.full
 def test_a_memory_carries_over_pieces_of_a_sequence_as_over_the_whole(key):
     network = make_network(Config(gru_width=8, segment_length=8), Box(shape=(3,)), Discrete(2))
     obs = jax.random.normal(key, (6, 2, 3))

@@ -12,6 +12,8 @@ from probes import SMALL, copy_cue, make
 from purejaxppo import Hyperparams, batched, make_ppo
 from purejaxppo.population import Population, choose_parents, count_episodes, evolve, evolving
 
+pytestmark = pytest.mark.full
+
 ONE_MINIBATCH = {"num_epochs": 1, "num_minibatches": 1, "segment_length": 8}
 RECURRENT = replace(
     SMALL, gru_width=4, share_encoder=True, normalize_observation=True, scale_reward=True, **ONE_MINIBATCH

@@ -112,6 +112,7 @@ def test_train_is_the_same_as_single_steps_to_the_bit():
     same_leaves(state, whole)
 
 
+@pytest.mark.full
 def test_the_same_key_gives_the_same_run_and_another_key_another():
     ppo = make_ppo("CartPole-v1", SMALL)
     train = jax.jit(ppo.train)
@@ -127,6 +128,7 @@ def test_no_random_key_is_used_twice():
         jax.jit(lambda key, policy: ppo.evaluate(key, policy, num_episodes=4))(jax.random.key(1), state.policy)
 
 
+@pytest.mark.full
 def test_memory_does_not_grow_with_the_number_of_steps():
     def temporary_bytes(num_updates):
         ppo = make_ppo("CartPole-v1", dataclasses.replace(SMALL, num_updates=num_updates))
@@ -137,6 +139,7 @@ def test_memory_does_not_grow_with_the_number_of_steps():
     assert temporary_bytes(2000) - temporary_bytes(20) < 1980 * 13 * 4 * 2
 
 
+@pytest.mark.full
 def test_training_can_be_differentiated_through():
     config = dataclasses.replace(SMALL, num_updates=2, normalize_observation=True, scale_reward=True)
     ppo = make_ppo(copy_cue(), config)
@@ -152,6 +155,7 @@ def test_training_can_be_differentiated_through():
     np.testing.assert_allclose(slope, (after - before) / (2 * step), rtol=0.01)
 
 
+@pytest.mark.full
 def test_schedules_may_be_batched_like_numbers():
     ppo = make_ppo(copy_cue(), SMALL)
     hyperparams = Hyperparams(learning_rate=linear(jnp.array([0.1, 0.2]), jnp.zeros(2)))
@@ -161,6 +165,7 @@ def test_schedules_may_be_batched_like_numbers():
     np.testing.assert_allclose(metrics["learning_rate"][:, 0], [0.1, 0.2], rtol=1e-6)
 
 
+@pytest.mark.full
 def test_double_precision_mode_trains_too():
     with jax.enable_x64(True):
         ppo = make_ppo("Pendulum-v1", dataclasses.replace(SMALL, normalize_observation=True, scale_reward=True))
@@ -194,11 +199,13 @@ def test_probe_a_delayed_reward_is_worth_its_discount():
     np.testing.assert_allclose(values, np.tile([0.25, 0.5, 1.0], (3, 1)), atol=0.03)
 
 
+@pytest.mark.full
 def test_probe_a_reward_truncated_for_ever_is_worth_the_whole_future():
     """Reward 1, truncated every 8 steps, discount 0.98: 50."""
     np.testing.assert_allclose(learned_values(endless_reward(8), jnp.eye(9)[:1]), 50, rtol=0.03)
 
 
+@pytest.mark.full
 def test_probe_a_horizon_that_is_the_task_is_worth_what_is_left_of_it():
     """Reward 1, eight steps, discount 0.98: 7.46 at the start, 1 at the last step."""
     values = learned_values(endless_reward(8, shows_time=True), jnp.eye(9)[:8], bootstrap_on_truncation=False)
@@ -207,6 +214,7 @@ def test_probe_a_horizon_that_is_the_task_is_worth_what_is_left_of_it():
     np.testing.assert_allclose(values, np.tile(expected, (3, 1)), rtol=0.05)
 
 
+@pytest.mark.full
 def test_probe_the_action_that_the_observation_names_is_found():
     ppo = make_ppo(copy_cue(), dataclasses.replace(VALUES, num_updates=60))
     _, metrics = jax.jit(jax.vmap(ppo.train))(
@@ -215,6 +223,7 @@ def test_probe_the_action_that_the_observation_names_is_found():
     assert (metrics["episode_return"][:, -10:].mean(1) > 0.97).all()
 
 
+@pytest.mark.full
 def test_probe_a_cue_is_recalled_with_a_memory_and_only_with_one():
     def last_return(**config):
         ppo = make_ppo(recall_cue(), dataclasses.replace(VALUES, num_updates=100, **config))

@@ -12,6 +12,8 @@ from probes import SMALL
 from purejaxppo.experiment import program
 from purejaxppo.experiment.program import best_slice_size, num_cores
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(scope="module")
 def five():

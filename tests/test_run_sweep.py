@@ -22,6 +22,8 @@ from purejaxppo.experiment.arrays import from_arrays, to_arrays
 from purejaxppo.experiment.program import Program
 from purejaxppo.experiment.run import plan_missing
 
+pytestmark = pytest.mark.full
+
 PROGRAM = Path(__file__).parent / "sweep_program.py"
 LEARNING_RATES, DISCOUNTS = [1e-3, 1e-2], [0.9, 0.99]
 

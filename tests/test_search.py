@@ -7,6 +7,8 @@ from probes import SMALL, copy_cue
 from purejaxppo.experiment.halving import Ladder, successive_halving, train_runs
 from purejaxppo.experiment.study import optuna_search
 
+pytestmark = pytest.mark.full
+
 
 def make_probe(env, config):
     return pjp.make_ppo(copy_cue(), config)

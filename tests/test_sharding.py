@@ -23,6 +23,8 @@ from purejaxppo.normalize import (
 from purejaxppo.summary import measure_rollout, summarize
 from purejaxppo.update import adam, update
 
+pytestmark = pytest.mark.full
+
 over_shards = partial(jax.vmap, axis_name="envs")
 
 

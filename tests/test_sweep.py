@@ -58,6 +58,7 @@ def test_a_batch_equals_a_loop_over_its_runs(ppo, key):
         chex.assert_trees_all_close(mine, (state.policy.params, one), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.full
 def test_a_batch_of_one_run_equals_that_run(ppo, key):
     many = batched(ppo)
     states, metrics = jax.jit(many.train)(many.init(key[None]))
@@ -68,6 +69,7 @@ def test_a_batch_of_one_run_equals_that_run(ppo, key):
     assert jax.tree.map(jnp.shape, states) == jax.tree.map(jnp.shape, many.init(key[None]))
 
 
+@pytest.mark.full
 def test_identical_lanes_are_identical_to_the_bit_whatever_else_is_in_the_batch(ppo, key):
     many = batched(ppo)
     keys = jnp.stack([key, jax.random.key(7), key, jax.random.key(8)])
@@ -77,6 +79,7 @@ def test_identical_lanes_are_identical_to_the_bit_whatever_else_is_in_the_batch(
         np.testing.assert_array_equal(x[0], x[2])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("num_runs", [1, 2])
 def test_a_run_that_turns_nan_is_frozen_as_it_was_and_reports_nothing_from_there_on(ppo, key, num_runs):
     """The rate is finite in the first update and beyond float32 in the second."""
@@ -94,6 +97,7 @@ def test_a_run_that_turns_nan_is_frozen_as_it_was_and_reports_nothing_from_there
     chex.assert_trees_all_equal(first, trained)
 
 
+@pytest.mark.full
 def test_a_poisoned_lane_changes_no_other(ppo, key):
     many = batched(ppo)
     keys = jnp.stack([key, jax.random.key(7)])
@@ -133,6 +137,7 @@ def test_a_coefficient_of_a_custom_loss_is_swept_as_any_hyperparameter(key):
         runs(key, grid(**{"extra.bta": [0.1]}), hyperparams=Hyperparams(extra={"beta": 1.0}))
 
 
+@pytest.mark.full
 def test_a_batch_evaluates_and_acts_run_by_run(ppo, key):
     many = batched(ppo)
     states = jax.jit(many.init)(jax.random.split(key, 3))
@@ -150,6 +155,7 @@ def test_members_are_taken_out_and_put_together(ppo, key):
     chex.assert_trees_all_equal(concatenate(states[:1], states[1:]), states)
 
 
+@pytest.mark.full
 def test_some_runs_go_on_without_the_others(ppo, key):
     many = batched(ppo)
     step = jax.jit(many.step)

@@ -63,6 +63,7 @@ def learn(config, hyperparams=Hyperparams(learning_rate=0.05), loss=ppo_loss):
     return ppo, state, *jax.jit(ppo.step)(state)
 
 
+@pytest.mark.full
 def test_the_kl_stop_freezes_parameters_and_optimizer_from_the_first_minibatch_beyond_it():
     plain = Config(num_envs=4, num_steps=8, num_updates=1, num_epochs=8, num_minibatches=1, widths=(8,))
     full_state = learn(plain)[2]
@@ -76,6 +77,7 @@ def test_the_kl_stop_freezes_parameters_and_optimizer_from_the_first_minibatch_b
     chex.assert_trees_all_close(never.policy.params, full_state.policy.params, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.full
 def test_the_kl_stop_acts_on_each_run_of_a_batch_alone():
     ppo = make_ppo(copy_cue(), Config(**vars(SMALL) | {"stop_on_kl": True, "num_epochs": 6}))
     base = Hyperparams(learning_rate=0.05)
@@ -134,6 +136,7 @@ def test_advantages_are_standardised_within_each_minibatch_of_segments(key):
     np.testing.assert_allclose(report["product"], np.mean(expected), rtol=1e-4)
 
 
+@pytest.mark.full
 def test_adam_steps_follow_the_formula_on_a_whole_update(key):
     """One epoch of one minibatch by hand: gradient, global norm, Adam's first step."""
     config = Config(num_envs=4, num_steps=8, num_updates=1, num_epochs=1, num_minibatches=1, widths=(8,))
