@@ -10,6 +10,7 @@ import purejaxppo as pjp
 from probes import SMALL, copy_cue
 
 
+@pytest.mark.full
 def test_the_rate_follows_the_kl_of_every_update_and_stays_in_its_bounds(key):
     """From the metrics of each update, computed again on the host, for three rates that begin too low and too high."""
     ppo = pjp.batched(

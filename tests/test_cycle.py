@@ -59,7 +59,7 @@ def counting(ppo, bonus=1.0):
     return pjp.with_step(ppo, step, init)
 
 
-@pytest.mark.parametrize("config", [SMALL, RECURRENT])
+@pytest.mark.parametrize("config", [SMALL, pytest.param(RECURRENT, marks=pytest.mark.full)])
 def test_a_step_is_learning_from_what_was_collected_to_the_bit(config, key):
     ppo = pjp.make_ppo("CartPole-v1", config)
     state = jax.jit(ppo.init)(key)
@@ -149,6 +149,7 @@ def test_a_loss_that_asks_for_a_key_has_another_for_every_minibatch(key):
     assert_same(jax.jit(pjp.make_ppo("CartPole-v1", config).step)(start)[0], state)
 
 
+@pytest.mark.full
 def test_a_custom_step_is_trained_as_any_other(key):
     """Also around another custom step, and in a batch of runs."""
     ppo = counting(pjp.make_ppo(constant_reward(), SMALL))
@@ -182,6 +183,7 @@ def test_only_whole_steps_freeze_a_run_a_custom_one_included(key):
     assert state.num_updates.tolist() == [1, 1]
 
 
+@pytest.mark.full
 def test_a_copy_in_a_population_takes_over_the_fields_of_a_subclass(key):
     ppo = counting(pjp.make_ppo(copy_cue(), SMALL))
     many = pjp.evolving(ppo, every=1, fraction=0.5)

@@ -70,6 +70,7 @@ except ImportError:
     assert done.stdout == "alone\n", done.stderr
 
 
+@pytest.mark.full
 def test_a_recurrent_policy_takes_its_memory_and_where_episodes_begin(tmp_path):
     ppo, policy = trained("Pendulum-v1", **GRU)
     lines = export(ppo, policy, tmp_path / "policy.stablehlo")

@@ -18,6 +18,7 @@ def ppo():
     return make_ppo("CartPole-v1", dataclasses.replace(SMALL, num_updates=7))
 
 
+@pytest.mark.full
 def test_chunks_are_the_same_as_one_program_to_the_bit(ppo, key):
     """Chunks of 3, 3 and 1: the last is shorter."""
     state = jax.jit(ppo.init)(key)

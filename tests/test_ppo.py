@@ -27,7 +27,9 @@ DETAILS = [
     {},
     {"normalize_observation": True, "scale_reward": True, "normalize_advantage": "batch", "bound_action": "tanh"},
     {"gru_width": 4, "segment_length": 4, "normalize_observation": True},
-    {"gru_width": 4, "segment_length": 8, "share_encoder": True, "clip_value_loss": False},
+    pytest.param(
+        {"gru_width": 4, "segment_length": 8, "share_encoder": True, "clip_value_loss": False}, marks=pytest.mark.full
+    ),
 ]
 
 

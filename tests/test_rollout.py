@@ -182,6 +182,7 @@ def test_an_unbounded_box_takes_any_action():
     np.testing.assert_array_equal(bound_action(jnp.array([1e6]), Box(shape=(1,)), "clip"), [1e6])
 
 
+@pytest.mark.full
 def test_many_discrete_choices_reach_the_environment_as_one_vector(key):
     def step(key, state, action, params):
         return Step(state, action.astype(jnp.float32), jnp.float32(0), jnp.bool_(False), jnp.bool_(False))

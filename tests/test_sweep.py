@@ -46,6 +46,7 @@ def test_what_cannot_be_swept_is_named(call, words, key):
         call(key)
 
 
+@pytest.mark.full
 def test_a_batch_equals_a_loop_over_its_runs(ppo, key):
     """After the first update, to rounding; learning amplifies rounding beyond that."""
     keys, hyperparams = runs(key, grid(learning_rate=[1e-3, 1e-4], discount=[0.9, 0.99]), num_seeds=2)
@@ -120,6 +121,7 @@ def test_runs_may_differ_in_their_environment(key):
     assert metrics["episode_return"][0] != metrics["episode_return"][1]
 
 
+@pytest.mark.full
 def test_a_sweep_over_any_hyperparameter_does_not_compile_again(ppo, key):
     many = batched(ppo)
     init, step = jax.jit(many.init), jax.jit(many.step)
@@ -147,6 +149,7 @@ def test_a_batch_evaluates_and_acts_run_by_run(ppo, key):
     assert action.shape == (3,)
 
 
+@pytest.mark.full
 def test_members_are_taken_out_and_put_together(ppo, key):
     states = jax.jit(batched(ppo).init)(jax.random.split(key, 4))
     one = ppo.init(jax.random.split(key, 4)[2])
