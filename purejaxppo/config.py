@@ -231,9 +231,10 @@ class Hyperparams:
         """The same hyperparameters with other values for some, by name. Raises ValueError as the constructor does."""
         extra = {name.removeprefix(EXTRA): x for name, x in values.items() if name.startswith(EXTRA)}
         changed = {name: x for name, x in values.items() if not name.startswith(EXTRA)}
-        unknown = extra.keys() - self.extra.keys()
-        if self.extra and unknown:
-            raise ValueError(f"{EXTRA}{min(unknown)} is not in extra, which has {', '.join(self.extra)}")
+        unknown = [name for name in changed if name not in HYPERPARAM_SPECS]
+        unknown += [EXTRA + name for name in extra if self.extra and name not in self.extra]
+        if unknown:
+            raise ValueError(f"{unknown[0]} is not a hyperparameter (these are: {', '.join(self.names)})")
         return replace(self, extra=self.extra | extra, **changed)
 
     def at(self, num_updates: jax.Array | int, config: Config) -> "Hyperparams":

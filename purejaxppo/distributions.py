@@ -17,7 +17,7 @@ WEIGHTS = WEIGHTS / WEIGHTS.sum()
 
 
 class Drawn:
-    """A distribution that is drawn from by way of noise."""
+    """A distribution whose samples are a function of noise that does not depend on its parameters."""
 
     def sample(self, key):
         """Actions as drawn, not bounded by any space."""

@@ -45,7 +45,8 @@ def ppo_loss(
     """The loss of one minibatch [L, B] (an `update.Batch`), its advantages standardised, and what to report of it.
 
     A mean over transitions, as is all that it reports. Any function of this signature can take its place
-    (`make_ppo(..., loss=...)`), with one keyword more, `key`, if it draws random numbers. Its report holds scalars and
+    (`make_ppo(..., loss=...)`), with one keyword more, `key`, if it draws random numbers (named in
+    its signature, not in **kwargs). Its report holds scalars and
     vectors [K], and must hold `approx_kl` where `stop_on_kl` is on. `surrogate(log_ratio, advantage, clip)` is the
     policy's part of the loss.
     """

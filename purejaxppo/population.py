@@ -81,15 +81,12 @@ def evolving(
 
     @wraps(many.learn)
     def learn(state: Population, rollout):
-        return finish(state, *many.learn(state.runs, rollout))
+        # A run that turned nan must not be compared: a population freezes it here, before it evolves.
+        return finish(state, *many.freeze(state.runs, *many.learn(state.runs, rollout)))
 
     @wraps(many.step)
     def step(state: Population):
         return finish(state, *many.step(state.runs))
-
-    def freeze(state: Population, new: Population, metrics: dict):
-        runs, frozen = many.freeze(state.runs, new.runs, metrics)
-        return new.replace(runs=runs), frozen | {"parent": metrics["parent"]}
 
     def finish(state: Population, runs: TrainState, metrics: dict):
         """The population after an update of its runs, evolved if it is due."""
@@ -105,7 +102,7 @@ def evolving(
         num_episodes = jnp.where(due, 0, num_episodes)
         return Population(runs=runs, key=key, fitness=fitness, num_episodes=num_episodes), metrics | {"parent": parent}
 
-    return replace_step(many, step)._replace(init=init, collect=collect, learn=learn, freeze=freeze)
+    return replace_step(many, step)._replace(init=init, collect=collect, learn=learn, freeze=None)
 
 
 def count_episodes(state: Population, metrics: dict):

@@ -74,12 +74,12 @@ class PPO(NamedTuple):
     optimizer: Callable
     mesh: Any = None  # of devices that share the environments of a run (`sharded`) or the runs of a batch (`batched`)
     freeze: Callable | None = None  # state, next state, metrics -> both, with runs that turned nan as they were
-    custom: tuple | None = None  # ppo, step, init: what `with_step` was given
+    custom: "Custom | None" = None  # what `with_step` was given
 
     def __repr__(self) -> str:
         config = self.config
         names = [getattr(f, "__name__", None) or repr(f) for f in (self.loss, self.optimizer)]
-        cycle = f", step {self.custom[1].__name__}" if self.custom else ""
+        cycle = f", step {getattr(self.custom.step, '__name__', self.custom.step)}" if self.custom else ""
         return "\n".join(
             [
                 f"PPO on {self.env.name}" + (f", over {self.mesh.size} devices" if self.mesh else ""),
@@ -90,6 +90,14 @@ class PPO(NamedTuple):
                 f"  fields   {', '.join(self._fields)}",
             ]
         )
+
+
+class Custom(NamedTuple):
+    """A cycle that is not ours, and the PPO that it is given."""
+
+    ppo: PPO
+    step: Callable
+    init: Callable | None
 
 
 def make_ppo(
@@ -132,7 +140,7 @@ def bind_ppo(env: Env, network: Network, config: Config, loss: Callable, optimiz
         collect=bound(collect, **acting, axis_name=axis_name),
         learn=bound(learn, **learning),
         step=bound(step, **acting | learning),
-        train=train,
+        train=None,
         evaluate=bound(evaluate, **acting),
         act=bound(act, **acting),
         **acting,
@@ -164,20 +172,22 @@ def with_step(ppo: PPO, step: Callable, init: Callable | None = None) -> PPO:
 
     The step is given the PPO that `with_step` was given, whose `collect`, `learn` and `step` it may call, and whose
     state it may change: hyperparameters, environment parameters, or fields of its own. A state with such fields is a
-    subclass of `TrainState`, from `init(ppo, key, hyperparams, env_params)`. Under `sharded` the step sees the whole
-    rollout, not a shard of it.
+    subclass of `TrainState`, from `init(ppo, key, hyperparams, env_params)`. What is scheduled is a number in
+    `state.hyperparams.at(state.num_updates, ppo.config)`. Others may be added to the metrics of `learn`. Under
+    `sharded` the step sees the whole rollout, not a shard of it. Raises ValueError at tracing for a step that returns
+    no state like the one given, or lacks metrics of `learn`.
     """
 
     def whole_step(state: TrainState):
-        after = step(ppo, state)
-        return ppo.freeze(state, *after) if ppo.freeze else after
+        new, metrics = _check_step(state, step(ppo, state))
+        return ppo.freeze(state, new, metrics) if ppo.freeze else (new, metrics)
 
     def whole_init(key, hyperparams=Hyperparams(), env_params=None):
         return init(ppo, key, hyperparams, env_params) if init else ppo.init(key, hyperparams, env_params)
 
     bound = partial(bind, ppo.config.matmul_precision)
     new = replace_step(ppo, wraps(ppo.step)(bound(whole_step)))
-    return new._replace(init=wraps(ppo.init)(bound(whole_init)), custom=(ppo, step, init))
+    return new._replace(init=wraps(ppo.init)(bound(whole_init)), custom=Custom(ppo, step, init))
 
 
 def replace_step(ppo: PPO, step: Callable) -> PPO:
@@ -248,8 +258,10 @@ def learn(
     """The second half of a cycle: estimate advantages, learn for some epochs. Returns the next state and metrics.
 
     All that is learned follows from the rollout as it is given; the returns and lengths of episodes that are reported
-    are those that the environment had in `collect`.
+    are those that the environment had in `collect`. Values are bootstrapped from `next_obs` where the environment ended
+    an episode and at the last step, elsewhere from the next `obs`. Raises ValueError for a rollout of another shape.
     """
+    rollout = _check_rollout(rollout, config)
     hyperparams = state.hyperparams.at(state.num_updates, config)
     state, reward = scale_rewards(state, rollout, hyperparams.discount, config, axis_name)
     policy, actors = state.policy, state.actors
@@ -310,12 +322,13 @@ def scale_rewards(state: TrainState, rollout: Rollout, discount, config: Config,
     """
     if not config.scale_reward:
         return state, rollout.reward
-    last, returns = discounted_returns(state.actors.discounted_return, rollout.reward, rollout.done, discount)
+    rewards = jnp.asarray(rollout.reward, jnp.float32)
+    last, returns = discounted_returns(state.actors.discounted_return, rewards, rollout.done, discount)
     moments = merge(state.policy.reward, gather_shards(measure(returns), axis_name))
     state = state.replace(
         policy=state.policy.replace(reward=moments), actors=state.actors.replace(discounted_return=last)
     )
-    return state, scale(moments, rollout.reward, config.reward_clip)
+    return state, scale(moments, rewards, config.reward_clip)
 
 
 def estimate(
@@ -369,6 +382,44 @@ def act(
     action = (distribution.mode() if key is None else distribution.sample(key))[0, 0]
     space = action_space(env, env.params if env_params is None else env_params)
     return bound_action(action, space, config.bound_action), memory
+
+
+def _check_rollout(rollout: Rollout, config: Config) -> Rollout:
+    """A rollout as arrays. Refuses leaves that are not [T, N, ...], and numbers per step that are not [T, N]."""
+    rollout, shape = jax.tree.map(jnp.asarray, rollout), (config.num_steps, config.num_envs)
+    numbers = "reward", "terminated", "truncated", "ended", "metrics", "episode_metrics"
+    for path, x in jax.tree_util.tree_leaves_with_path(rollout):
+        exact = path[0].name in numbers
+        if x.shape != shape if exact else x.ndim and x.shape[:2] != shape:
+            raise ValueError(
+                f"rollout{jax.tree_util.keystr(path)} of shape {x.shape} must be [T, N{'' if exact else ', ...'}], "
+                f"with [T, N] = {list(shape)} as in the config"
+            )
+    return rollout
+
+
+def _check_step(state: TrainState, after: Any) -> tuple[TrainState, dict]:
+    """What a custom step returned, as strongly typed arrays. Refuses what is no state like `state`, or no metrics."""
+    if not (isinstance(after, tuple) and len(after) == 2 and isinstance(after[1], dict)):
+        raise ValueError(f"step must return (state, metrics), as ppo.step does, not {type(after).__name__}")
+    new, metrics = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), after)
+    if jax.tree.structure(new) != jax.tree.structure(state):
+        raise ValueError(
+            f"step must return a {type(state).__name__} built like the one given, not {type(new).__name__}"
+        )
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(new), jax.tree.leaves(state)):
+        if (x.shape, x.dtype) != (y.shape, y.dtype):
+            where = f"state{jax.tree_util.keystr(path)}"
+            raise ValueError(f"step made {where} {x.dtype}{list(x.shape)}; it must stay {y.dtype}{list(y.shape)}")
+    missing = {"episode_return", "num_episodes", "learning_rate"} - metrics.keys()
+    if missing:
+        raise ValueError(f"metrics of a step must hold {min(missing)} (add others to those that ppo.learn returns)")
+    for name, x in metrics.items():
+        if x.ndim > new.num_updates.ndim + 1 or "/" in name:
+            raise ValueError(
+                f"metric {name!r} of shape {x.shape} must be a scalar or a vector, with no '/' in its name"
+            )
+    return new, metrics
 
 
 def _check_target_kl(target_kl, config: Config):

@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import partial, wraps
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -98,7 +99,7 @@ def _specs(state: TrainState):
 
 def _specs_of_rollout(rollout: Rollout):
     """Where every leaf of a rollout [T, N, ...] lies: environments in shards, scalars everywhere."""
-    return jax.tree.map(lambda x: PartitionSpec(None, AXIS) if x.ndim else PartitionSpec(), rollout)
+    return jax.tree.map(lambda x: PartitionSpec(None, AXIS) if jnp.ndim(x) else PartitionSpec(), rollout)
 
 
 def _config_of_shard(config: Config, num_devices: int) -> Config:

@@ -8,7 +8,9 @@ from purejaxppo.rollout import Rollout
 from purejaxppo.update import Batch
 
 # Names that metrics have beside them, as coordinates or as results of the host.
-RESERVED = {"run", "seed", "setting", "update", "step", "parent", "evaluation_return", "failed_update"}
+RESERVED = {
+    "run", "seed", "setting", "update", "step", "parent", "evaluation_return", "failed_update", "learning_rate",
+}  # fmt: skip
 
 
 def measure_rollout(rollout: Rollout, batch: Batch) -> dict:
@@ -42,8 +44,8 @@ def summarize(measured: dict, rollout: Rollout) -> dict[str, jax.Array]:
 def join_metrics(metrics: dict, others: dict[str, dict]) -> dict:
     """Metrics with those of others, by who reports them, added. Raises ValueError for a name that is taken."""
     for reporter, added in others.items():
-        taken = added.keys() & (metrics.keys() | RESERVED)
+        taken = [name for name in added if name in metrics.keys() | RESERVED or "/" in name]
         if taken:
-            raise ValueError(f"{reporter} hold {min(taken)!r}, a name that is taken (report it under another)")
+            raise ValueError(f"{reporter} hold {taken[0]!r}, a name that is taken or has a '/' (try another)")
         metrics = metrics | added
     return metrics

@@ -1,6 +1,7 @@
 """Many runs in one program: the same functions and the same pytrees with one more axis R in front."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import partial, wraps
 
 import jax
@@ -15,6 +16,7 @@ from purejaxppo.sharding import choose_devices
 from purejaxppo.table import Table
 
 AXIS = "runs"
+GIVEN = ("key", "hyperparams", "env_params", "actors")  # of a state; all else is learned
 
 
 def batched(ppo: PPO, devices=None) -> PPO:
@@ -75,9 +77,10 @@ def _over_runs(function, state, *args):
 
 
 def freeze(state: TrainState, new: TrainState, metrics: dict) -> tuple[TrainState, dict]:
-    """The state after a whole step and its metrics, or the state before and nan if it holds a number not finite."""
-    learned = new.policy, new.opt_state, metrics.get("loss", 0.0)
-    finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(learned)]).all()
+    """The state after a whole step and its metrics, or the state before and nan if what it learned is not finite."""
+    learned = [getattr(new, field.name) for field in fields(new) if field.name not in GIVEN]
+    numbers = [x for x in jax.tree.leaves((learned, metrics.get("loss", 0.0))) if jnp.issubdtype(x, jnp.inexact)]
+    finite = jnp.stack([jnp.isfinite(x).all() for x in numbers]).all()
     # The same state has the same key, and so the same step before it: once frozen it stays so.
     state = jax.tree.map(lambda old, new: jnp.where(finite, new, old), state, new)
     return state, {name: jnp.where(finite, x, _nothing(x)) for name, x in metrics.items()}

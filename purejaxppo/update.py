@@ -15,7 +15,7 @@ from purejaxppo.config import Config, Hyperparams
 from purejaxppo.messages import mean_over_shards
 from purejaxppo.normalize import standardize_advantage
 
-LOSS = 2**31  # what is folded into the key of the shuffles for that of the loss
+LOSS = 2**31  # folded into the key of the shuffles, it gives the key of the loss
 
 
 @struct.dataclass
@@ -63,7 +63,8 @@ def update(
 ):
     """All epochs over one rollout: params, opt_state, and the means of what the minibatches reported.
 
-    `loss(params, minibatch, hyperparams)` takes a keyword `key` besides if it has one, another for every minibatch.
+    A `loss(params, minibatch, hyperparams)` whose signature names `key` is given a random key, another for every
+    minibatch.
     Every epoch draws a permutation of its own. With `stop_on_kl`, the first minibatch whose KL exceeds the target
     and all after it leave params and optimizer state as they are, and do not count in the means.
     Where a rollout lies in shards along the mesh axis `axis_name`, a minibatch has an equal part in each.
@@ -75,15 +76,15 @@ def update(
     if config.normalize_advantage == "minibatch":
         # For all minibatches at once, so that shards wait for each other once and not in every one.
         advantage = standardize_advantage(advantage, (1, 2), axis_name)
-    keys = {}
+    random = {}
     if "key" in inspect.signature(loss).parameters:
-        keys["key"] = jax.random.split(jax.random.fold_in(key, LOSS), len(chosen))
+        random["key"] = jax.random.split(jax.random.fold_in(key, LOSS), len(chosen))
 
     def learn(carry, minibatch):
         params, opt_state, stopped = carry
-        chosen, advantage, key = minibatch
+        chosen, advantage, random = minibatch
         minibatch = take(segments, chosen).replace(advantage=advantage.T)
-        (_, report), grads = jax.value_and_grad(loss, has_aux=True)(params, minibatch, hyperparams, **key)
+        (_, report), grads = jax.value_and_grad(loss, has_aux=True)(params, minibatch, hyperparams, **random)
         _check_report(report, config)
         report = {name: jnp.asarray(value, jnp.float32) for name, value in report.items()}
         grads, report = mean_over_shards((grads, report), axis_name)
@@ -100,7 +101,7 @@ def update(
         )
 
     carry = params, opt_state, jnp.bool_(False)
-    (params, opt_state, _), (reports, counted) = jax.lax.scan(learn, carry, (chosen, advantage, keys))
+    (params, opt_state, _), (reports, counted) = jax.lax.scan(learn, carry, (chosen, advantage, random))
     return params, opt_state, jax.tree.map(lambda x: _mean_where(counted, x), reports)
 
 
@@ -156,7 +157,7 @@ def take(segments: Batch, chosen) -> Batch:
 
 def _check_report(report: dict, config: Config):
     for name, value in report.items():
-        if jnp.ndim(value) > 1:
+        if jnp.ndim(value) > 1 or not jnp.size(value):
             raise ValueError(
                 f"the loss reports {name} of shape {jnp.shape(value)}; it must be a scalar or a vector (take a mean)"
             )

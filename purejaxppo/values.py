@@ -20,7 +20,8 @@ def values(policy: Policy, rollout: Rollout, terminated, last_memory, *, network
     first_memory, memory_after = (jax.tree.map(lambda x: x[part], memory) for part in (0, slice(1, None)))
     _, _, value = apply_policy(policy, first_memory, rollout.obs, rollout.first, network=network, config=config)
     next_value = jnp.where(terminated, 0, jnp.concatenate([value[1:], value[-1:]]))
-    unknown = (rollout.done | (jnp.arange(config.num_steps) == config.num_steps - 1)[:, None]) & ~terminated
+    last = (jnp.arange(config.num_steps) == config.num_steps - 1)[:, None]
+    unknown = (rollout.ended | rollout.done | last) & ~terminated
 
     settings = {"network": network, "config": config}
     fill = jax.custom_jvp(partial(fill_in_turn, **settings))  # a loop of unknown length has no gradient of its own

@@ -138,13 +138,14 @@ def test_the_old_distribution_of_a_minibatch_gave_its_log_probabilities(env, key
 def test_a_loss_that_asks_for_a_key_has_another_for_every_minibatch(key):
     def noisy(params, minibatch, hyperparams, *, network, config, key):
         loss, report = pjp.ppo_loss(params, minibatch, hyperparams, network=network, config=config)
-        return loss, report | {"drawn": jax.random.uniform(key)}
+        drawn = jax.random.uniform(key)
+        return loss, report | {"drawn": drawn, "square": drawn**2}
 
     config = replace(SMALL, num_epochs=16)
     ppo = pjp.make_ppo("CartPole-v1", config, loss=noisy)
     start, step = jax.jit(ppo.init)(key), jax.jit(ppo.step)
     state, metrics = step(start)
-    assert abs(metrics["drawn"] - 0.5) < 0.2  # a mean over 32 minibatches; one number for all would lie anywhere
+    assert abs(metrics["square"] - metrics["drawn"] ** 2 - 1 / 12) < 0.04  # the variance of 32 uniform numbers
     assert step(state)[1]["drawn"] != metrics["drawn"]
     assert_same(jax.jit(pjp.make_ppo("CartPole-v1", config).step)(start)[0], state)
 
@@ -163,6 +164,61 @@ def test_a_custom_step_is_trained_as_any_other(key):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize(
+    "step, words",
+    [
+        (
+            lambda ppo, state: ppo.step(state)[0],
+            r"step must return \(state, metrics\), as ppo.step does, not TrainState",
+        ),
+        (lambda ppo, state: (state, {"loss": 0.0}), "metrics of a step must hold episode_return"),
+        (lambda ppo, state: ppo.step(state)[::-1], "step must return .* not tuple"),
+        (lambda ppo, state: (state.policy, {}), "step must return a TrainState built like .* not Policy"),
+        (lambda ppo, state: (state.replace(num_updates=0.5), {}), "step made state.num_updates float32"),
+        (lambda ppo, state: (state, ppo.step(state)[1] | {"a/b": 0.0}), "metric 'a/b' of shape"),
+        (lambda ppo, state: (state, ppo.step(state)[1] | {"m": np.ones((2, 2))}), "metric 'm' of shape"),
+    ],
+)
+def test_a_step_that_returns_something_else_is_refused_in_a_sentence(step, words, key):
+    ppo = pjp.with_step(pjp.make_ppo(copy_cue(), SMALL), step)
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(ppo.step, jax.eval_shape(ppo.init, key))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda r: {"reward": r.reward[..., None]}, r"rollout.reward of shape \(8, 4, 1\) must be \[T, N\]"),
+        (lambda r: {"reward": r.reward[0]}, r"rollout.reward of shape \(4,\) must be \[T, N\]"),
+        (lambda r: {"metrics": {"a": r.obs}}, r"rollout.metrics\['a'\] of shape"),
+        (lambda r: {"obs": r.obs[:4]}, r"rollout.obs of shape \(4, 4, 2\) must be \[T, N, ...\]"),
+    ],
+)
+def test_a_rollout_of_another_shape_is_refused_in_a_sentence(change, words, key):
+    ppo = pjp.make_ppo(copy_cue(), SMALL)
+    state, rollout = jax.eval_shape(lambda key: ppo.collect(ppo.init(key)), key)
+
+    def learn(state, rollout):
+        return ppo.learn(state, rollout.replace(**change(rollout)))
+
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(learn, state, rollout)
+
+
+def test_a_scheduled_coefficient_is_a_number_in_a_step(key):
+    def step(ppo, state):
+        beta = state.hyperparams.at(state.num_updates, ppo.config).extra["beta"]
+        state, metrics = ppo.step(state)
+        return state, metrics | {"beta": beta}
+
+    ppo, hyperparams = (
+        pjp.with_step(pjp.make_ppo(copy_cue(), SMALL), step),
+        replace(FAST, extra={"beta": pjp.linear(3, 0)}),
+    )
+    _, metrics = jax.jit(lambda key: ppo.train(ppo.init(key, hyperparams)))(key)
+    np.testing.assert_allclose(metrics["beta"], [3, 2, 1], rtol=1e-5)
+
+
 def test_only_whole_steps_freeze_a_run_a_custom_one_included(key):
     """Of two runs one learns from rewards that are infinite."""
 
@@ -203,9 +259,15 @@ def test_a_step_for_a_whole_population_evolves_and_freezes_it(key):
         return ppo.learn(state, rollout.replace(reward=rollout.reward.at[0].set(jnp.nan)))
 
     own = pjp.with_step(population, step)
-    start = jax.jit(own.init)(jax.random.split(key, 4), FAST)
-    state, metrics = jax.jit(own.step)(start)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.policy)) and metrics["parent"].shape == (4,)
+    state, one = jax.jit(own.init)(jax.random.split(key, 4), FAST), jax.jit(own.step)
+    for i in range(3):
+        before = state.num_updates[0]
+        state, metrics = one(state)
+        parent = np.asarray(metrics["parent"])
+        assert (parent[1:] != 0).all() and np.isnan(metrics["loss"][0])  # nobody goes on from the run that failed
+        assert (state.num_updates[1:] == i + 1).all() and np.isfinite(metrics["loss"][1:]).all()
+        assert state.num_updates[0] == (i + 1 if parent[0] else before)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.policy))
 
 
 SHARDED = """
@@ -310,8 +372,8 @@ def test_numbers_that_gymnax_reports_join_the_metrics(key):
 
     ppo = pjp.make_ppo(Telling(), SMALL)
     _, rollout = collected(ppo, key)
-    np.testing.assert_allclose(rollout.metrics["lean"], jnp.abs(rollout.next_obs[..., 2]))
-    assert rollout.metrics.keys() == {"lean"}
+    np.testing.assert_allclose(rollout.metrics["info_lean"], jnp.abs(rollout.next_obs[..., 2]))
+    assert rollout.metrics.keys() == {"info_lean"}
 
 
 @pytest.mark.parametrize(
@@ -322,6 +384,8 @@ def test_numbers_that_gymnax_reports_join_the_metrics(key):
         (reporting(["a"], ["a"]), {}, "episode_metrics of the environment hold 'a'"),
         (reporting([]), {"learning_rate": 0.0}, "reports of the loss hold 'learning_rate'"),
         (reporting([]), {"update": 0.0}, "reports of the loss hold 'update'"),
+        (reporting(["learning_rate"]), {}, "metrics of the environment hold 'learning_rate'"),
+        (reporting([]), {"a/b": 0.0}, "reports of the loss hold 'a/b'"),
         (
             reporting([]),
             {"matrix": np.zeros((2, 2))},

@@ -314,7 +314,7 @@ def test_an_evolution_strategy_over_hyperparameters():
 
     # In use
     mean, fitness = generation(jax.random.key(0), jnp.log(1e-3))
-    assert fitness.shape == (8,) and abs(mean - np.log(1e-3)) < 1.5
+    assert fitness.shape == (8,) and (fitness > 10).all() and abs(mean - np.log(1e-3)) > 1e-3
 
 
 def test_early_stopping_in_the_program():

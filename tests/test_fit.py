@@ -2,12 +2,14 @@ import dataclasses
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import xarray
 from scipy import stats
 from test_ppo import same_leaves
 
+import purejaxppo as pjp
 from probes import SMALL
 from purejaxppo import batched, fit, make_ppo
 from purejaxppo.experiment.metrics import label, last_episodes, learning_curve, mean_interval
@@ -111,3 +113,20 @@ def test_metrics_survive_the_file(tmp_path):
 def test_a_number_of_steps_beyond_int32_is_exact():
     counted = label({"learning_rate": np.zeros(3)}, dataclasses.replace(SMALL, num_envs=2**20), updates_before=2**20)
     assert counted["step"][-1] == (2**20 + 3) * 2**23
+
+
+def test_runs_whose_step_looks_at_all_of_them_go_through_together(key):
+    """In slices a mean over runs would be one over some."""
+
+    def step(ppo, state):
+        state, metrics = ppo.step(state)
+        return state, metrics | {"mean_loss": jnp.full(4, metrics["loss"].mean())}
+
+    ppo = pjp.with_step(pjp.batched(pjp.make_ppo("CartPole-v1", SMALL)), step)
+    state = jax.jit(ppo.init)(jax.random.split(key, 4))
+    result = pjp.fit(ppo, state, progress=False)
+    np.testing.assert_allclose(
+        result.metrics["mean_loss"], result.metrics["loss"].mean("run").expand_dims(run=4), rtol=1e-5
+    )
+    with pytest.raises(ValueError, match="slice_size=2 is not possible"):
+        pjp.fit(ppo, state, slice_size=2, progress=False)

@@ -97,6 +97,19 @@ def test_what_is_explored_moves_by_a_factor_and_a_discount_in_its_distance_from_
         assert others(after)[name][1] == x[2]
 
 
+def test_a_coefficient_of_a_custom_loss_is_explored(four):
+    hyperparams = replace(four[1].hyperparams, extra={"beta": jnp.full(4, 2.0)})
+    explore = {"extra.beta": (0.0, 2.1)}
+    state, parent = evolve(
+        jax.random.key(0), four[1].replace(hyperparams=hyperparams), jnp.arange(4.0), explore=explore
+    )
+    assert parent.tolist() == [3, 1, 2, 3]
+    assert np.isclose(state.hyperparams.extra["beta"][0], [1.6, 2.1]).any()
+    np.testing.assert_array_equal(state.hyperparams.extra["beta"][1:], 2)
+    with pytest.raises(ValueError, match="explore names 'extra.gamma', which the hyperparameters lack"):
+        evolve(jax.random.key(0), four[1], jnp.arange(4.0), explore=["extra.gamma"])
+
+
 def test_both_factors_are_drawn_for_every_field_and_run_by_itself(four):
     fitness = jnp.array([1.0, 2.0, 4.0, 4.0])
     evolve_two = lambda key: evolve(key, four[1], fitness, explore=("clip", "gae_lambda"), fraction=0.5)

@@ -59,7 +59,7 @@ def test_environments_that_are_cut_off_at_times_of_their_own_are_each_valued_whe
     rest = dict.fromkeys(("distribution", "action", "reward", "metrics", "episode_metrics"))
     rollout = Rollout(
         obs=obs, first=np.zeros((num_steps, num_envs), bool), memory=(), next_obs=next_obs,
-        terminated=terminated, truncated=truncated, **rest,
+        terminated=terminated, truncated=truncated, ended=terminated | truncated, **rest,
     )  # fmt: skip
     policy = Policy(params=jnp.zeros(()), observation=(), reward=())
     value, next_value = jax.jit(partial(values, network=sum_network(), config=Config(num_steps=num_steps)))(

@@ -71,7 +71,8 @@ def make_reporting(env, config):
     def loss(params, minibatch, hyperparams, *, network, config):
         total, report = pjp.ppo_loss(params, minibatch, hyperparams, network=network, config=config)
         penalty = hyperparams.extra["beta"] * report["entropy"]
-        return total + penalty, report | {"parts": jnp.stack([total, penalty])}
+        parts = [total, penalty, total][: 3 if env == "CartPole-v1" else 2]  # one more in one environment
+        return total + penalty, report | {"parts": jnp.stack(parts)}
 
     return pjp.make_ppo(base._replace(step=step), config, loss=loss)
 
@@ -83,6 +84,7 @@ def test_coefficients_vectors_and_numbers_of_environments_are_swept_kept_and_rea
     parts = result.metrics["parts"]
     assert parts.dims == ("extra.beta", "env", "seed", "update", "parts_index")
     np.testing.assert_allclose(parts[1, ..., 1], 0.5 * result.metrics["entropy"][1], rtol=1e-5)
+    assert parts[..., 2].isnull().all(["extra.beta", "seed", "update"]).values.tolist() == [False, True]
     assert (result.metrics["time"].sel(env="CartPole-v1") > 0).all()
     assert result.metrics["time"].sel(env="Acrobot-v1").isnull().all()
     again = pjp.load_sweep(tmp_path / "sweep", make_reporting)
@@ -90,6 +92,9 @@ def test_coefficients_vectors_and_numbers_of_environments_are_swept_kept_and_rea
     state = again.state(seed=1, **{"extra.beta": 0.5, "env": "CartPole-v1"})
     assert state.hyperparams.extra["beta"] == 0.5
     assert run(sweep, tmp_path / "sweep", make=make_reporting).steps == 0
+    other = replace(sweep, table=pjp.grid(env=["CartPole-v1", "Acrobot-v1"]))
+    with pytest.raises(ValueError, match="holds another sweep"):
+        run(other, tmp_path / "sweep", make=make_reporting)
 
 
 def test_a_run_of_the_sweep_equals_that_run_alone(result):

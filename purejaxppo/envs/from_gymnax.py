@@ -84,9 +84,10 @@ class _StandIn(ModuleType):
 
 
 def _numbers(info: dict) -> dict:
-    """What gymnax and its users report of a step, less its discount, which is 0 or 1 by `terminated`."""
+    """What an environment reports of a step as `info_NAME`, less gymnax's discount, which is 0 or 1 by `terminated`."""
     scalars = {name: x for name, x in info.items() if isinstance(x, (jax.Array, float, int)) and jnp.ndim(x) == 0}
-    return {name: x for name, x in scalars.items() if name != "discount" and not _is_key(x)}
+    kept = {name: x for name, x in scalars.items() if name != "discount" and not _is_key(x)}
+    return {f"info_{name.replace('/', '_')}": x for name, x in kept.items()}
 
 
 def _is_key(x) -> bool:

@@ -113,7 +113,7 @@ def _train(program: Program, journal: Journal, last: int, evaluate_every: int | 
             part = journal.add(state, metrics)
             for sink in sinks:
                 sink(part)
-            latest = {name: _latest(metrics[name], before) for name, before in latest.items()}
+            latest = {n: _latest(metrics[n], before) if n in metrics else before for n, before in latest.items()}
             bar.set_postfix_str(_progress(latest), refresh=False)
             bar.update(part.sizes["update"] * journal.steps_per_update)
             if interrupt.is_set():

@@ -130,12 +130,12 @@ def _check_same(before: dict, now: dict, folder: Path):
         | {"first_key": x["first_key"]}
         for x in (before, now)
     ]
-    differing = [name for name in flat[1] if flat[0].get(name) != flat[1][name]]
+    differing = [name for name in flat[1] | flat[0] if flat[0].get(name) != flat[1].get(name)]
     extended = "num_updates" in differing and flat[1]["num_updates"] > flat[0]["num_updates"]
     if extended:
         differing.remove("num_updates")
     if differing:
-        fields = [f"{n}={_short(flat[0].get(n))} instead of {_short(flat[1][n])}" for n in differing]
+        fields = [f"{n}={_short(flat[0].get(n))} instead of {_short(flat[1].get(n))}" for n in differing]
         raise ValueError(f"{folder} holds another run, with {'; '.join(fields)} (name another folder)")
     if extended:
         warnings.warn(

@@ -93,9 +93,9 @@ def compile(ppo: PPO, state: TrainState, num_updates: int | None = None, *, slic
         check_whole("slice_size", slice_size, at_most=num_runs, of="the runs of the state")
     if ppo.mesh is not None:
         _check_shards(ppo, state, slice_size)
-    together = not isinstance(state, TrainState)  # a population
+    together = not isinstance(state, TrainState) or ppo.custom is not None  # runs that may look at each other
     if together and slice_size not in (None, num_runs):
-        raise ValueError(f"slice_size={slice_size} cannot be had: the {num_runs} runs of a population go together")
+        raise ValueError(f"slice_size={slice_size} is not possible: the {num_runs} runs of this PPO train together")
     on_one_cpu = [device.platform for device in _devices(state)] == ["cpu"]
     in_slices = on_one_cpu and ppo.mesh is None and not together
     num_threads = num_cores() if in_slices else 1

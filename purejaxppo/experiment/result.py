@@ -122,7 +122,9 @@ def label_sweep(sweep: Sweep, slices: list[Slice], machine: dict) -> xarray.Data
     like = {name: x for part in slices for name, x in part.metrics.items()}  # environments may report others
     arrays = {
         name: np.full(
-            (len(rows), sweep.num_seeds, num_updates, *x.shape[2:]), 0 if x.dtype.kind in "iu" else np.nan, x.dtype
+            (len(rows), sweep.num_seeds, num_updates, *_longest(slices, name)),
+            0 if x.dtype.kind in "iu" else np.nan,
+            x.dtype,
         )
         for name, x in like.items()
     }
@@ -131,7 +133,7 @@ def label_sweep(sweep: Sweep, slices: list[Slice], machine: dict) -> xarray.Data
         for i, name in enumerate(part.runs):
             if name in runs:
                 for metric, x in part.metrics.items():
-                    arrays[metric][runs[name]][: x.shape[1]] = x[i]
+                    arrays[metric][runs[name]][tuple(map(slice, x.shape[1:]))] = x[i]
                 done = part.state["num_updates"][i]
                 failed[runs[name]] = done + 1 if done < part.num_updates else 0
     dims, shape, coords = _axes(sweep)
@@ -149,6 +151,11 @@ def label_sweep(sweep: Sweep, slices: list[Slice], machine: dict) -> xarray.Data
         "step": _where_it_varies(dims, steps.reshape(*shape, -1)),
     }
     return xarray.Dataset(variables, coords, _attributes(sweep, machine))
+
+
+def _longest(slices: list[Slice], name: str) -> tuple[int, ...]:
+    """The shape of a metric in one update; of vectors, whose length may differ from group to group, the longest."""
+    return max(part.metrics[name].shape[2:] for part in slices if name in part.metrics)
 
 
 def _attributes(sweep: Sweep, machine: dict) -> dict:

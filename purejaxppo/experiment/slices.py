@@ -154,11 +154,11 @@ def _check_same(folder: Path, sweep: Sweep):
     there = load_sweep_of(folder)
     mine, theirs = sweep.to_json(), there.to_json()
     flat = [{"env": x["env"], "seed": x["seed"]} | x["config"] | x["hyperparams"] for x in (mine, theirs)]
-    differing = [name for name in flat[0] if flat[0][name] != flat[1].get(name)]
+    differing = [name for name in flat[0] | flat[1] if flat[0].get(name) != flat[1].get(name)]
     if differing:
         name = differing[0]
         raise ValueError(
-            f"out={folder} holds another sweep, with {name}={flat[1].get(name)} instead of {flat[0][name]} "
+            f"out={folder} holds another sweep, with {name}={flat[1].get(name)} instead of {flat[0].get(name)} "
             "(name another folder)"
         )
     missing = set(_settings(there)) - set(_settings(sweep))
