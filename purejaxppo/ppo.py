@@ -35,7 +35,7 @@ from purejaxppo.normalize import (
 )
 from purejaxppo.orthogonal import orthogonalize
 from purejaxppo.rollout import Actors, Policy, Rollout, add_time, apply_policy, discounted_returns, start, unroll
-from purejaxppo.summary import join_metrics, measure_rollout, summarize
+from purejaxppo.summary import COORDINATES, join_metrics, measure_rollout, summarize
 from purejaxppo.update import Batch, adam, update
 from purejaxppo.values import values
 
@@ -386,6 +386,8 @@ def act(
 
 def _check_rollout(rollout: Rollout, config: Config) -> Rollout:
     """A rollout as arrays. Refuses leaves that are not [T, N, ...], and numbers per step that are not [T, N]."""
+    if not isinstance(rollout, Rollout):
+        raise ValueError(f"learn takes (state, rollout), both from collect, not a {type(rollout).__name__} as rollout")
     rollout, shape = jax.tree.map(jnp.asarray, rollout), (config.num_steps, config.num_envs)
     numbers = "reward", "terminated", "truncated", "ended", "metrics", "episode_metrics"
     for path, x in jax.tree_util.tree_leaves_with_path(rollout):
@@ -405,20 +407,19 @@ def _check_step(state: TrainState, after: Any) -> tuple[TrainState, dict]:
     new, metrics = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), after)
     if jax.tree.structure(new) != jax.tree.structure(state):
         raise ValueError(
-            f"step must return a {type(state).__name__} built like the one given, not {type(new).__name__}"
+            f"step must return a {type(state).__name__} built like the one given (same fields, same extra, same "
+            f"parameters), not another {type(new).__name__}"
         )
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(new), jax.tree.leaves(state)):
-        if (x.shape, x.dtype) != (y.shape, y.dtype):
-            where = f"state{jax.tree_util.keystr(path)}"
-            raise ValueError(f"step made {where} {x.dtype}{list(x.shape)}; it must stay {y.dtype}{list(y.shape)}")
+        if (x.shape, x.dtype) != (jnp.shape(y), jnp.result_type(y)):
+            where, kept = f"state{jax.tree_util.keystr(path)}", f"{jnp.result_type(y)}{list(jnp.shape(y))}"
+            raise ValueError(f"step made {where} {x.dtype}{list(x.shape)}; it must stay {kept}")
     missing = {"episode_return", "num_episodes", "learning_rate"} - metrics.keys()
     if missing:
         raise ValueError(f"metrics of a step must hold {min(missing)} (add others to those that ppo.learn returns)")
     for name, x in metrics.items():
-        if x.ndim > new.num_updates.ndim + 1 or "/" in name:
-            raise ValueError(
-                f"metric {name!r} of shape {x.shape} must be a scalar or a vector, with no '/' in its name"
-            )
+        if jnp.ndim(x) > new.num_updates.ndim + 1 or "/" in name or name in COORDINATES:
+            raise ValueError(f"metric {name!r} of shape {jnp.shape(x)} must be a scalar or a vector, under a free name")
     return new, metrics
 
 

@@ -7,10 +7,9 @@ from purejaxppo.normalize import measure, pool
 from purejaxppo.rollout import Rollout
 from purejaxppo.update import Batch
 
-# Names that metrics have beside them, as coordinates or as results of the host.
-RESERVED = {
-    "run", "seed", "setting", "update", "step", "parent", "evaluation_return", "failed_update", "learning_rate",
-}  # fmt: skip
+# Names that stand beside metrics, as coordinates or as results of the package.
+COORDINATES = {"run", "seed", "setting", "update", "step"}
+RESERVED = COORDINATES | {"parent", "evaluation_return", "failed_update", "learning_rate"}
 
 
 def measure_rollout(rollout: Rollout, batch: Batch) -> dict:

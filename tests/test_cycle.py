@@ -173,7 +173,8 @@ def test_a_custom_step_is_trained_as_any_other(key):
         ),
         (lambda ppo, state: (state, {"loss": 0.0}), "metrics of a step must hold episode_return"),
         (lambda ppo, state: ppo.step(state)[::-1], "step must return .* not tuple"),
-        (lambda ppo, state: (state.policy, {}), "step must return a TrainState built like .* not Policy"),
+        (lambda ppo, state: (state.policy, {}), "step must return a TrainState built like .* not another Policy"),
+        (lambda ppo, state: (state, ppo.step(state)[1] | {"update": 0.0}), "metric 'update' of shape"),
         (lambda ppo, state: (state.replace(num_updates=0.5), {}), "step made state.num_updates float32"),
         (lambda ppo, state: (state, ppo.step(state)[1] | {"a/b": 0.0}), "metric 'a/b' of shape"),
         (lambda ppo, state: (state, ppo.step(state)[1] | {"m": np.ones((2, 2))}), "metric 'm' of shape"),
@@ -203,6 +204,8 @@ def test_a_rollout_of_another_shape_is_refused_in_a_sentence(change, words, key)
 
     with pytest.raises(ValueError, match=words):
         jax.eval_shape(learn, state, rollout)
+    with pytest.raises(ValueError, match="learn takes .state, rollout., both from collect, not a TrainState"):
+        jax.eval_shape(ppo.learn, rollout, state)
 
 
 def test_a_scheduled_coefficient_is_a_number_in_a_step(key):
