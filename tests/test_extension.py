@@ -49,7 +49,8 @@ def test_an_exact_kl_penalty_with_a_swept_coefficient():
         loss, report = pjp.ppo_loss(params, minibatch, hyperparams, network=network, config=config)
         _, new, _ = network.apply(params, minibatch.memory, minibatch.obs, minibatch.first)
         kl = minibatch.distribution.kl(new).mean()
-        return loss + hyperparams.extra["beta"] * kl, report | {"kl": kl}
+        total = loss + hyperparams.extra["beta"] * kl
+        return total, report | {"loss": total, "kl": kl}
 
     # In use
     ppo = pjp.batched(pjp.make_ppo("CartPole-v1", replace(CONFIG, num_epochs=8), loss=penalized))
@@ -76,7 +77,7 @@ def test_an_auxiliary_loss_with_its_own_head():
         loss, report = pjp.ppo_loss(params, minibatch, hyperparams, network=network, config=config)
         *_, prediction = network.predict(params, minibatch.memory, minibatch.obs, minibatch.first)
         error = ((prediction - minibatch.next_obs) ** 2).mean()
-        return loss + error, report | {"prediction_error": error}
+        return loss + error, report | {"loss": loss + error, "prediction_error": error}
 
     # In use
     _, metrics = train(pjp.make_ppo("CartPole-v1", replace(CONFIG, num_updates=12), network=network, loss=loss))
