@@ -2,16 +2,16 @@
 
 from purejaxppo.adaptive import adaptive_learning_rate
 from purejaxppo.advantages import gae
+from purejaxppo.batched import batched, concatenate, runs
 from purejaxppo.config import Config, Hyperparams, linear, schedule
-from purejaxppo.distributions import Categorical, MultiCategorical, Normal, TanhNormal
 from purejaxppo.envs import Box, Discrete, Env, MultiDiscrete, Step, check_env, make_env, time_limit
+from purejaxppo.evolving import evolving
 from purejaxppo.loss import ppo_loss
-from purejaxppo.networks import Network, from_linen, from_nnx
-from purejaxppo.population import evolving
+from purejaxppo.networks.distributions import Categorical, MultiCategorical, Normal, TanhNormal
+from purejaxppo.networks.network import Network, from_linen, from_nnx
 from purejaxppo.ppo import PPO, TrainState, make_ppo, with_step
 from purejaxppo.rollout import Policy, Rollout
-from purejaxppo.sharding import sharded
-from purejaxppo.sweep import batched, concatenate, runs
+from purejaxppo.sharded import sharded
 from purejaxppo.table import Table, choice, grid, integers, log_uniform, paired, sample, uniform
 from purejaxppo.update import Batch, adam
 
@@ -31,32 +31,32 @@ __all__ = [
 ]  # fmt: skip
 
 LAZY = {
-    "Result": "purejaxppo.experiment.result",
-    "Sweep": "purejaxppo.experiment.sweeps",
+    "Result": "purejaxppo.experiment.sweeps.result",
+    "Sweep": "purejaxppo.experiment.sweeps.sweep",
     "a2c": "purejaxppo.experiment.presets",
     "cache_compilation": "purejaxppo.experiment.program",
     "compile": "purejaxppo.experiment.program",
-    "evaluate_agents": "purejaxppo.experiment.evaluation",
-    "evaluate_in_gymnasium": "purejaxppo.experiment.evaluation",
-    "export": "purejaxppo.experiment.export",
+    "evaluate_agents": "purejaxppo.experiment.agents.evaluation",
+    "evaluate_in_gymnasium": "purejaxppo.experiment.agents.evaluation",
+    "export": "purejaxppo.experiment.agents.export",
     "first_state": "purejaxppo.experiment.program",
-    "fit": "purejaxppo.experiment.fit",
-    "load": "purejaxppo.experiment.folder",
-    "load_agents": "purejaxppo.experiment.agents",
-    "load_sweep": "purejaxppo.experiment.result",
-    "optuna_search": "purejaxppo.experiment.study",
-    "plan_sweep": "purejaxppo.experiment.plan",
-    "plot_curves": "purejaxppo.experiment.sweep_plots",
-    "plot_heatmap": "purejaxppo.experiment.sweep_plots",
-    "plot_importance": "purejaxppo.experiment.sweep_plots",
-    "plot_learning_curve": "purejaxppo.experiment.plots",
-    "plot_parallel": "purejaxppo.experiment.sweep_plots",
+    "fit": "purejaxppo.experiment.runs.fit",
+    "load": "purejaxppo.experiment.runs.saved",
+    "load_agents": "purejaxppo.experiment.agents.load",
+    "load_sweep": "purejaxppo.experiment.sweeps.result",
+    "optuna_search": "purejaxppo.experiment.sweeps.optuna_search",
+    "plan_sweep": "purejaxppo.experiment.sweeps.plan",
+    "plot_curves": "purejaxppo.experiment.report.sweep_plots",
+    "plot_heatmap": "purejaxppo.experiment.report.sweep_plots",
+    "plot_importance": "purejaxppo.experiment.report.sweep_plots",
+    "plot_learning_curve": "purejaxppo.experiment.report.curve",
+    "plot_parallel": "purejaxppo.experiment.report.sweep_plots",
     "preset": "purejaxppo.experiment.presets",
-    "record_episode": "purejaxppo.experiment.render",
-    "render": "purejaxppo.experiment.render",
-    "resume": "purejaxppo.experiment.resume",
-    "run_sweep": "purejaxppo.experiment.run",
-    "successive_halving": "purejaxppo.experiment.halving",
+    "record_episode": "purejaxppo.experiment.agents.render",
+    "render": "purejaxppo.experiment.agents.render",
+    "resume": "purejaxppo.experiment.runs.described",
+    "run_sweep": "purejaxppo.experiment.sweeps.run",
+    "successive_halving": "purejaxppo.experiment.sweeps.halving",
     "use_one_thread": "purejaxppo.experiment.program",
 }
 

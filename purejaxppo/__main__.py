@@ -1,5 +1,5 @@
 import sys
 
-from purejaxppo.experiment.command_line import main
+from purejaxppo.cli.main import main
 
 sys.exit(main())

@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from purejaxppo.collectives import gather_shards
 from purejaxppo.envs.base import Box
-from purejaxppo.messages import gather_shards
 
 
 @struct.dataclass

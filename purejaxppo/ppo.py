@@ -13,31 +13,28 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from purejaxppo.advantages import gae
+from purejaxppo.advantages import estimate, scale_rewards
+from purejaxppo.collectives import gather_shards, key_of_shard
 from purejaxppo.config import Config, Hyperparams, as_arrays
 from purejaxppo.envs import make_env
 from purejaxppo.envs.base import Env, action_space, bound_action, observation_space
 from purejaxppo.envs.check import check_shapes
 from purejaxppo.evaluate import evaluate
 from purejaxppo.loss import ppo_loss
-from purejaxppo.messages import gather_shards
-from purejaxppo.networks import Network, as_network, check_network, make_network
+from purejaxppo.networks.actor_critic import make_network
+from purejaxppo.networks.network import Network, as_network, check_network
+from purejaxppo.networks.orthogonal import orthogonalize
 from purejaxppo.normalize import (
-    measure,
     measure_observations,
-    merge,
     merge_observations,
     no_moments,
     observation_moments,
-    scale,
     standardize_advantage,
     standardize_observations,
 )
-from purejaxppo.orthogonal import orthogonalize
-from purejaxppo.rollout import Actors, Policy, Rollout, add_time, apply_policy, discounted_returns, start, unroll
+from purejaxppo.rollout import Actors, Policy, Rollout, add_time, apply_policy, start, unroll
 from purejaxppo.summary import COORDINATES, join_metrics, measure_rollout, summarize
-from purejaxppo.update import Batch, adam, update
-from purejaxppo.values import values
+from purejaxppo.update import adam, update
 
 
 @struct.dataclass
@@ -263,8 +260,7 @@ def learn(
     """
     rollout = _check_rollout(rollout, config)
     hyperparams = state.hyperparams.at(state.num_updates, config)
-    state, reward = scale_rewards(state, rollout, hyperparams.discount, config, axis_name)
-    policy, actors = state.policy, state.actors
+    policy, actors, reward = scale_rewards(state.policy, state.actors, rollout, hyperparams.discount, config, axis_name)
     batch = estimate(policy, rollout, reward, actors.memory, hyperparams, network=network, config=config)
     if config.normalize_advantage == "batch":
         batch = batch.replace(advantage=standardize_advantage(batch.advantage, axis_name=axis_name))
@@ -284,7 +280,8 @@ def learn(
     )
     # The policy acted and learned under the old moments, so that its ratio began at 1; the next cycle has the new.
     policy = policy.replace(observation=merge_observations(policy.observation, measured_obs))
-    state = state.replace(policy=policy.replace(params=params), opt_state=opt_state, num_updates=state.num_updates + 1)
+    policy = policy.replace(params=params)
+    state = state.replace(policy=policy, actors=actors, opt_state=opt_state, num_updates=state.num_updates + 1)
     metrics = summarize(measured, rollout) | {"learning_rate": hyperparams.learning_rate}
     return state, join_metrics(metrics, {"reports of the loss": learned})
 
@@ -308,55 +305,6 @@ def train(state: TrainState, *, step: Callable, config: Config) -> tuple[TrainSt
     """All `config.num_updates` cycles of a run in one program; metrics are stacked, [U, ...], of R runs [R, U, ...]."""
     state, metrics = jax.lax.scan(lambda state, _: step(state), state, length=config.num_updates)
     return state, jax.tree.map(lambda x: jnp.moveaxis(x, 0, state.num_updates.ndim), metrics)
-
-
-def key_of_shard(key: jax.Array, axis_name=()) -> jax.Array:
-    """The key itself, or one for each shard of a mesh axis: what lies in a shard is drawn and shuffled there."""
-    return jax.random.fold_in(key, jax.lax.axis_index(axis_name)) if axis_name else key
-
-
-def scale_rewards(state: TrainState, rollout: Rollout, discount, config: Config, axis_name=()):
-    """The state with this rollout's returns counted in, and the rewards to learn from, [T, N].
-
-    Unlike observations, rewards take no part in the ratio: the newest moments are the right ones for them.
-    """
-    if not config.scale_reward:
-        return state, rollout.reward
-    rewards = jnp.asarray(rollout.reward, jnp.float32)
-    last, returns = discounted_returns(state.actors.discounted_return, rewards, rollout.done, discount)
-    moments = merge(state.policy.reward, gather_shards(measure(returns), axis_name))
-    state = state.replace(
-        policy=state.policy.replace(reward=moments), actors=state.actors.replace(discounted_return=last)
-    )
-    return state, scale(moments, rewards, config.reward_clip)
-
-
-def estimate(
-    policy: Policy, rollout: Rollout, reward, last_memory, hyperparams: Hyperparams, *, network, config
-) -> Batch:
-    """What there is to learn from a rollout: advantages and value targets, [T, N]."""
-    terminated = rollout.terminated if config.bootstrap_on_truncation else rollout.done
-    value, next_value = values(policy, rollout, terminated, last_memory, network=network, config=config)
-    advantage = gae(reward, value, next_value, terminated, rollout.done, hyperparams.discount, hyperparams.gae_lambda)
-    obs, next_obs = (
-        standardize_observations(policy.observation, x, config.observation_clip)
-        for x in (rollout.obs, rollout.next_obs)
-    )
-    return Batch(
-        obs=obs,
-        first=rollout.first,
-        memory=rollout.memory,
-        action=rollout.action,
-        log_prob=rollout.log_prob,
-        value=value,
-        advantage=advantage,
-        target=advantage + value,
-        distribution=rollout.distribution,
-        reward=reward,
-        next_obs=next_obs,
-        terminated=rollout.terminated,
-        truncated=rollout.truncated,
-    )
 
 
 def act(

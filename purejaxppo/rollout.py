@@ -8,7 +8,7 @@ from flax import struct
 
 from purejaxppo.config import Config
 from purejaxppo.envs.base import Env, action_space, bound_action
-from purejaxppo.networks import Network
+from purejaxppo.networks.network import Network
 from purejaxppo.normalize import standardize_observations
 
 

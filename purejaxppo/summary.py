@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from purejaxppo.advantages import Batch
 from purejaxppo.normalize import measure, pool
 from purejaxppo.rollout import Rollout
-from purejaxppo.update import Batch
 
 # Names that stand beside metrics, as coordinates or as results of the package.
 COORDINATES = {"run", "seed", "setting", "update", "step"}

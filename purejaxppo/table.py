@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from purejaxppo.checks import check_whole
+from purejaxppo.text import align, show, show_setting, to_coordinate
 
 
 @dataclass(frozen=True)
@@ -143,31 +144,6 @@ def integers(low: int, high: int) -> Distribution:
 def choice(*values) -> Distribution:
     """One of the values, all as likely."""
     return Distribution("choice", _values("choice", values))
-
-
-def align(rows: list[dict], most: int = 16) -> str:
-    """Rows of equal fields as text with aligned columns; of more than `most` the first, and how many more."""
-    shown = [list(rows[0])] + [[show(value) for value in row.values()] for row in rows[:most]]
-    widths = [max(map(len, column)) for column in zip(*shown)]
-    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths)) for line in shown]
-    return "\n".join(lines + ([f"... and {len(rows) - most} more"] if len(rows) > most else []))
-
-
-def show(value) -> str:
-    """A value as short text."""
-    if isinstance(value, (tuple, list)):
-        return ",".join(map(show, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def show_setting(setting: dict) -> str:
-    """A setting as short text."""
-    return " ".join(f"{name}={show(value)}" for name, value in setting.items())
-
-
-def to_coordinate(value):
-    """A value of a field as labelled arrays and storages hold it: a tuple as text."""
-    return show(value) if isinstance(value, tuple) else value
 
 
 def _same(value, wanted) -> bool:

@@ -2,42 +2,19 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 from jax.flatten_util import ravel_pytree
 
+from purejaxppo.advantages import Batch
+from purejaxppo.collectives import mean_over_shards
 from purejaxppo.config import Config, Hyperparams
-from purejaxppo.messages import mean_over_shards
 from purejaxppo.normalize import standardize_advantage
 
 LOSS = 2**31  # folded into the key of the shuffles, it gives the key of the loss
-
-
-@struct.dataclass
-class Batch:
-    """What is learned from: a rollout [T, N, ...], or a minibatch of it [L, B, ...]. What no loss reads costs nothing.
-
-    Where a shape is not said it is [T, N] or [L, B].
-    """
-
-    obs: Any  # as the network reads it, normalised if at all
-    first: jax.Array  # bool, whether `obs` begins an episode
-    memory: Any  # of the network before `obs`; in a minibatch [B, ...], before the segment
-    action: jax.Array  # as drawn
-    log_prob: jax.Array  # of the policy that acted
-    value: jax.Array  # of the policy that acted
-    advantage: jax.Array
-    target: jax.Array  # of the value
-    distribution: Any = None  # of the policy that acted; its scalars belong to all transitions
-    reward: jax.Array | None = None  # as learned from: scaled, if at all
-    next_obs: Any = None  # reached, before any reset, as the network reads it
-    terminated: jax.Array | None = None  # bool
-    truncated: jax.Array | None = None  # bool
 
 
 def adam(hyperparams: Hyperparams) -> optax.GradientTransformation:

@@ -9,9 +9,9 @@ from test_command_line import TINY, run
 
 from probes import SMALL
 from purejaxppo import Env, Sweep, batched, fit, grid, make_ppo, preset, run_sweep, runs
-from purejaxppo.experiment.agents import Agents, load_agents
-from purejaxppo.experiment.evaluation import evaluate_agents, evaluate_in_gymnasium, summarize
-from purejaxppo.experiment.render import record_episode, render
+from purejaxppo.experiment.agents.evaluation import evaluate_agents, evaluate_in_gymnasium, summarize
+from purejaxppo.experiment.agents.load import Agents, load_agents
+from purejaxppo.experiment.agents.render import record_episode, render
 
 pytestmark = pytest.mark.full
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.full
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A run of two agents that learned nothing much."""
-    from purejaxppo.experiment.command_line import main
+    from purejaxppo.cli.main import main
 
     folder = tmp_path_factory.mktemp("runs") / "cartpole"
     assert main(["train", "CartPole-v1", *TINY, "--num-seeds", "2", "--out", str(folder)]) == 0

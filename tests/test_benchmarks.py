@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import purejaxppo as pjp
+from purejaxppo.cli.main import main
 from purejaxppo.experiment.bench import bench
-from purejaxppo.experiment.command_line import main
 
 pytestmark = pytest.mark.full
 

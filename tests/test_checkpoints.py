@@ -20,10 +20,10 @@ import xarray
 
 from probes import SMALL
 from purejaxppo import batched, fit, load, make_ppo, runs
-from purejaxppo.experiment.arrays import to_arrays
-from purejaxppo.experiment.checkpoints import Checkpoints
-from purejaxppo.experiment.resume import resume
-from purejaxppo.experiment.sinks import csv_file, json_lines
+from purejaxppo.experiment.files import to_arrays
+from purejaxppo.experiment.runs.checkpoints import Checkpoints
+from purejaxppo.experiment.runs.described import resume
+from purejaxppo.experiment.runs.sinks import csv_file, json_lines
 
 pytestmark = pytest.mark.full
 

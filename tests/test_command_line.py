@@ -11,7 +11,7 @@ import pytest
 import xarray
 
 from purejaxppo import load
-from purejaxppo.experiment.command_line import main
+from purejaxppo.cli.main import main
 
 pytestmark = pytest.mark.full
 

@@ -479,7 +479,7 @@ UNREAD = ("distribution", "reward", "next_obs", "terminated", "truncated")
 
 
 def _batch_of(ppo: Any, state, rollout) -> pjp.Batch:
-    from purejaxppo.ppo import estimate
+    from purejaxppo.advantages import estimate
 
     parts = {"network": ppo.network, "config": ppo.config}
     return estimate(state.policy, rollout, rollout.reward, state.actors.memory, state.hyperparams, **parts)

@@ -12,10 +12,11 @@ import pytest
 
 from probes import SMALL
 from purejaxppo import Box, Categorical, Network, make_ppo
-from purejaxppo.experiment.export import export
-from purejaxppo.layers import MLP, ActorCritic, Logits
+from purejaxppo.experiment.agents.export import export
+from purejaxppo.networks.actor_critic import ActorCritic
+from purejaxppo.networks.layers import MLP, Logits
+from purejaxppo.networks.orthogonal import orthogonalize
 from purejaxppo.normalize import Moments
-from purejaxppo.orthogonal import orthogonalize
 
 
 def trained(env, **config):

@@ -18,7 +18,7 @@ import pytest
 from flax import nnx, struct
 
 import purejaxppo as pjp
-from purejaxppo.ppo import estimate
+from purejaxppo.advantages import estimate
 
 pytestmark = pytest.mark.full
 

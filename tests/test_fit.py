@@ -12,7 +12,7 @@ from test_ppo import same_leaves
 import purejaxppo as pjp
 from probes import SMALL
 from purejaxppo import batched, fit, make_ppo
-from purejaxppo.experiment.metrics import label, last_episodes, learning_curve, mean_interval
+from purejaxppo.experiment.report.metrics import label, last_episodes, learning_curve, mean_interval
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_a_run_goes_on_where_it_stopped(ppo, key):
 
 
 def test_an_interrupt_keeps_what_was_done(ppo, key, monkeypatch):
-    from purejaxppo.experiment import fit as module
+    from purejaxppo.experiment.runs import fit as module
 
     real = module.chunks
 

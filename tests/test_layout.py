@@ -1,6 +1,7 @@
 """The layout: who imports whom, and what importing costs."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -10,36 +11,63 @@ import pytest
 import purejaxppo
 
 ROOT = Path(purejaxppo.__file__).parent
-ORDER = [
-    "checks", "config", "envs.base", "envs.check", "envs.from_gymnax", "envs", "distributions", "messages", "normalize",
-    "orthogonal", "layers", "networks", "rollout", "values", "advantages", "loss", "update", "summary", "evaluate",
-    "ppo", "adaptive", "sharding", "table", "sweep", "population",
+CORE = [
+    "checks", "text", "config", "envs.base", "envs.check", "envs.from_gymnax", "envs", "collectives", "normalize",
+    "networks.distributions", "networks.orthogonal", "networks.layers", "networks.network", "networks.actor_critic",
+    "networks", "rollout", "advantages", "loss", "update", "summary", "evaluate", "ppo", "adaptive", "sharded", "table",
+    "batched", "evolving",
+]  # fmt: skip
+# Of the host: a module imports from its own folder and from those before it.
+FOLDERS = [
+    "experiment", "experiment.report", "experiment.runs", "experiment.sweeps", "experiment.agents", "cli",
 ]  # fmt: skip
 
 
-def path_of(module):
-    path = ROOT / (module.replace(".", "/") + ".py")
-    return path if path.exists() else ROOT / module / "__init__.py"
+def name_of(path):
+    return path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
 
 
-def imports(path):
+MODULES = {name_of(path): path for path in ROOT.rglob("*.py")}
+HOST = [module for module in MODULES if module.startswith(("experiment", "cli"))]
+
+
+def imports(module):
     """What a module of ours imports of ours, inside functions too."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("purejaxppo"):
-            yield node.module.removeprefix("purejaxppo").removeprefix(".")
+            package = node.module.removeprefix("purejaxppo").removeprefix(".")
+            for alias in node.names:
+                inner = f"{package}.{alias.name}".removeprefix(".")
+                yield inner if inner in MODULES else package
         if isinstance(node, ast.Import):
             yield from (a.name.removeprefix("purejaxppo.") for a in node.names if a.name.startswith("purejaxppo."))
 
 
-@pytest.mark.parametrize("index, module", list(enumerate(ORDER)))
+def folder_of(module):
+    """The folder of a module, or of a package the package itself."""
+    return module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+
+
+@pytest.mark.parametrize("index, module", list(enumerate(CORE)))
 def test_the_core_imports_only_what_stands_before(index, module):
-    assert set(imports(path_of(module))) <= set(ORDER[:index])
+    assert set(imports(module)) <= set(CORE[:index])
 
 
-def test_every_module_of_the_core_is_in_the_order():
-    found = {p.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for p in ROOT.rglob("*.py")}
-    found = {name.removesuffix(".__init__") for name in found if not name.startswith("experiment")}
-    assert found - {"__init__", "__main__"} == set(ORDER)
+def test_every_module_is_in_the_order():
+    assert MODULES.keys() - {"__init__", "__main__"} == {*CORE, *HOST}
+    assert {folder_of(module) for module in HOST} == set(FOLDERS)
+
+
+@pytest.mark.parametrize("module", HOST)
+def test_the_host_imports_only_from_folders_that_stand_before(module):
+    allowed = FOLDERS[: FOLDERS.index(folder_of(module)) + 1]
+    known = [name for name in imports(module) if name in HOST]
+    assert {folder_of(name) for name in known} <= set(allowed)
+
+
+def test_no_module_imports_itself_in_a_circle():
+    graph = {module: set(imports(module)) & MODULES.keys() - {"__init__"} for module in MODULES}
+    list(graphlib.TopologicalSorter(graph).static_order())
 
 
 @pytest.mark.full
@@ -68,7 +96,7 @@ def test_environments_of_gymnax_bring_no_library_for_pictures_until_one_is_drawn
     assert done.stdout.split("\n")[:2] == ["[]", "True True"]
 
 
-def test_only_networks_and_their_layers_and_weights_know_flax_modules():
+def test_only_networks_know_flax_modules():
     words = "flax.linen", "flax.core", "import nnx"
-    knowing = {module for module in ORDER if any(word in path_of(module).read_text() for word in words)}
-    assert knowing == {"orthogonal", "layers", "networks"}
+    knowing = {module for module in CORE if any(word in MODULES[module].read_text() for word in words)}
+    assert knowing and all(module.startswith("networks.") for module in knowing)

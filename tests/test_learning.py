@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from purejaxppo import Config, Hyperparams, batched, fit, make_ppo, preset, runs
-from purejaxppo.experiment.metrics import last_episodes
+from purejaxppo.experiment.report.metrics import last_episodes
 
 pytestmark = pytest.mark.full
 

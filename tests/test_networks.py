@@ -24,9 +24,9 @@ from purejaxppo import (
     make_ppo,
 )
 from purejaxppo.envs.base import flatten_observation
-from purejaxppo.layers import MLP, Dense, Logits
-from purejaxppo.networks import make_network
-from purejaxppo.orthogonal import orthogonal, orthogonalize
+from purejaxppo.networks.actor_critic import make_network
+from purejaxppo.networks.layers import MLP, Dense, Logits
+from purejaxppo.networks.orthogonal import orthogonal, orthogonalize
 
 
 def test_weights_become_orthogonal_matrices_times_their_scale_and_all_else_stays(key):

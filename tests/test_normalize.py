@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from purejaxppo import Box, Discrete
-from purejaxppo.messages import gather_shards
+from purejaxppo.collectives import gather_shards
 from purejaxppo.normalize import (
     Moments,
     measure,

@@ -22,11 +22,11 @@ from purejaxppo import (
     Step,
     TanhNormal,
 )
-from purejaxppo.advantages import gae
+from purejaxppo.advantages import gae, scale_rewards
+from purejaxppo.collectives import gather_shards
 from purejaxppo.loss import approximate_kl, policy_loss, ppo_loss, value_loss
-from purejaxppo.messages import gather_shards
 from purejaxppo.normalize import measure, merge, no_moments, standardize
-from purejaxppo.ppo import TrainState, scale_rewards
+from purejaxppo.ppo import TrainState
 from purejaxppo.rollout import Policy, act_and_step, discounted_returns, draw_ahead, start
 from purejaxppo.update import Batch, adam
 

@@ -5,10 +5,16 @@ import pytest
 import xarray
 from scipy import stats
 
-from purejaxppo.experiment.metrics import mean_interval
-from purejaxppo.experiment.plots import plot_learning_curve
-from purejaxppo.experiment.ranking import importance
-from purejaxppo.experiment.sweep_plots import plot_curves, plot_heatmap, plot_importance, plot_parallel, plot_sweep
+from purejaxppo.experiment.report.curve import plot_learning_curve
+from purejaxppo.experiment.report.metrics import mean_interval
+from purejaxppo.experiment.report.ranking import importance
+from purejaxppo.experiment.report.sweep_plots import (
+    plot_curves,
+    plot_heatmap,
+    plot_importance,
+    plot_parallel,
+    plot_sweep,
+)
 
 matplotlib.use("Agg")
 NUM_SEEDS, NUM_UPDATES = 8, 20

@@ -10,8 +10,8 @@ import pytest
 
 from probes import SMALL, constant_reward, copy_cue, delayed_reward, endless_reward, recall_cue
 from purejaxppo import Config, Hyperparams, linear, make_ppo
+from purejaxppo.collectives import gather_shards
 from purejaxppo.loss import ppo_loss
-from purejaxppo.messages import gather_shards
 from purejaxppo.summary import measure_rollout, summarize
 
 

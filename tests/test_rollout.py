@@ -7,9 +7,9 @@ import pytest
 
 from probes import counter, recall_cue
 from purejaxppo import Box, Categorical, Config, Discrete, Env, Hyperparams, MultiDiscrete, Network, Step, make_ppo
+from purejaxppo.advantages import values
 from purejaxppo.envs.base import bound_action
 from purejaxppo.rollout import Policy, Rollout, begin_where, discounted_returns, draw_ahead, unroll
-from purejaxppo.values import values
 
 
 def sum_network():

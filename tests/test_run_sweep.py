@@ -18,9 +18,9 @@ import xarray
 
 import purejaxppo as pjp
 from probes import SMALL
-from purejaxppo.experiment.arrays import from_arrays, to_arrays
+from purejaxppo.experiment.files import from_arrays, to_arrays
 from purejaxppo.experiment.program import Program
-from purejaxppo.experiment.run import plan_missing
+from purejaxppo.experiment.sweeps.run import plan_missing
 
 pytestmark = pytest.mark.full
 

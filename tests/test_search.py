@@ -4,8 +4,8 @@ import pytest
 
 import purejaxppo as pjp
 from probes import SMALL, copy_cue
-from purejaxppo.experiment.halving import Ladder, successive_halving, train_runs
-from purejaxppo.experiment.study import optuna_search
+from purejaxppo.experiment.sweeps.halving import Ladder, successive_halving, train_runs
+from purejaxppo.experiment.sweeps.optuna_search import optuna_search
 
 pytestmark = pytest.mark.full
 

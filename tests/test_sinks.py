@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from probes import SMALL
-from purejaxppo.experiment.metrics import label
-from purejaxppo.experiment.sinks import console, csv_file, guarded, json_lines, mean_over_runs, to_rows
+from purejaxppo.experiment.report.metrics import label
+from purejaxppo.experiment.runs.sinks import console, csv_file, guarded, json_lines, mean_over_runs, to_rows
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_a_sink_that_fails_warns_once_and_gets_no_more(metrics):
 
 def test_tensorboard_has_every_run_in_a_folder_of_its_own(metrics, tmp_path):
     pytest.importorskip("tensorboardX")
-    from purejaxppo.experiment.sinks import tensorboard
+    from purejaxppo.experiment.runs.sinks import tensorboard
 
     tensorboard(tmp_path)(metrics)
     assert {path.name for path in tmp_path.iterdir()} == {"run-0", "run-1"}

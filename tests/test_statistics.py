@@ -3,8 +3,8 @@ import pytest
 import xarray
 from scipy import stats
 
-from purejaxppo.experiment.ranking import as_table, best, importance, rank
-from purejaxppo.experiment.statistics import (
+from purejaxppo.experiment.report.ranking import as_table, best, importance, rank
+from purejaxppo.experiment.report.statistics import (
     aggregate,
     area_under_curve,
     final_scores,

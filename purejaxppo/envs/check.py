@@ -6,16 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from purejaxppo.envs.base import (
-    Box,
-    Discrete,
-    Env,
-    MultiDiscrete,
-    Step,
-    action_space,
-    bound_action,
-    observation_space,
-)
+from purejaxppo.envs.base import Box, Discrete, Env, MultiDiscrete, Step, action_space, bound_action, observation_space
 
 
 def check_env(env: Env, num_steps: int = 200, seed: int = 0) -> list[str]:

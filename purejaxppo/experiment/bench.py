@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from purejaxppo.advantages import estimate
+from purejaxppo.batched import batched, runs
 from purejaxppo.config import Hyperparams
 from purejaxppo.envs.base import Box, action_space
 from purejaxppo.experiment.program import compile, first_state
-from purejaxppo.ppo import PPO, bind, estimate
+from purejaxppo.ppo import PPO, bind
 from purejaxppo.rollout import begin_where, draw_ahead, step_envs
-from purejaxppo.sweep import batched, runs
 from purejaxppo.update import minibatches, update
 
 

@@ -1,0 +1,55 @@
+"""The command `purejaxppo`: finds the room of each command and answers bad input with one sentence."""
+
+import importlib
+import sys
+import warnings
+
+COMMANDS = {
+    "train": "train", "resume": "train", "sweep": "sweep", "plot": "sweep", "evaluate": "agents", "render": "agents",
+    "export": "agents", "show": "agents", "bench": "bench", "envs": "bench",
+}  # fmt: skip
+
+USAGE = """usage: purejaxppo COMMAND ...
+
+  purejaxppo train ENV [flags]   train one agent or many, by the preset of the environment
+  purejaxppo resume RUN          go on with a run that was interrupted or killed, or extend one
+  purejaxppo sweep ENV [flags]   train many settings with several seeds each, rank and draw them
+  purejaxppo plot FOLDER         draw the pictures of a sweep or of a run anew
+  purejaxppo evaluate FOLDER     play whole episodes with trained agents, also in Gymnasium (--in gymnasium)
+  purejaxppo render FOLDER       draw an episode as a GIF
+  purejaxppo export FOLDER       write an agent as one file that acts without this package
+  purejaxppo show FOLDER         print what a run or a sweep is and what made it
+  purejaxppo bench ENV [flags]   measure compile time, steps per second, memory, and where the time goes
+  purejaxppo envs                list what can be trained, with its preset
+  purejaxppo COMMAND --help      all flags of a command
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 2 with one sentence on standard error for bad input."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command in ("--help", "-h"):
+        print(USAGE, end="")
+        return 0
+    if command not in COMMANDS:
+        return _refuse(f"unknown command {command!r} (known: {', '.join(COMMANDS)})")
+    run = getattr(importlib.import_module(f"purejaxppo.cli.{COMMANDS[command]}"), command)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            return run(rest)
+    except ValueError as error:
+        return _refuse(str(error))
+    except KeyboardInterrupt:
+        return _refuse("interrupted", status=130)
+
+
+def _refuse(sentence: str, status: int = 2) -> int:
+    print(f"purejaxppo: {sentence}", file=sys.stderr)
+    return status
+
+
+def _warn(message, category, *_args, **_kwargs):
+    if category is UserWarning:
+        print(f"purejaxppo: warning: {message}", file=sys.stderr)

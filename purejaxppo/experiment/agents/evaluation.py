@@ -1,0 +1,92 @@
+"""Playing whole episodes with trained agents, in their own environment or in Gymnasium's of the same name."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray
+
+from purejaxppo.batched import batched, seed_keys
+from purejaxppo.envs.base import Box, Discrete, action_space, observation_space
+from purejaxppo.experiment.agents.load import Agents
+from purejaxppo.experiment.report.metrics import mean_interval
+
+
+def evaluate_agents(
+    agents: Agents, *, num_episodes: int = 128, greedy: bool = False, seed: int = 0, max_steps: int = 10_000
+) -> xarray.Dataset:
+    """Plays `num_episodes` whole episodes with each agent in its own environment, one program for all.
+
+    `episode_return`, `episode_length` and `finished` have the dimensions seed (the agent's) and episode. `greedy` takes
+    the most probable action instead of a sample. `seed` is where the draws come from.
+    """
+    many = batched(agents.ppo)
+    options = {"num_episodes": num_episodes, "greedy": greedy, "max_steps": max_steps}
+    keys = seed_keys(jax.random.key(seed), jnp.arange(agents.num))
+    played = jax.jit(lambda *args: many.evaluate(*args, **options))(keys, agents.policies, agents.env_params)
+    return _label(played.episode_return, played.episode_length, played.finished)
+
+
+def evaluate_in_gymnasium(
+    agents: Agents, env_id: str | None = None, *, num_episodes: int = 128, greedy: bool = False, seed: int = 0
+) -> xarray.Dataset:
+    """Plays as `evaluate_agents` does, in Gymnasium's environment `env_id`, by default the one of the same name.
+
+    Episodes end as Gymnasium has it, its time limit included. Raises ValueError where it has no such environment, or
+    one of other observations or actions.
+    """
+    import gymnasium
+
+    env_id = agents.ppo.env.name if env_id is None else env_id
+    try:
+        envs = gymnasium.make_vec(env_id, num_envs=num_episodes, vectorization_mode="sync")
+    except gymnasium.error.Error as error:
+        raise ValueError(f"Gymnasium cannot make {env_id!r}: {error}") from None
+    _check_spaces(agents, envs, env_id)
+    act = jax.jit(jax.vmap(agents.ppo.act, in_axes=(None, 0, None if greedy else 0, 0)))
+    begin = jax.jit(jax.vmap(agents.ppo.act, in_axes=(None, 0, None if greedy else 0)))
+    played = [_play(envs, act, begin, agents.policy(i), i, greedy, seed) for i in range(agents.num)]
+    envs.close()
+    return _label(*map(np.stack, zip(*played)))
+
+
+def summarize(played: xarray.Dataset) -> tuple[float, float, float]:
+    """Mean return and its Student t interval: over agents, or of a single one over its episodes."""
+    returns = played["episode_return"]
+    return mean_interval(returns.mean("episode") if returns.sizes["seed"] > 1 else returns)
+
+
+def _play(envs, act, begin, policy, agent: int, greedy: bool, seed: int):
+    """Returns, lengths and whether it ended, [E] each, of the first episode of every environment."""
+    num = envs.num_envs
+    key = jax.random.fold_in(jax.random.key(seed), agent)
+    obs, _ = envs.reset(seed=seed)  # of every agent the same
+    total, length, running = np.zeros(num), np.zeros(num, int), np.ones(num, bool)
+    memory, step = None, 0
+    while running.any():
+        keys = None if greedy else jax.random.split(jax.random.fold_in(key, step), num)
+        action, memory = begin(policy, obs, keys) if step == 0 else act(policy, obs, keys, memory)
+        obs, reward, terminated, truncated, _ = envs.step(np.asarray(action))
+        total += np.where(running, reward, 0)
+        length += running
+        running &= ~(terminated | truncated)
+        step += 1
+    return total, length, ~running
+
+
+def _check_spaces(agents: Agents, envs, env_id: str):
+    obs, action = envs.single_observation_space, envs.single_action_space
+    ours = observation_space(agents.ppo.env), action_space(agents.ppo.env, agents.ppo.env.params)
+    if getattr(ours[0], "shape", None) != obs.shape:
+        shape = getattr(ours[0], "shape", "a dictionary")
+        raise ValueError(f"{env_id} shows observations {obs.shape} in Gymnasium, the agents know {shape}")
+    same = isinstance(ours[1], Discrete) and getattr(action, "n", None) == ours[1].n
+    if isinstance(ours[1], Box) and hasattr(action, "low"):
+        bounds = [np.broadcast_to(np.asarray(x, np.float32), ours[1].shape) for x in (ours[1].low, ours[1].high)]
+        same = ours[1].shape == action.shape and np.allclose(bounds, [action.low, action.high])
+    if not same:
+        raise ValueError(f"{env_id} takes {action} in Gymnasium, the agents act in {ours[1]!r}")
+
+
+def _label(episode_return, episode_length, finished) -> xarray.Dataset:
+    arrays = {"episode_return": episode_return, "episode_length": episode_length, "finished": finished}
+    return xarray.Dataset({name: (("seed", "episode"), np.asarray(x)) for name, x in arrays.items()})

@@ -1,0 +1,139 @@
+"""A trained policy as one file that acts where this package is not installed; normaliser and bounds are inside."""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.errors import FlaxError
+
+from purejaxppo.envs.base import Box, Discrete, action_space, bound_action, observation_space
+from purejaxppo.experiment.files import to_arrays
+from purejaxppo.networks.actor_critic import make_network
+from purejaxppo.ppo import PPO, bind
+from purejaxppo.rollout import Policy, add_time, apply_policy
+
+FORMATS = (".stablehlo", ".npz")
+
+
+def export(ppo: PPO, policy: Policy, path, env_params=None, *, platforms=("cpu", "cuda")) -> str:
+    """Writes a policy that takes the most probable action, and returns the lines of Python that use the file.
+
+    The file's name says how. `.stablehlo`: a function from observations [B, ...], for any B, to actions [B, ...] as the
+    environment takes them, that `jax.export` reads on any of the `platforms`; of a recurrent network it is one from
+    (observations, memory [B, ...], first [B]) to (actions, memory), where `first` marks what begins an episode, and
+    whatever memory it comes with is emptied. `.npz`: plain arrays, for NumPy alone, of an `mlp` without memory over a
+    Box that chooses among actions or acts in a Box. Raises ValueError for another name, or a network that NumPy cannot
+    do in these lines.
+    """
+    path = Path(path)
+    if path.suffix not in FORMATS:
+        raise ValueError(f"out={path} must end in {' or '.join(FORMATS)}, which says what to write")
+    env_params = ppo.env.params if env_params is None else env_params
+    if path.suffix == ".npz":
+        arrays, lines = _as_numpy(ppo, policy, env_params, path)
+        np.savez(path, **arrays)
+        return lines
+    path.write_bytes(_as_stablehlo(ppo, policy, env_params, platforms))
+    memory = ", memory, first" if jax.tree.leaves(ppo.network.initial_memory(1)) else ""
+    result = "actions, memory" if memory else "actions"
+    return (
+        "import jax, jax.export\n\n"
+        f"policy = jax.export.deserialize(bytearray(open({str(path)!r}, 'rb').read()))\n"
+        f"{result} = policy.call(obs{memory})  # {_shapes(ppo)}"
+    )
+
+
+def _as_stablehlo(ppo: PPO, policy: Policy, env_params, platforms) -> bytes:
+    import jax.export
+
+    space, bound = action_space(ppo.env, env_params), ppo.config.bound_action
+
+    def act(obs, memory, first):
+        memory, distribution, _ = apply_policy(
+            policy, memory, add_time(obs), first[None], network=ppo.network, config=ppo.config
+        )
+        return jax.vmap(lambda action: bound_action(action, space, bound))(distribution.mode()[0]), memory
+
+    def act_without_memory(obs):
+        return act(obs, (), jnp.zeros(jax.tree.leaves(obs)[0].shape[0], bool))[0]
+
+    (batch,) = jax.export.symbolic_shape("b")
+    _, obs = jax.eval_shape(ppo.env.reset, jax.random.key(0), env_params)
+    memory = jax.eval_shape(lambda: ppo.network.initial_memory(1))
+    obs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch, *x.shape), x.dtype), obs)
+    memory = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype), memory)
+    recurrent = bool(jax.tree.leaves(memory))
+    arguments = (obs, memory, jax.ShapeDtypeStruct((batch,), bool)) if recurrent else (obs,)
+    function = jax.jit(bind(ppo.config.matmul_precision, act if recurrent else act_without_memory))
+    return jax.export.export(function, platforms=list(platforms))(*arguments).serialize()
+
+
+def _as_numpy(ppo: PPO, policy: Policy, env_params, path: Path) -> tuple[dict[str, np.ndarray], str]:
+    """Arrays, and the function that acts by them."""
+    found, config = to_arrays(policy), ppo.config
+    trunk, space = "params/params/actor/MLP_0/Dense_{}/{}", action_space(ppo.env, env_params)
+    heads = {Discrete: "params/params/Logits_0/logits/{}", Box: "params/params/Gaussian_0/loc/{}"}
+    head = heads.get(type(space), "")
+    names = [trunk.format(i, kind) for i in range(len(config.widths)) for kind in ("weight", "bias")]
+    known = isinstance(observation_space(ppo.env), Box) and head and not config.gru_width
+    known = known and {*names, head.format("weight")} <= found.keys() and _is_of_config(ppo, policy)
+    if not known:
+        raise ValueError(f"out={path} cannot hold this network, only an mlp without memory over a Box (try .stablehlo)")
+    arrays = {}
+    for i in range(len(config.widths) + 1):
+        where = trunk.format(i, "{}") if i < len(config.widths) else head
+        arrays |= {f"{kind}_{i}": found[where.format(kind)] for kind in ("weight", "bias")}
+    lines = [
+        "import numpy as np",
+        "",
+        f"policy = dict(np.load({str(path)!r}))",
+        "",
+        "",
+        f"def act(obs):  # {_shapes(ppo)}",
+        "    x = np.asarray(obs, np.float32)",
+    ]
+    if config.normalize_observation:
+        deviation = np.sqrt(found["observation/variance"] + np.float32(1e-8))
+        arrays |= {"mean": found["observation/mean"], "deviation": deviation}
+        limit = config.observation_clip
+        lines.append(f"    x = np.clip((x - policy['mean']) / policy['deviation'], -{limit}, {limit})")
+    last = len(config.widths)
+    function = {"tanh": "np.tanh({})", "relu": "np.maximum({}, 0)"}[config.activation]
+    hidden = function.format("x @ policy[f'weight_{i}'].T + policy[f'bias_{i}']")
+    lines += [
+        "    x = x.reshape(len(x), -1)",
+        f"    for i in range({last}):",
+        f"        x = {hidden}",
+        f"    x = x @ policy['weight_{last}'].T + policy['bias_{last}']",
+    ]
+    if isinstance(space, Discrete):
+        return arrays, "\n".join([*lines, "    return x.argmax(-1)"])
+    bounds = {
+        name: np.broadcast_to(np.asarray(getattr(space, name), np.float32), space.shape) for name in ("low", "high")
+    }
+    lines.append(f"    low, high, x = policy['low'], policy['high'], x.reshape(-1, *{space.shape})")
+    if config.bound_action == "tanh":
+        lines.append("    x = low + (high - low) * (np.tanh(x) + 1) / 2")
+    return arrays | bounds, "\n".join([*lines, "    return np.clip(x, low, high)"])
+
+
+def _is_of_config(ppo: PPO, policy: Policy) -> bool:
+    """Whether the network is what the config says, and not one of a user with weights of the same names."""
+    space = observation_space(ppo.env)
+    obs = jax.random.normal(jax.random.key(0), (1, 8, *space.shape))
+    try:
+        network = make_network(ppo.config, space, action_space(ppo.env, ppo.env.params))
+        ours, theirs = (n.apply(policy.params, (), obs, jnp.ones((1, 8), bool))[1:] for n in (network, ppo.network))
+        return jax.tree.all(jax.tree.map(partial(np.array_equal, equal_nan=True), ours, theirs))
+    except (FlaxError, TypeError, ValueError):  # other shapes, another distribution
+        return False
+
+
+def _shapes(ppo: PPO) -> str:
+    """What goes in and what comes out, for readers."""
+    obs = jax.eval_shape(ppo.env.reset, jax.random.key(0), ppo.env.params)[1]
+    shape = ", ".join(["batch", *map(str, obs.shape)]) if hasattr(obs, "shape") else "batch, ..."
+    action = action_space(ppo.env, ppo.env.params).shape
+    return f"obs [{shape}] -> actions [{', '.join(['batch', *map(str, action)])}]"

@@ -1,0 +1,1 @@
+"""What metrics say: labelled arrays, statistics, rankings, pictures."""

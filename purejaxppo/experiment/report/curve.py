@@ -1,0 +1,58 @@
+"""The picture of a training run, and what all pictures are drawn with."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import xarray
+from matplotlib.ticker import EngFormatter
+from scipy import stats
+
+from purejaxppo.experiment.report.metrics import learning_curve
+
+COLORS = "#0072b2 #e69f00 #009e73 #d55e00 #cc79a7 #56b4e9 #7a5230 #333333 #a6cee3 #999999".split()  # after Okabe, Ito
+
+
+def plot_learning_curve(metrics: xarray.Dataset, title: str = "", ax=None):
+    """Draws return against environment steps: the mean over runs with its 95 % interval, and each run thin behind it.
+
+    `metrics` has dimensions (`run` or `seed`,) `update`. Returns the matplotlib axes.
+    """
+    if ax is None:
+        _, ax = plt.subplots(figsize=(6, 3.8), layout="constrained")
+    curve = learning_curve(metrics)
+    returns = curve.values.reshape(-1, curve.sizes["update"])
+    counts = (~np.isnan(returns)).sum(0)
+    shown = counts > 0
+    steps, returns, counts = curve["step"].values[shown], returns[:, shown], counts[shown]
+    if len(returns) > 1:
+        ax.plot(steps, returns.T, color=COLORS[0], alpha=0.25, linewidth=0.7)
+    mean = np.nanmean(returns, axis=0) if steps.size else steps
+    draw_line(ax, steps, mean, COLORS[0], "mean" if len(returns) > 1 else None)
+    if len(returns) > 1 and steps.size:
+        several = counts > 1
+        half = np.nanstd(returns[:, several], axis=0, ddof=1) / np.sqrt(counts[several])
+        half = half * stats.t.ppf(0.975, counts[several] - 1)
+        band = mean[several] - half, mean[several] + half
+        draw_band(ax, steps[several], *band, COLORS[0], "95 % interval")
+        ax.legend(frameon=False, loc="best", title=f"{len(returns)} runs")
+    if not steps.size:
+        ax.text(0.5, 0.5, "no episode ended", transform=ax.transAxes, ha="center")
+    ax.set(xlabel="environment steps", ylabel="episode return", title=title)
+    tidy(ax)
+    return ax
+
+
+def draw_line(ax, steps, values, color, label=None):
+    """A curve."""
+    ax.plot(steps, values, color=color, linewidth=2, label=label)
+
+
+def draw_band(ax, steps, low, high, color, label=None):
+    """An interval around a curve."""
+    ax.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0, label=label)
+
+
+def tidy(ax):
+    """Steps with their unit, and no more lines than needed."""
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.25)

@@ -1,0 +1,252 @@
+"""Pictures of a sweep: learning curves, heat map, parallel coordinates, importance."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, PercentFormatter
+
+from purejaxppo.experiment.report.curve import COLORS, draw_band, draw_line, tidy
+from purejaxppo.experiment.report.metrics import learning_curve
+from purejaxppo.experiment.report.plot_fields import (
+    best_index,
+    choose_fields,
+    choose_members,
+    find_field,
+    is_number,
+    make_heading,
+    make_notes,
+    scores_to_draw,
+)
+from purejaxppo.experiment.report.ranking import importance, rank
+from purejaxppo.experiment.report.statistics import aggregate, filled, lost, swept_fields
+from purejaxppo.text import in_words, show_value
+
+
+def plot_sweep(metrics, line=None, panel=None, statistic="iqm", title="") -> dict:
+    """Every picture that the swept fields give something to, as name -> matplotlib figure.
+
+    Learning curves always; of a grid of two fields a heat map; of more fields, or sampled ones, parallel coordinates
+    and importance. Each environment has its own, since returns of several do not compare.
+    """
+    names = np.unique(metrics["env"]) if "env" in metrics.coords else []
+    if len(names) > 1:
+        parts = {name: metrics.isel({metrics["env"].dims[0]: metrics["env"].values == name}) for name in names}
+        line, panel = (None if name == "env" else name for name in (line, panel))
+        return {
+            f"{kind}-{name}": figure
+            for name, part in parts.items()
+            for kind, figure in plot_sweep(part, line, panel, statistic, str(name)).items()
+        }
+    scores = scores_to_draw(metrics)
+    fields = _varied(scores)
+    grid = _fields_of_grid(scores)
+    figures = {"learning_curves": plot_curves(metrics, line, panel, statistic, title=title)}
+    if len(grid) > 1:
+        figures["heatmap"] = plot_heatmap(metrics, statistic=statistic, title=title).figure
+    if len(fields) > 2 or len(fields) > len(grid):
+        figures["parallel"] = plot_parallel(metrics, statistic, title).figure
+    if len(fields) > 1:
+        figures["importance"] = plot_importance(metrics, title).figure
+    return figures
+
+
+def _varied(scores) -> list[str]:
+    return [name for name in swept_fields(scores) if np.unique(scores[name]).size > 1]
+
+
+def _fields_of_grid(scores) -> list[str]:
+    return [name for name in _varied(scores) if find_field(scores, name).grid]
+
+
+def plot_curves(metrics, line=None, panel=None, statistic="iqm", confidence=0.95, max_lines=None, title=""):
+    """Draws learning curves of a sweep, one line per value of the field `line`, one panel per value of `panel`.
+
+    A line is a statistic over seeds with its interval (see `aggregate`). By default `line` is the first swept field and
+    `panel` the second, if both have at most 8 values; "setting" means every setting of fields that vary together.
+    Settings are never pooled: further fields stay at the best setting, which is named. Of more values than `max_lines`
+    (8 by default), those at even distances are drawn; of settings of several fields (5) the best. A line begins where
+    half of its runs have ended an episode; a run that turned nan goes on at the lowest final score of all. Returns the
+    matplotlib figure.
+    """
+    scores = scores_to_draw(metrics)
+    line, panel = choose_fields(scores, line, panel)
+    highest = best_index(scores, statistic)
+    members = choose_members(scores, line, highest, statistic, max_lines)
+    colors = plt.get_cmap("viridis")(np.linspace(0, 0.87, len(members))) if line.numbers is not None else COLORS
+    figure, axes = _panels(len(panel.labels))
+    for j, ax in enumerate(axes):
+        for i, color in zip(members, colors):
+            where = {dim: k for dim, k in (highest | {line.dim: i, panel.dim: j}).items() if dim}
+            curve = _curve(metrics.isel(where), scores.min().item(), statistic, confidence)
+            draw_line(ax, curve["step"], curve["value"], color, line.labels[i])
+            draw_band(ax, curve["step"], curve["low"], curve["high"], color)
+        ax.set_title(f"{panel.title} = {panel.labels[j]}" if panel.dim else "", fontsize="medium")
+        ax.set(xlabel="environment steps", ylabel="episode return")
+        ax.label_outer()
+        tidy(ax)
+    interval = f" with {100 * confidence:g} % interval" if metrics.sizes["seed"] > 1 else ""
+    notes = make_notes(scores, statistic + interval, highest, line.dim, panel.dim)
+    if line.dim:
+        below = line.title.count("/") > 1
+        figure.set_figheight(figure.get_figheight() + below * 0.23 * (len(members) + 2))
+        shown, size = len(members), len(line.labels)
+        heading = line.title + (f"\n({shown} {'' if line.grid else 'best '}of {size})" if shown < size else "")
+        place = "outside lower center" if below else "outside right center"
+        figure.legend(*axes[0].get_legend_handles_labels(), loc=place, title=heading, frameon=False)
+    figure.suptitle(make_heading(figure, title, notes), fontsize="medium")
+    return figure
+
+
+def plot_heatmap(metrics, x=None, y=None, statistic="iqm", title="", ax=None):
+    """Draws the final score, a statistic over seeds, for all values of two fields of a grid; the best is framed.
+
+    `x` and `y` are the first two swept fields of the grid where they are not given. Further fields stay at the best
+    setting, which is named. Runs without a score count as the lowest of all, and cells say how many they are. Returns
+    the matplotlib axes.
+    """
+    scores = scores_to_draw(metrics)
+    free = [name for name in _fields_of_grid(scores) if name not in (x, y)]
+    if (x is None) + (y is None) > len(free):
+        raise ValueError("a heat map needs two swept fields of a grid (plot_curves draws one, plot_parallel all)")
+    x = free.pop(0) if x is None else x
+    y = free.pop(0) if y is None else y
+    fields = [find_field(scores, name) for name in (x, y)]
+    for name, field in zip((x, y), fields):
+        if not field.grid:
+            raise ValueError(f"{name!r} varies together with other fields, not in a grid (use plot_parallel)")
+    if x == y:
+        raise ValueError(f"x={x!r} and y={y!r} must be two fields")
+    highest = best_index(scores, statistic)
+    values = aggregate(filled(scores), statistic, num_resamples=0)["value"].rename("value").to_dataset()
+    values["missing"] = scores.isnull().sum("seed")
+    values = values.isel({dim: i for dim, i in highest.items() if dim not in (x, y)}).transpose(y, x)
+    rows, columns = values["value"].shape
+    ax = ax or _axes(2.6 + 0.75 * columns, 1.7 + 0.5 * rows)
+    image = ax.imshow(values["value"], cmap="YlGnBu", origin="lower", aspect="auto")
+    for (j, i), value in np.ndenumerate(values["value"].values):
+        missing = values["missing"].values[j, i]
+        text = _short(value) + (f"\n{missing} missing" if missing else "")
+        color = "white" if image.norm(value) > 0.55 else "black"
+        ax.text(i, j, text, color=color, ha="center", va="center", fontsize="small", linespacing=1)
+    corner = highest[x] - 0.5, highest[y] - 0.5
+    ax.add_patch(plt.Rectangle(corner, 1, 1, fill=False, color=COLORS[3], linewidth=2.5, clip_on=False, zorder=3))
+    slanted = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if max(map(len, fields[0].labels)) > 7 else {}
+    ax.set_xticks(range(columns), fields[0].labels, **slanted)
+    ax.set_yticks(range(rows), fields[1].labels)
+    ax.set(xlabel=fields[0].title, ylabel=fields[1].title)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    bar = ax.figure.colorbar(image, ax=ax, label="episode return at the end", format=EngFormatter(sep=""))
+    bar.outline.set_visible(False)
+    ax.set_title(make_heading(ax.figure, title, make_notes(scores, statistic, highest, x, y)), fontsize="medium")
+    return ax
+
+
+def plot_parallel(metrics, statistic="iqm", title="", ax=None):
+    """Draws every setting as a line through its values of all swept fields to its final score, the best on top.
+
+    The darker a line the higher its rank; the best is orange. Positive numbers that span a factor of ten have a
+    logarithmic axis. Runs without a score count as the lowest of all. Returns the matplotlib axes.
+    """
+    scores = scores_to_draw(metrics)
+    ranked = rank(scores, statistic, num_resamples=0).isel(setting=slice(None, None, -1))
+    fields = [name for name in swept_fields(scores) if np.unique(ranked[name]).size > 1]
+    ax = ax or _axes(1.5 * len(fields) + 2.5, 3.8)
+    scales = [*(_scale(ranked[name].values) for name in fields), _scale(ranked[statistic].values, is_score=True)]
+    lines = np.stack([heights for heights, _ in scales], axis=1)
+    for heights, color in zip(lines[:-1], plt.get_cmap("YlGnBu")(np.linspace(0.15, 1, len(lines) - 1))):
+        ax.plot(heights, color=color, linewidth=1.2 if len(lines) <= 64 else 0.7, zorder=2)
+    ax.plot(lines[-1], color=COLORS[3], linewidth=2.5, zorder=2)
+    for i, (_, ticks) in enumerate(scales):
+        ax.axvline(i, color="black", linewidth=0.8, zorder=2.5)
+        side = {"ha": "left", "xytext": (5, 0)} if i == len(fields) else {"ha": "right", "xytext": (-5, 0)}
+        look = {"fontsize": "small", "bbox": {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1}}
+        for height, text in ticks:
+            ax.annotate(text, (i, height), textcoords="offset points", va="center", zorder=3, **side, **look)
+    ax.set_xticks(range(len(scales)), [*map(in_words, fields), "episode return\nat the end"])
+    ax.tick_params(length=0)
+    ax.set(yticks=[], ylim=(-0.03, 1.03))
+    ax.spines[:].set_visible(False)
+    notes = make_notes(scores, statistic, best_index(scores, statistic))
+    ax.set_title(make_heading(ax.figure, title, notes), fontsize="medium")
+    return ax
+
+
+def plot_importance(metrics, title="", ax=None):
+    """Draws how much of the variance of final scores each swept field explains by itself (see `importance`).
+
+    Returns the matplotlib axes.
+    """
+    scores = scores_to_draw(metrics)
+    shares = importance(scores).to_series()
+    fields = shares.drop(["seeds", "rest"]).sort_values(ascending=False)
+    bars = [(in_words(name), share, COLORS[0]) for name, share in fields.items()]
+    num_seeds = scores.sizes["seed"]
+    if num_seeds > 1:
+        bars.append(("seeds", shares["seeds"], "0.7"))
+    bars.append(("interactions and rest", shares["rest"], "0.7"))
+    ax = ax or _axes(6, 0.9 + 0.34 * len(bars))
+    names, lengths, colors = zip(*bars)
+    drawn = ax.barh(names, lengths, color=colors, height=0.65)
+    ax.bar_label(drawn, [f"{100 * x:.0f} %" for x in lengths], padding=4, fontsize="small")
+    ax.invert_yaxis()
+    ax.set(xlabel="share of the variance of the episode return at the end", xlim=(0, 1.12 * max(*lengths, 0.01)))
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+    ax.tick_params(axis="y", length=0)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    notes = [f"{scores.size // num_seeds} settings, {num_seeds} seed{'s' if num_seeds > 1 else ''} each"]
+    ax.set_title(make_heading(ax.figure, title, notes), fontsize="medium")
+    return ax
+
+
+def _curve(metrics, lowest: float, statistic, confidence):
+    """The learning curve of a setting, `aggregate`d over seeds, where half of them have one."""
+    alive = ~lost(metrics)
+    returns, counts = metrics["episode_return"].where(alive, lowest), metrics["num_episodes"].where(alive, 1)
+    metrics = metrics.assign(episode_return=returns, num_episodes=counts)
+    curve = learning_curve(metrics.isel(update=metrics["step"].notnull().values), num_points=50)
+    found = aggregate(curve, statistic, confidence=confidence, num_resamples=1000)
+    return found.isel(update=(2 * found["num_runs"] >= metrics.sizes["seed"]).values)
+
+
+def _scale(column, is_score: bool = False):
+    """Heights from 0 to 1 of a column's values, and its ticks as pairs of height and text; scores are never log."""
+    values = np.unique(column)
+    if not is_number(values) or not np.isfinite(values).all() or len(values) == 1:
+        order = sorted(values.tolist(), key=lambda x: (len(str(x)), x))  # "64,64" before "128,128"
+        heights = dict(zip(order, np.linspace(0, 1, len(order)) if len(order) > 1 else [0.5]))
+        return np.array([heights[x] for x in column.tolist()]), [
+            (height, show_value(x)) for x, height in heights.items()
+        ]
+    low, high = values[[0, -1]]
+    is_log = not is_score and low > 0 and high >= 10 * low
+    ticks = values
+    if len(values) > 8 or is_score:
+        locator = LogLocator(subs=(1, 3)) if is_log else MaxNLocator(5, steps=[1, 2, 5, 10])
+        ticks = [x for x in locator.tick_values(low, high) if low <= x <= high]
+    transform = np.log if is_log else np.asarray
+    heights = [(transform(x) - transform(low)) / (transform(high) - transform(low)) for x in (column, ticks)]
+    return heights[0], list(zip(heights[1], map(show_value, ticks)))
+
+
+def _axes(width: float, height: float):
+    return plt.subplots(figsize=(width, height), layout="constrained")[1]
+
+
+def _panels(number: int):
+    """A figure and its axes, side by side up to four, on common scales."""
+    columns = min(number, 4)
+    rows = -(-number // columns)
+    size = (7, 4) if number == 1 else (2.6 * columns + 1.4, 2.4 * rows + 0.8)
+    figure = plt.figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for ax in axes.flat[number:]:
+        ax.remove()
+    return figure, list(axes.flat[:number])
+
+
+def _short(score: float) -> str:
+    """A score in about three digits."""
+    if abs(score) >= 10_000:
+        return EngFormatter(places=1, sep="")(score)
+    return f"{score:.0f}" if abs(score) >= 100 else f"{score:.3g}"

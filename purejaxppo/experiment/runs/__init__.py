@@ -1,0 +1,1 @@
+"""One run in one folder: the loop that trains it, its checkpoints, and where its metrics go."""

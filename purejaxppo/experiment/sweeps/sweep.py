@@ -1,0 +1,175 @@
+"""A sweep as data: what is trained, under which settings, with how many seeds."""
+
+import difflib
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from typing import NamedTuple
+
+from purejaxppo.checks import check_whole
+from purejaxppo.config import EXTRA, Config, Hyperparams, spec_of
+from purejaxppo.experiment.presets import preset
+from purejaxppo.table import Table
+from purejaxppo.text import align
+
+CONFIG_FIELDS = tuple(field.name for field in fields(Config))
+HYPERPARAM_FIELDS = Hyperparams().names
+ENV_PREFIX = "env."
+
+
+class Group(NamedTuple):
+    """The settings of a sweep that share one compiled program."""
+
+    env: str
+    config: Config
+    settings: tuple[int, ...]  # rows of the table
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Every setting of a table times `num_seeds` seeds, on top of settings that all share; seeds vary fastest.
+
+    A field of the table is one of `Config`, of `Hyperparams` (`extra.NAME` for a custom coefficient), `env` (the
+    environment's name), or `env.NAME` for a parameter of the environment. `config` and `hyperparams` are those of the
+    environment's preset where none are given. Settings with another rollout (`num_envs`, `num_steps`) are given as many
+    updates as keep the number of steps, unless `num_updates` is swept too. Raises ValueError, in one sentence, for a
+    field or a value that cannot be.
+    """
+
+    env: str
+    table: Table = Table()
+    num_seeds: int = 1
+    config: Config | None = None
+    hyperparams: Hyperparams | None = None
+    seed: int = 0
+    """Where the random keys come from; seed i of every setting draws the same."""
+
+    def __post_init__(self):
+        if not isinstance(self.env, str):
+            raise ValueError(f"env={self.env!r} must be a name (another environment comes with make=, see plan_sweep)")
+        if not isinstance(self.table, Table):
+            raise ValueError(f"table={self.table!r} must be a Table, such as grid(learning_rate=[1e-4, 1e-3])")
+        check_whole("num_seeds", self.num_seeds, at_most=2**31 - 1)
+        check_whole("seed", self.seed, at_least=0, at_most=2**31 - 1)
+        object.__setattr__(self, "num_seeds", int(self.num_seeds))
+        object.__setattr__(self, "seed", int(self.seed))
+        default = preset(self.env)
+        object.__setattr__(self, "config", self.config or default.config)
+        object.__setattr__(self, "hyperparams", self.hyperparams or default.hyperparams)
+        scheduled = [name for name in self.hyperparams.names if callable(self.hyperparams.get(name))]
+        if scheduled:
+            raise ValueError(
+                f"{scheduled[0]} is a schedule, which a sweep cannot save (learning_rate_annealing anneals the rate)"
+            )
+        for name in self.table.names:
+            _check_known(name)
+        for row in self.table.rows():
+            self.config_of(row)
+            self.hyperparams_of(row)
+
+    def __str__(self) -> str:
+        swept = ", ".join(self.table.names) or "nothing"
+        lines = [f"{self.env}: {self._count()} over {swept}"]
+        return "\n".join(lines + ([align(self.table.rows())] if self.table.names else []))
+
+    def _count(self) -> str:
+        return f"{len(self.table)} settings x {self.num_seeds} seeds = {self.num_runs} runs"
+
+    @property
+    def num_runs(self) -> int:
+        """Settings times seeds."""
+        return len(self.table) * self.num_seeds
+
+    def env_of(self, row: dict) -> str:
+        """The environment's name under a setting."""
+        return row.get("env", self.env)
+
+    def config_of(self, row: dict) -> Config:
+        """The static settings under a setting."""
+        static = {name: value for name, value in row.items() if name in CONFIG_FIELDS}
+        if "num_updates" not in static:
+            changed = static.keys() & {"num_envs", "num_steps"}
+            sizes = [static.get(name, getattr(self.config, name)) for name in ("num_envs", "num_steps")]
+            if changed and all(isinstance(size, int) and size > 0 for size in sizes):
+                static["num_updates"] = max(1, self.config.total_steps // (sizes[0] * sizes[1]))
+        return replace(self.config, **static)
+
+    def hyperparams_of(self, row: dict) -> Hyperparams:
+        """The hyperparameters under a setting."""
+        changed = {name: value for name, value in row.items() if spec_of(name)}
+        for name, value in changed.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"{name}={value!r} must be a number")
+        return self.hyperparams.set(changed)
+
+    def groups(self) -> list[Group]:
+        """Settings that differ in nothing static belong together."""
+        groups = {}
+        for i, row in enumerate(self.table.rows()):
+            kind = self.env_of(row), self.config_of(row)
+            groups.setdefault(kind, []).append(i)
+        return [Group(*kind, tuple(settings)) for kind, settings in groups.items()]
+
+    def runs(self, settings=None) -> dict[str, tuple[int, int]]:
+        """All runs, or those of some settings: the name on disk -> (setting, seed)."""
+        rows = self.table.rows()
+        settings = range(len(rows)) if settings is None else settings
+        return {name_run(rows[i], seed): (i, seed) for i in settings for seed in range(self.num_seeds)}
+
+    def to_json(self) -> dict:
+        """Plain data that `from_json` takes back."""
+        hyperparams = {name: _to_number(self.hyperparams.get(name)) for name in self.hyperparams.names}
+        axes = self.table.axes
+        return {
+            "env": self.env,
+            "axes": [{name: list(map(_to_number, column)) for name, column in axis.items()} for axis in axes],
+            "num_seeds": self.num_seeds,
+            "seed": self.seed,
+            "config": asdict(self.config),
+            "hyperparams": hyperparams,
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, data: dict) -> "Sweep":
+        """The sweep that `to_json` wrote."""
+        axes = [
+            {name: tuple(_from_number(name, value) for value in column) for name, column in axis.items()}
+            for axis in data["axes"]
+        ]
+        return cls(
+            env=data["env"],
+            table=Table(tuple(axes)),
+            num_seeds=data["num_seeds"],
+            seed=data["seed"],
+            config=Config(**data["config"]),
+            hyperparams=Hyperparams().set({name: float(value) for name, value in data["hyperparams"].items()}),
+        )
+
+
+def name_run(row: dict, seed: int) -> str:
+    """A run's name on disk."""
+    return json.dumps({name: _to_number(value) for name, value in row.items()} | {"seed": seed})
+
+
+def _check_known(name: str):
+    if name.startswith(ENV_PREFIX) or name == "env" or name in CONFIG_FIELDS or spec_of(name):
+        return
+    if name.startswith(EXTRA):
+        raise ValueError(f"{name} must be {EXTRA}NAME with a name such as beta")
+    if name in ("seed", "num_seeds"):
+        raise ValueError(f"{name} is no field to sweep: num_seeds says how many seeds every setting gets")
+    near = difflib.get_close_matches(name, CONFIG_FIELDS + HYPERPARAM_FIELDS + ("env",), n=1, cutoff=0)
+    raise ValueError(
+        f"{name} is no field of a sweep (did you mean {near[0]}? Environment parameters are env.NAME, custom "
+        "coefficients extra.NAME)"
+    )
+
+
+def _to_number(value):
+    """A value as JSON can hold it: what is infinite as a word."""
+    return str(value) if isinstance(value, float) and abs(value) == float("inf") else value
+
+
+def _from_number(name: str, value):
+    if isinstance(value, list):
+        return tuple(value)
+    return float(value) if value in ("inf", "-inf") and spec_of(name) else value

@@ -1,0 +1,1 @@
+"""Networks: what a network is, our actor-critic, its layers, distributions over actions."""

@@ -1,0 +1,96 @@
+"""Our own network: an actor-critic that `Config` describes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from purejaxppo.config import Config
+from purejaxppo.envs.base import Box, Discrete, MultiDiscrete
+from purejaxppo.networks.distributions import Categorical, MultiCategorical, Normal, TanhNormal
+from purejaxppo.networks.layers import CNN, GRU, MLP, Dense, Gaussian, Logits
+from purejaxppo.networks.network import Network, draw_orthogonal
+
+
+def make_network(config: Config, observation_space, action_space) -> Network:
+    """The network that `config` describes for these spaces.
+
+    Raises ValueError where they do not fit: a `cnn` on what is no grid, `tanh` on what has no bounds.
+    """
+    _check_fit(config, observation_space, action_space)
+    activation = {"tanh": nn.tanh, "relu": nn.relu}[config.activation]
+    module = ActorCritic(
+        observation_space=observation_space,
+        head=make_head(config, action_space),
+        encoder=lambda: {"mlp": MLP, "cnn": CNN}[config.encoder](config.widths, activation),
+        memory=(lambda: GRU(config.gru_width)) if config.gru_width else None,
+        share_encoder=config.share_encoder,
+    )
+    num_trunks = 1 if config.share_encoder else 2
+
+    def initial_memory(batch):
+        return (jnp.zeros((batch, config.gru_width)),) * num_trunks if config.gru_width else ()
+
+    return Network(initial_memory=initial_memory, init=draw_orthogonal(module.init), apply=module.apply)
+
+
+def make_head(config: Config, space) -> Callable:
+    """Makes the module that turns columns of features into a distribution [T, B] over the actions of a space."""
+    if isinstance(space, Discrete):
+        return lambda: Logits(space.n, Categorical)
+    if isinstance(space, MultiDiscrete):
+        return lambda: Logits(sum(space.sizes), lambda logits: MultiCategorical(logits, space.sizes))
+    distribution = TanhNormal if config.bound_action == "tanh" else Normal
+    size = int(np.prod(space.shape))
+    return lambda: Gaussian(size, distribution, config.initial_std, config.state_dependent_std)
+
+
+def _check_fit(config, observation_space, action_space):
+    if config.encoder == "cnn" and not (isinstance(observation_space, Box) and len(observation_space.shape) == 3):
+        raise ValueError(
+            f"encoder='cnn' reads grids [height, width, channels], not {observation_space!r} (try encoder='mlp')"
+        )
+    if config.encoder == "cnn" and min(observation_space.shape[:2]) < 3:
+        raise ValueError(f"encoder='cnn' needs grids of 3 x 3 or more, not {observation_space!r} (try encoder='mlp')")
+    if config.bound_action == "tanh" and isinstance(action_space, Box):
+        bounds = [b for b in (action_space.low, action_space.high) if not isinstance(b, jax.core.Tracer)]
+        if not all(np.isfinite(b).all() for b in map(np.asarray, bounds)):
+            raise ValueError(f"bound_action='tanh' needs finite bounds, not {action_space!r} (try bound_action='clip')")
+
+
+class ActorCritic(nn.Module):
+    """Encoder, then memory if any, then heads; actor and critic apart unless `share_encoder`."""
+
+    observation_space: Any
+    head: Callable  # makes the module (columns, (T, B)) -> a distribution [T, B]
+    encoder: Callable  # makes the module (space, obs [T, B, ...]) -> columns of features [F, T * B]
+    memory: Callable | None = None  # makes the module (memory, columns, first) -> memory, columns
+    share_encoder: bool = False
+
+    @nn.compact
+    def __call__(self, memory, obs, first):
+        read = self.observation_space, obs, first
+        memories = memory or (None, None)
+        actor_memory, actor = Trunk(self.encoder, self.memory, name="actor")(memories[0], *read)
+        critic_memory, critic = actor_memory, actor
+        if not self.share_encoder:
+            critic_memory, critic = Trunk(self.encoder, self.memory, name="critic")(memories[1], *read)
+        value = Dense(1, 1.0, name="value")(critic).reshape(first.shape)
+        if memory:
+            memory = (actor_memory,) if self.share_encoder else (actor_memory, critic_memory)
+        return memory, self.head()(actor, first.shape), value
+
+
+class Trunk(nn.Module):
+    """From observations to features, with a memory on the way if there is one."""
+
+    encoder: Callable
+    memory: Callable | None
+
+    @nn.compact
+    def __call__(self, memory, space, obs, first):
+        features = self.encoder()(space, obs)
+        return (memory, features) if self.memory is None else self.memory()(memory, features, first)
