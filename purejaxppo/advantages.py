@@ -15,8 +15,7 @@ from purejaxppo.normalize import measure, merge, scale, standardize_observations
 from purejaxppo.rollout import Actors, Policy, Rollout, add_time, apply_policy, discounted_returns
 
 
-@struct.dataclass
-class Batch:
+class Batch(struct.PyTreeNode):
     """What is learned from: a rollout [T, N, ...], or a minibatch of it [L, B, ...]. What no loss reads costs nothing.
 
     Where a shape is not said it is [T, N] or [L, B].

@@ -272,8 +272,7 @@ def _interpolate(start, end, progress):
     return start + (end - start) * progress
 
 
-@struct.dataclass
-class OptaxSchedule:
+class OptaxSchedule(struct.PyTreeNode):
     """A schedule over optimizer steps."""
 
     function: Callable = struct.field(pytree_node=False)

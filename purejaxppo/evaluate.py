@@ -9,8 +9,7 @@ from purejaxppo.rollout import Policy, add_time, apply_policy, start, step_envs
 EVALUATION = 2**31
 
 
-@struct.dataclass
-class Evaluation:
+class Evaluation(struct.PyTreeNode):
     """The first episode of each of E environments."""
 
     episode_return: jax.Array  # [E], raw rewards

@@ -19,8 +19,7 @@ from purejaxppo.ppo import PPO, TrainState, replace_step
 KEPT = ("key", "env_params", "actors")  # by a run that is replaced; all else of a state was learned
 
 
-@struct.dataclass
-class Population:
+class Population(struct.PyTreeNode):
     """R runs that learn side by side and are compared now and then: everything that the next step needs."""
 
     runs: TrainState  # [R, ...]

@@ -9,8 +9,7 @@ from purejaxppo.collectives import gather_shards
 from purejaxppo.envs.base import Box
 
 
-@struct.dataclass
-class Moments:
+class Moments(struct.PyTreeNode):
     """How many values were seen, their mean and their population variance, per element of a shape."""
 
     count: jax.Array  # [] float32; grows by whole rollouts, so it does not stall at 2**24

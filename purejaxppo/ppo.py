@@ -37,8 +37,7 @@ from purejaxppo.summary import COORDINATES, join_metrics, measure_rollout, summa
 from purejaxppo.update import adam, update
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """A run: everything that the next step needs. A subclass with more fields is a state too, see `with_step`."""
 
     key: jax.Array

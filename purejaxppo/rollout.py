@@ -12,8 +12,7 @@ from purejaxppo.networks.network import Network
 from purejaxppo.normalize import standardize_observations
 
 
-@struct.dataclass
-class Policy:
+class Policy(struct.PyTreeNode):
     """All that acting needs, and what scales the rewards that it learns from."""
 
     params: Any  # of the network
@@ -21,8 +20,7 @@ class Policy:
     reward: Any  # Moments of the discounted return; () where rewards are not scaled
 
 
-@struct.dataclass
-class Actors:
+class Actors(struct.PyTreeNode):
     """Where N environments stand between two rollouts."""
 
     env_state: Any  # [N, ...]
@@ -34,8 +32,7 @@ class Actors:
     discounted_return: jax.Array  # [N], discounted sum of past rewards learned from, for their scale
 
 
-@struct.dataclass
-class Rollout:
+class Rollout(struct.PyTreeNode):
     """T steps of N environments, a record that may be changed before it is learned from; one step of it is [N, ...]."""
 
     obs: Any  # [T, N, ...] acted on, as the environment shows it
@@ -62,8 +59,7 @@ class Rollout:
         return self.terminated | self.truncated
 
 
-@struct.dataclass
-class Draws:
+class Draws(struct.PyTreeNode):
     """What one step of every environment draws; a rollout stacks T of them in front."""
 
     action: Any  # noise for the actions, or a key where the distribution knows no noise

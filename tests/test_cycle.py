@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import struct
 
 import purejaxppo as pjp
 from probes import SMALL, constant_reward, copy_cue, counter
@@ -37,7 +36,6 @@ def assert_same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-@struct.dataclass
 class Counting(pjp.TrainState):
     """A state with a field of its own: the rewards that were learned from, and how often."""
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx, struct
+from flax import nnx
 
 import purejaxppo as pjp
 from purejaxppo.advantages import estimate
@@ -84,7 +84,6 @@ def test_an_auxiliary_loss_with_its_own_head():
     assert metrics["prediction_error"][-1] < 0.3 * metrics["prediction_error"][0]
 
 
-@struct.dataclass
 class RNDState(pjp.TrainState):
     rnd: Any  # parameters of the predictor, state of its optimizer, parameters of the target
 
@@ -188,7 +187,6 @@ def test_a_lagrange_multiplier_of_a_constraint():
     np.testing.assert_allclose(state.hyperparams.extra["multiplier"], 10 * (metrics["cost"] - 0.01).sum(), rtol=1e-5)
 
 
-@struct.dataclass
 class PPGState(pjp.TrainState):
     aux_opt_state: Any
     obs: Any  # [K, T, N, ...] of the policy phase

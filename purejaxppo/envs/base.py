@@ -112,8 +112,7 @@ def bound_action(action, space, how: str):
     return (jnp.round(action) if jnp.issubdtype(space.dtype, jnp.integer) else action).astype(space.dtype)
 
 
-@struct.dataclass
-class Timed:
+class Timed(struct.PyTreeNode):
     """The state of an environment under `time_limit`."""
 
     state: Any

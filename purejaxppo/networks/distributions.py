@@ -16,15 +16,22 @@ WEIGHTS = np.exp(-(NODES**2) / 2)
 WEIGHTS = WEIGHTS / WEIGHTS.sum()
 
 
-class Drawn:
+class Drawn(struct.PyTreeNode):
     """A distribution whose samples are a function of noise that does not depend on its parameters."""
+
+    def noise(self, key: jax.Array) -> jax.Array:
+        """What is random in a sample."""
+        raise NotImplementedError
+
+    def place(self, noise: jax.Array) -> jax.Array:
+        """The sample that the noise makes."""
+        raise NotImplementedError
 
     def sample(self, key):
         """Actions as drawn, not bounded by any space."""
         return self.place(self.noise(key))
 
 
-@struct.dataclass
 class Categorical(Drawn):
     """One of K choices; a logit of -inf masks its choice."""
 
@@ -66,7 +73,6 @@ class Categorical(Drawn):
         return jax.nn.log_softmax(jnp.moveaxis(self.logits, -1, 0), axis=0)
 
 
-@struct.dataclass
 class MultiCategorical(Categorical):
     """Independent choices, one of `sizes[i]` each; the logits of all of them in one row, [..., sum(sizes)]."""
 
@@ -96,7 +102,6 @@ class MultiCategorical(Categorical):
         return [Categorical(x) for x in jnp.split(self.logits, np.cumsum(self.sizes)[:-1], axis=-1)]
 
 
-@struct.dataclass
 class Normal(Drawn):
     """Independent Gaussians, joint over the last axis."""
 
@@ -132,7 +137,6 @@ class Normal(Drawn):
         return -0.5 * ((action - self.loc) / self.scale) ** 2 - jnp.log(self.scale) - 0.5 * LOG_2PI
 
 
-@struct.dataclass
 class TanhNormal(Normal):
     """Gaussians squashed into (low, high) by tanh, joint over the last axis; `loc` and `scale` are before the squash.
 

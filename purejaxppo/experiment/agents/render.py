@@ -22,8 +22,7 @@ GRIDS = (
 )  # fmt: skip
 
 
-@struct.dataclass
-class Episode:
+class Episode(struct.PyTreeNode):
     """L steps of one episode, or as many as were allowed."""
 
     states: Any  # [L, ...] of the environment, acted in
