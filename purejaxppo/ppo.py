@@ -1,6 +1,6 @@
-"""Proximal Policy Optimization as pure functions: `init` makes a run, `step` is one cycle, `train` is all of them.
+"""Proximal Policy Optimization as pure functions: `init` starts a run, `step` is one update, `train` is all of them.
 
-A cycle is `learn` after `collect`. What is built from a PPO is again a PPO: `with_step` gives it another cycle.
+A step is `learn` after `collect`. `with_step` gives a PPO a custom step; the result is again a PPO.
 """
 
 import inspect
@@ -29,7 +29,6 @@ from purejaxppo.normalize import (
     merge_observations,
     no_moments,
     observation_moments,
-    standardize_advantage,
     standardize_observations,
 )
 from purejaxppo.rollout import Actors, Policy, Rollout, add_time, apply_policy, start, unroll
@@ -38,7 +37,7 @@ from purejaxppo.update import adam, update
 
 
 class TrainState(struct.PyTreeNode):
-    """A run: everything that the next step needs. A subclass with more fields is a state too, see `with_step`."""
+    """The state of a run: everything that the next step needs. A subclass may have more fields, see `with_step`."""
 
     key: jax.Array
     hyperparams: Hyperparams  # float32 leaves []
@@ -48,18 +47,18 @@ class TrainState(struct.PyTreeNode):
     actors: Actors
     num_updates: jax.Array  # [] int32, done so far
 
-    def __getitem__(self, runs) -> "TrainState":
-        """Of a batch, one run by its index, or the batch of some by a slice, a mask or a list of indices."""
+    def __getitem__(self, runs: Any) -> "TrainState":
+        """One run of a batch by its index, or a smaller batch by a slice, a mask or a list of indices."""
         return jax.tree.map(lambda x: x[jnp.asarray(runs) if isinstance(runs, list) else runs], self)
 
 
 class PPO(NamedTuple):
-    """Pure functions with their static arguments bound, and those arguments themselves."""
+    """Pure functions with their static arguments bound, and these arguments."""
 
     init: Callable  # key, hyperparams=Hyperparams(), env_params=None -> TrainState
     collect: Callable  # state -> state, Rollout: act for T steps
-    learn: Callable  # state, Rollout -> state, metrics: the update from it
-    step: Callable  # state -> state, metrics: one after the other
+    learn: Callable  # state, Rollout -> state, metrics: learn from it
+    step: Callable  # state -> state, metrics: collect, then learn
     train: Callable  # state -> state, metrics [U]: `config.num_updates` steps
     evaluate: Callable  # key, policy, env_params=None, *, num_episodes, greedy, max_steps -> Evaluation [E]
     act: Callable  # policy, obs, key=None, memory=None, env_params=None -> action, memory
@@ -69,8 +68,8 @@ class PPO(NamedTuple):
     loss: Callable  # as given to `make_ppo`
     optimizer: Callable
     mesh: Any = None  # of devices that share the environments of a run (`sharded`) or the runs of a batch (`batched`)
-    freeze: Callable | None = None  # state, next state, metrics -> both, with runs that turned nan as they were
-    custom: "Custom | None" = None  # what `with_step` was given
+    freeze: Callable | None = None  # state, next state, metrics -> next state, metrics; keeps runs that would turn nan
+    custom: "Custom | None" = None  # the arguments of `with_step`
 
     def __repr__(self) -> str:
         config = self.config
@@ -89,7 +88,7 @@ class PPO(NamedTuple):
 
 
 class Custom(NamedTuple):
-    """A cycle that is not ours, and the PPO that it is given."""
+    """A custom step and init, and the PPO that they are given."""
 
     ppo: PPO
     step: Callable
@@ -104,17 +103,29 @@ def make_ppo(
     loss: Callable = ppo_loss,
     optimizer: Callable = adam,
 ) -> PPO:
-    """PPO for an environment: a name, a gymnax environment, a pair (gymnax environment, params), or an `Env`.
+    """PPO for an environment, as a bundle of pure functions.
 
-    What plugs in: `network`, a `Network` or a flax linen module (see `networks`); `loss`, a function like
-    `loss.ppo_loss`, given advantages that are standardised by then; `optimizer`, a function from `Hyperparams` to an
-    optax transformation. Another cycle is plugged in by `with_step`. Raises ValueError, before anything compiles, where
-    the environment, the network and the config do not fit together.
+        >>> ppo = pjp.make_ppo("CartPole-v1", pjp.Config(num_envs=8, num_updates=2))
+        >>> state = ppo.init(jax.random.key(0), pjp.Hyperparams(learning_rate=3e-4))
+        >>> state, metrics = jax.jit(ppo.train)(state)
+        >>> metrics["loss"].shape
+        (2,)
+
+    Args:
+        env: a name (`purejaxppo envs` lists them), a gymnax environment, a pair (gymnax environment, params), or an
+            `Env`.
+        config: sizes, and which details are on.
+        network: a `Network` or a flax linen module; by default the one that `config` describes.
+        loss: a function like `ppo_loss`; the advantages that it gets are standardised already.
+        optimizer: a function from `Hyperparams` to an optax transformation.
+
+    Raises:
+        ValueError: before anything compiles, if environment, network and config do not fit together.
     """
     env = make_env(env)
     problems = check_shapes(env)
     if problems:
-        raise ValueError(f"{env.name} is no sound environment: {' '.join(problems)}")
+        raise ValueError(f"environment {env.name!r} failed its checks: {' '.join(problems)}")
     spaces = observation_space(env), action_space(env, env.params)
     network = make_network(config, *spaces) if network is None else as_network(network)
     obs = jax.eval_shape(partial(_first_observation, env=env, config=config), jax.random.key(0))
@@ -122,11 +133,18 @@ def make_ppo(
     return bind_ppo(env, network, config, loss, optimizer)
 
 
-def bind_ppo(env: Env, network: Network, config: Config, loss: Callable, optimizer: Callable, axis_name=()) -> PPO:
-    """The PPO of parts that fit together.
+def bind_ppo(
+    env: Env, network: Network, config: Config, loss: Callable, optimizer: Callable, axis_name: str | tuple = ()
+) -> PPO:
+    """The PPO of an environment, a network and a config that fit together.
 
-    `axis_name` is the mesh axis whose shards hold the environments, each `config.num_envs` of them (see `sharded`);
-    () is none.
+    Args:
+        env: as `make_env` returns it.
+        network: as `as_network` returns it.
+        config: of the run, or of one shard.
+        loss: see `make_ppo`.
+        optimizer: see `make_ppo`.
+        axis_name: the mesh axis whose shards hold `config.num_envs` environments each (see `sharded`), () for none.
     """
     bound = partial(bind, config.matmul_precision)
     acting = {"env": env, "network": network, "config": config}
@@ -136,7 +154,7 @@ def bind_ppo(env: Env, network: Network, config: Config, loss: Callable, optimiz
         collect=bound(collect, **acting, axis_name=axis_name),
         learn=bound(learn, **learning),
         step=bound(step, **acting | learning),
-        train=None,
+        train=train,  # replaced below
         evaluate=bound(evaluate, **acting),
         act=bound(act, **acting),
         **acting,
@@ -146,10 +164,10 @@ def bind_ppo(env: Env, network: Network, config: Config, loss: Callable, optimiz
     return replace_step(ppo, ppo.step)
 
 
-def bind(precision: str, function: Callable, **static) -> Callable:
-    """A function with static arguments bound, whose float32 products have a precision; else it looks as it did.
+def bind(precision: str, function: Callable, **static: Any) -> Callable:
+    """A function with static arguments bound, which keeps its name, docstring and remaining signature.
 
-    JAX's own default precision is TF32 on recent GPUs.
+    Its float32 matrix products have the given precision: JAX's default is TF32 on recent GPUs.
     """
 
     @wraps(function)
@@ -159,19 +177,28 @@ def bind(precision: str, function: Callable, **static) -> Callable:
 
     signature = inspect.signature(function)
     left = [parameter for name, parameter in signature.parameters.items() if name not in static]
-    bound.__signature__ = signature.replace(parameters=left)
+    vars(bound)["__signature__"] = signature.replace(parameters=left)
     return bound
 
 
 def with_step(ppo: PPO, step: Callable, init: Callable | None = None) -> PPO:
-    """The same PPO with another cycle, `step(ppo, state) -> state, metrics`: again a PPO, which all transforms take.
+    """The same PPO with a custom step: again a PPO, which every transform, `fit` and sweeps accept.
 
-    The step is given the PPO that `with_step` was given, whose `collect`, `learn` and `step` it may call, and whose
-    state it may change: hyperparameters, environment parameters, or fields of its own. A state with such fields is a
-    subclass of `TrainState`, from `init(ppo, key, hyperparams, env_params)`. What is scheduled is a number in
-    `state.hyperparams.at(state.num_updates, ppo.config)`. Others may be added to the metrics of `learn`. Under
-    `sharded` the step sees the whole rollout, not a shard of it. Raises ValueError at tracing for a step that returns
-    no state like the one given, or lacks metrics of `learn`.
+        >>> def step(ppo, state):
+        ...     state, rollout = ppo.collect(state)
+        ...     return ppo.learn(state, rollout.replace(reward=rollout.reward * 0.1))
+        >>> ppo = pjp.with_step(pjp.make_ppo("CartPole-v1"), step)
+
+    Args:
+        ppo: the PPO whose `collect`, `learn` and `step` the custom step may call.
+        step: `step(ppo, state) -> state, metrics`. It may change the state: hyperparameters, environment parameters, or
+            fields of a subclass of `TrainState`; it may add to the metrics of `ppo.learn`. A scheduled hyperparameter
+            has its current value in `state.hyperparams.at(state.num_updates, ppo.config)`. Under `sharded` the step
+            sees whole rollouts.
+        init: `init(ppo, key, hyperparams, env_params) -> state`, for a state with more fields.
+
+    Raises:
+        ValueError: at tracing, if the step returns another kind of state, or drops metrics of `ppo.learn`.
     """
 
     def whole_step(state: TrainState):
@@ -187,7 +214,7 @@ def with_step(ppo: PPO, step: Callable, init: Callable | None = None) -> PPO:
 
 
 def replace_step(ppo: PPO, step: Callable) -> PPO:
-    """A PPO with another step, a function of the state, and the training that repeats it."""
+    """A PPO with another step, `state -> state, metrics`, and the training that repeats it."""
     return ppo._replace(step=step, train=bind(ppo.config.matmul_precision, train, step=step, config=ppo.config))
 
 
@@ -201,7 +228,17 @@ def init(
     config: Config,
     optimizer: Callable,
 ) -> TrainState:
-    """A run that has not learned yet. `env_params` are those of the environment where none are given."""
+    """The first state of a run.
+
+    Args:
+        key: of the run.
+        hyperparams: numbers or schedules.
+        env_params: by default those of the environment.
+        env: where to act.
+        network: gets its first parameters.
+        config: sizes.
+        optimizer: hyperparams -> optax transformation.
+    """
     _check_target_kl(hyperparams.target_kl, config)
     key, network_key, actors_key = jax.random.split(key, 3)
     hyperparams = as_arrays(hyperparams)
@@ -212,7 +249,7 @@ def init(
     observation = observation_moments(observation_space(env)) if config.normalize_observation else ()
     obs = standardize_observations(observation, add_time(actors.obs), config.observation_clip)
     params = network.init(network_key, actors.memory, obs, actors.first[None])
-    params = orthogonalize(jax.random.fold_in(network_key, 0), params)  # a user's network may leave them to be drawn
+    params = orthogonalize(jax.random.fold_in(network_key, 0), params)  # of custom networks
     return TrainState(
         key=key,
         hyperparams=hyperparams,
@@ -225,9 +262,20 @@ def init(
 
 
 def collect(
-    state: TrainState, *, env: Env, network: Network, config: Config, axis_name=()
+    state: TrainState, *, env: Env, network: Network, config: Config, axis_name: str | tuple = ()
 ) -> tuple[TrainState, Rollout]:
-    """The first half of a cycle: act for T steps. Returns the state after them, and the rollout to `learn` from."""
+    """The first half of a step: acts for T environment steps.
+
+    Args:
+        state: where the environments stand.
+        env: where to act.
+        network: applies the policy.
+        config: sizes.
+        axis_name: mesh axis of the shards, () for one shard.
+
+    Returns:
+        The state after the T steps, and the rollout to `learn` from.
+    """
     key, rollout_key, update_key = jax.random.split(state.key, 3)
     actors, rollout = unroll(
         key_of_shard(rollout_key, axis_name),
@@ -249,20 +297,33 @@ def learn(
     config: Config,
     loss: Callable,
     optimizer: Callable,
-    axis_name=(),
+    axis_name: str | tuple = (),
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The second half of a cycle: estimate advantages, learn for some epochs. Returns the next state and metrics.
+    """The second half of a step: estimates advantages and learns for some epochs.
 
-    All that is learned follows from the rollout as it is given; the returns and lengths of episodes that are reported
-    are those that the environment had in `collect`. Values are bootstrapped from `next_obs` where the environment ended
-    an episode and at the last step, elsewhere from the next `obs`. Raises ValueError for a rollout of another shape.
+    It learns from the rollout as it is given, so a custom step may change it first; the reported returns and lengths of
+    episodes are always those of the environment. Where an episode ended and at the last step, values are bootstrapped
+    from `next_obs`, elsewhere from the next `obs`.
+
+    Args:
+        state: after `collect`.
+        rollout: from `collect`.
+        network: applies the policy.
+        config: sizes and details.
+        loss: see `make_ppo`.
+        optimizer: see `make_ppo`.
+        axis_name: mesh axis of the shards, () for one shard.
+
+    Returns:
+        The next state, and metrics: scalars, or vectors if the loss reports some.
+
+    Raises:
+        ValueError: for a rollout of another shape.
     """
     rollout = _check_rollout(rollout, config)
     hyperparams = state.hyperparams.at(state.num_updates, config)
     policy, actors, reward = scale_rewards(state.policy, state.actors, rollout, hyperparams.discount, config, axis_name)
     batch = estimate(policy, rollout, reward, actors.memory, hyperparams, network=network, config=config)
-    if config.normalize_advantage == "batch":
-        batch = batch.replace(advantage=standardize_advantage(batch.advantage, axis_name=axis_name))
     params, opt_state, learned = update(
         key_of_shard(rollout.key, axis_name),
         policy.params,
@@ -277,7 +338,7 @@ def learn(
     measured_obs, measured = gather_shards(
         (measure_observations(policy.observation, rollout.obs), measure_rollout(rollout, batch)), axis_name
     )
-    # The policy acted and learned under the old moments, so that its ratio began at 1; the next cycle has the new.
+    # The policy acted and learned under the old moments, so that its ratio began at 1; the next step has the new ones.
     policy = policy.replace(observation=merge_observations(policy.observation, measured_obs))
     policy = policy.replace(params=params)
     state = state.replace(policy=policy, actors=actors, opt_state=opt_state, num_updates=state.num_updates + 1)
@@ -293,15 +354,15 @@ def step(
     config: Config,
     loss: Callable,
     optimizer: Callable,
-    axis_name=(),
+    axis_name: str | tuple = (),
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One cycle: act for T steps, estimate advantages, learn for some epochs. Returns the next state and metrics."""
+    """One update: `learn` after `collect`, whose arguments it takes. Returns the next state and metrics."""
     state, rollout = collect(state, env=env, network=network, config=config, axis_name=axis_name)
     return learn(state, rollout, network=network, config=config, loss=loss, optimizer=optimizer, axis_name=axis_name)
 
 
 def train(state: TrainState, *, step: Callable, config: Config) -> tuple[TrainState, dict[str, jax.Array]]:
-    """All `config.num_updates` cycles of a run in one program; metrics are stacked, [U, ...], of R runs [R, U, ...]."""
+    """All `config.num_updates` steps of a run in one program; metrics are [U, ...], for R runs [R, U, ...]."""
     state, metrics = jax.lax.scan(lambda state, _: step(state), state, length=config.num_updates)
     return state, jax.tree.map(lambda x: jnp.moveaxis(x, 0, state.num_updates.ndim), metrics)
 
@@ -317,10 +378,23 @@ def act(
     network: Network,
     config: Config,
 ) -> tuple[Any, Any]:
-    """One action of a trained policy for one observation, ready for the environment, and the memory after it.
+    """The action of a policy for one observation, and the memory after it.
 
-    `key` draws a sample; without one, the mode. `memory` is what the last call of this episode returned; None begins
-    an episode. `env_params` hold the bounds of the action where they differ from the environment's own.
+        >>> action, memory = ppo.act(state.policy, obs)  # the first step of an episode
+        >>> action, memory = ppo.act(state.policy, obs, memory=memory)
+
+    Args:
+        policy: for example `state.policy`.
+        obs: one observation, without a batch axis.
+        key: samples the action; without a key it is the mode.
+        memory: from the last call of this episode; None begins an episode.
+        env_params: hold the bounds of the action; by default those of the environment.
+        env: defines the action space.
+        network: applies the policy.
+        config: says how actions are bounded.
+
+    Returns:
+        The action, within its bounds, and the memory for the next call.
     """
     first = jnp.full((1, 1), memory is None)
     memory = network.initial_memory(1) if memory is None else memory
@@ -332,7 +406,7 @@ def act(
 
 
 def _check_rollout(rollout: Rollout, config: Config) -> Rollout:
-    """A rollout as arrays. Refuses leaves that are not [T, N, ...], and numbers per step that are not [T, N]."""
+    """A rollout as arrays. Refuses leaves that are not [T, N, ...], and numbers that are not [T, N]."""
     if not isinstance(rollout, Rollout):
         raise ValueError(f"learn takes (state, rollout), both from collect, not a {type(rollout).__name__} as rollout")
     rollout, shape = jax.tree.map(jnp.asarray, rollout), (config.num_steps, config.num_envs)
@@ -348,13 +422,13 @@ def _check_rollout(rollout: Rollout, config: Config) -> Rollout:
 
 
 def _check_step(state: TrainState, after: Any) -> tuple[TrainState, dict]:
-    """What a custom step returned, as strongly typed arrays. Refuses what is no state like `state`, or no metrics."""
+    """The result of a custom step as strongly typed arrays. Refuses another kind of state, and missing metrics."""
     if not (isinstance(after, tuple) and len(after) == 2 and isinstance(after[1], dict)):
         raise ValueError(f"step must return (state, metrics), as ppo.step does, not {type(after).__name__}")
     new, metrics = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), after)
     if jax.tree.structure(new) != jax.tree.structure(state):
         raise ValueError(
-            f"step must return a {type(state).__name__} built like the one given (same fields, same extra, same "
+            f"step must return a {type(state).__name__} with the structure of the one given (same fields, extra and "
             f"parameters), not another {type(new).__name__}"
         )
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(new), jax.tree.leaves(state)):
@@ -371,7 +445,7 @@ def _check_step(state: TrainState, after: Any) -> tuple[TrainState, dict]:
 
 
 def _check_target_kl(target_kl, config: Config):
-    """Refuses a target without the stop, and a stop without a target, where the target is known yet."""
+    """Refuses a target without the stop, and a stop without a target, unless the target is traced."""
     if isinstance(target_kl, (int, float)) and np.isfinite(target_kl) != config.stop_on_kl:
         raise ValueError(
             f"target_kl={target_kl} and stop_on_kl={config.stop_on_kl} have no effect: set both, such as "
@@ -380,6 +454,6 @@ def _check_target_kl(target_kl, config: Config):
 
 
 def _first_observation(key, *, env, config):
-    """One observation as the network of a new run reads it."""
+    """One observation, as the network of a new run reads it."""
     moments = observation_moments(observation_space(env)) if config.normalize_observation else ()
     return standardize_observations(moments, env.reset(key, env.params)[1], config.observation_clip)

@@ -1,7 +1,8 @@
-"""Learning from one rollout: epochs of shuffled minibatches, one optimizer step each."""
+"""The update from one rollout: epochs of shuffled minibatches, one optimizer step each."""
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -18,41 +19,49 @@ LOSS = 2**31  # folded into the key of the shuffles, it gives the key of the los
 
 
 def adam(hyperparams: Hyperparams) -> optax.GradientTransformation:
-    """Adam behind a bound on the global gradient norm; `learning_rate` is a number by now."""
+    """Adam after clipping by the global gradient norm; `learning_rate` must be a number here, not a schedule."""
     step = optax.adam(
         hyperparams.learning_rate, b1=hyperparams.adam_b1, b2=hyperparams.adam_b2, eps=hyperparams.adam_eps
     )
-    # On all parameters as one vector: taken one by one, many small arrays cost as much as a small network's gradient.
+    # On all parameters as one vector: one by one, many small arrays cost as much as the gradient of a small network.
     return optax.flatten(optax.chain(optax.clip_by_global_norm(hyperparams.max_grad_norm), step))
 
 
 def update(
-    key,
-    params,
-    opt_state,
+    key: jax.Array,
+    params: Any,
+    opt_state: Any,
     batch: Batch,
     hyperparams: Hyperparams,
     *,
     loss: Callable,
     optimizer: Callable,
     config: Config,
-    axis_name=(),
-):
-    """All epochs over one rollout: params, opt_state, and the means of what the minibatches reported.
+    axis_name: str | tuple = (),
+) -> tuple[Any, Any, dict[str, jax.Array]]:
+    """All epochs over one rollout; every epoch draws its own permutation.
 
-    A `loss(params, minibatch, hyperparams)` whose signature names `key` is given a random key, another for every
-    minibatch.
-    Every epoch draws a permutation of its own. With `stop_on_kl`, the first minibatch whose KL exceeds the target
-    and all after it leave params and optimizer state as they are, and do not count in the means.
-    Where a rollout lies in shards along the mesh axis `axis_name`, a minibatch has an equal part in each.
+    With `stop_on_kl`, the first minibatch whose KL exceeds the target and all after it leave `params` and `opt_state`
+    unchanged, and do not count in the report.
+
+    Args:
+        key: for the permutations, and for a loss that has an argument `key`, a new one for every minibatch.
+        params: of the network.
+        opt_state: of the optimizer.
+        batch: the rollout [T, N, ...].
+        hyperparams: their values in this update.
+        loss: (params, minibatch, hyperparams) -> loss, report.
+        optimizer: hyperparams -> optax transformation.
+        config: of the PPO.
+        axis_name: mesh axis of the shards, each with an equal part of every minibatch; () for one shard.
+
+    Returns:
+        `params`, `opt_state`, and the report of the loss, means over the minibatches.
     """
     segments = to_segments(batch, config.segment_length)
     transformation = optimizer(hyperparams)
     chosen = minibatches(key, config)
-    advantage = segments.advantage[chosen]
-    if config.normalize_advantage == "minibatch":
-        # For all minibatches at once, so that shards wait for each other once and not in every one.
-        advantage = standardize_advantage(advantage, (1, 2), axis_name)
+    advantage = minibatch_advantages(batch.advantage, chosen, config, axis_name)
     random = {}
     if "key" in inspect.signature(loss).parameters:
         random["key"] = jax.random.split(jax.random.fold_in(key, LOSS), len(chosen))
@@ -60,7 +69,7 @@ def update(
     def learn(carry, minibatch):
         params, opt_state, stopped = carry
         chosen, advantage, random = minibatch
-        minibatch = take(segments, chosen).replace(advantage=advantage.T)
+        minibatch = take(segments, chosen).replace(advantage=advantage)
         (_, report), grads = jax.value_and_grad(loss, has_aux=True)(params, minibatch, hyperparams, **random)
         _check_report(report, config)
         report = {name: jnp.asarray(value, jnp.float32) for name, value in report.items()}
@@ -82,19 +91,39 @@ def update(
     return params, opt_state, jax.tree.map(lambda x: _mean_where(counted, x), reports)
 
 
-def minibatches(key, config: Config):
-    """Indices of segments, [epochs * minibatches, segments of a minibatch]: every epoch shuffled anew."""
+def minibatch_advantages(
+    advantage: jax.Array, chosen: jax.Array, config: Config, axis_name: str | tuple = ()
+) -> jax.Array:
+    """The advantages of all minibatches, [M, L, B], standardised as `config.normalize_advantage` says.
+
+    Args:
+        advantage: [T, N].
+        chosen: [M, B], the segments of every minibatch.
+        config: how to standardise, and the length of a segment.
+        axis_name: mesh axis of the shards, () for one shard. All minibatches are standardised at once, so that shards
+            wait for each other once and not in every minibatch.
+    """
+    if config.normalize_advantage == "batch":
+        advantage = standardize_advantage(advantage, axis_name=axis_name)
+    advantage = _cut(advantage, config.segment_length)[chosen]
+    if config.normalize_advantage == "minibatch":
+        advantage = standardize_advantage(advantage, (1, 2), axis_name)
+    return jnp.swapaxes(advantage, 1, 2)
+
+
+def minibatches(key: jax.Array, config: Config) -> jax.Array:
+    """The segments of every minibatch, [epochs * minibatches, B] int32; every epoch shuffles again."""
     shuffled = shuffle(key, config.num_segments, config.num_epochs)
     return shuffled.reshape(config.num_epochs * config.num_minibatches, -1)
 
 
-def shuffle(key, size: int, num_shuffles: int):
+def shuffle(key: jax.Array, size: int, num_shuffles: int) -> jax.Array:
     """Permutations of 0 .. size - 1, [num_shuffles, size] int32.
 
-    Sorts numbers whose high bits are random and whose low bits are the index: one array of integers, several times
-    faster to sort than keys with a payload. Two indices with the same random bits keep their order. That happens to a
-    given pair with a chance of 2**-16 at most (above 65,536 a second pass shuffles the first, which holds up to
-    2**24), and it matters only where a minibatch ends between the two: otherwise they are in it together.
+    Sorts integers whose high bits are random and whose low bits are the index, which is several times faster than
+    sorting keys with a payload. Two indices with the same random bits keep their order. That happens to a given pair
+    with a probability of at most 2**-16 (above 65,536 indices a second pass shuffles the first, which holds up to
+    2**24), and it matters only if a minibatch ends between the two.
     """
     index_bits = max(size - 1, 1).bit_length()
     index = jnp.arange(size, dtype=jnp.uint32)[None]
@@ -111,28 +140,28 @@ def shuffle(key, size: int, num_shuffles: int):
 
 
 def to_segments(batch: Batch, length: int) -> Batch:
-    """A rollout [T, N, ...] cut into S = T / L * N segments [S, L, ...]; of the memory what precedes each, [S, ...]."""
+    """A rollout [T, N, ...] as S = T / L * N segments [S, L, ...], with the memory before each segment, [S, ...]."""
     chex.assert_equal_shape_prefix([x for x in jax.tree.leaves(batch) if x.ndim], 2)
-
-    def cut(x):
-        if x.ndim == 0:
-            return x
-        num_steps, num_envs, *shape = x.shape
-        x = x.reshape(num_steps // length, length, num_envs, *shape)
-        return jnp.swapaxes(x, 1, 2).reshape(-1, length, *shape)
-
-    segments = jax.tree.map(cut, batch)
+    segments = jax.tree.map(lambda x: _cut(x, length) if x.ndim else x, batch)
     return segments.replace(memory=jax.tree.map(lambda x: x[:, 0], segments.memory))
 
 
-def take(segments: Batch, chosen) -> Batch:
-    """The minibatch [L, B, ...] of the segments with the indices `chosen` [B]."""
+def _cut(x: jax.Array, length: int) -> jax.Array:
+    """[T, N, ...] as segments [S, L, ...]."""
+    num_steps, num_envs, *shape = x.shape
+    x = x.reshape(num_steps // length, length, num_envs, *shape)
+    return jnp.swapaxes(x, 1, 2).reshape(-1, length, *shape)
+
+
+def take(segments: Batch, chosen: jax.Array) -> Batch:
+    """The minibatch [L, B, ...] of the segments `chosen` [B]."""
     minibatch = jax.tree.map(lambda x: x[chosen] if x.ndim else x, segments)
     time_first = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1) if x.ndim > 1 else x, minibatch)
     return time_first.replace(memory=minibatch.memory)
 
 
 def _check_report(report: dict, config: Config):
+    """Refuses a report with anything but scalars and vectors."""
     for name, value in report.items():
         if jnp.ndim(value) > 1 or not jnp.size(value):
             raise ValueError(

@@ -172,7 +172,7 @@ def test_a_name_is_no_env_yet():
 
 
 def test_an_unsound_environment_is_refused_before_anything_compiles():
-    with pytest.raises(ValueError, match="probe is no sound environment: reward has shape"):
+    with pytest.raises(ValueError, match="failed its checks: reward has shape"):
         make_ppo(broken(reward=lambda r: jnp.ones(3)), SMALL)
 
 
