@@ -24,8 +24,8 @@ from purejaxppo import (
     make_ppo,
 )
 from purejaxppo.envs.base import flatten_observation
-from purejaxppo.networks.actor_critic import make_network
-from purejaxppo.networks.layers import MLP, Dense, Logits
+from purejaxppo.networks.actor_critic import ActorCritic, make_network
+from purejaxppo.networks.layers import GRU, MLP, Dense, Logits, to_columns, to_rows
 from purejaxppo.networks.orthogonal import orthogonal, orthogonalize
 
 
@@ -108,9 +108,52 @@ class Mixed(nn.Module):
 
     @nn.compact
     def __call__(self, obs):
-        columns = MLP((16, 16))(Box(shape=(4,)), obs)
-        hidden = nn.tanh(Dense(8, 2.0, name="ours")(columns))
-        return Logits(2, Categorical)(columns, (len(obs),)), nn.Dense(1, name="theirs")(hidden.T)[:, 0]
+        features = MLP((16, 16))(Box(shape=(4,)), obs)
+        hidden = nn.tanh(Dense(8, 2.0, name="ours")(features))
+        return Logits(2, Categorical)(features), nn.Dense(1, name="theirs")(hidden)[:, 0]
+
+
+class Rows(nn.Module):
+    """A user's encoder, memory or head: it reads and gives rows of features, whose number is their last axis."""
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, *inputs):
+        if self.kind == "encoder":
+            space, obs = inputs
+            assert obs.ndim == 3
+            return nn.Dense(12)(obs)
+        if self.kind == "memory":
+            memory, features, first = inputs
+            assert features.shape == (*first.shape, 12)
+            return memory, features + nn.Dense(12)(features)
+        (features,) = inputs
+        assert features.ndim == 3 and features.shape[-1] == 12
+        return Categorical(nn.Dense(2)(features))
+
+
+@pytest.mark.parametrize("own", ["encoder", "memory", "head"])
+def test_what_is_plugged_into_the_actor_critic_sees_rows(own, key):
+    ours = {"encoder": lambda: MLP((12,)), "memory": lambda: GRU(12), "head": lambda: Logits(2, Categorical)}
+    module = ActorCritic(Box(shape=(4,)), **ours | {own: lambda: Rows(own)})
+    memory, obs, first = (jnp.zeros((3, 12)),) * 2, jax.random.normal(key, (5, 3, 4)), jnp.zeros((5, 3), bool)
+    params = orthogonalize(key, module.init(key, memory, obs, first))
+    _, distribution, value = module.apply(params, memory, obs, first)
+    assert distribution.logits.shape == (5, 3, 2) and value.shape == (5, 3)
+
+
+def test_layers_give_the_same_in_rows_and_in_columns(key):
+    rows = jax.random.normal(key, (5, 3, 4))
+    first, memory = jnp.zeros((5, 3), bool).at[2, 1].set(True), jnp.ones((3, 6))
+    for layer, arguments in ((Dense(6, 1.0), lambda x: (x,)), (GRU(6), lambda x: (memory, x, first))):
+        params = orthogonalize(key, layer.init(key, *arguments(rows)))
+        by_rows, by_columns = (layer.apply(params, *arguments(x)) for x in (rows, to_columns(rows)))
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(by_rows)[-1], to_rows(_last(by_columns)))
+
+
+def _last(output):
+    return output[-1] if isinstance(output, tuple) else output
 
 
 def test_our_layers_begin_orthogonal_in_a_module_of_a_user_and_those_of_flax_as_flax_draws_them():
@@ -137,12 +180,12 @@ def test_orthogonal_weights_that_flax_stacks_are_refused():
 
 
 def test_a_misfit_that_one_step_does_not_show_is_found_before_anything_compiles():
-    class Rows(nn.Module):
-        """Takes the columns of our layers for rows; with one step of as many environments as features it would pass."""
+    class Transposed(nn.Module):
+        """Takes features for environments; with one step of as many environments as features it would pass."""
 
         @nn.compact
         def __call__(self, obs):
-            x = MLP((SMALL.num_envs,))(Box(shape=(4,)), obs)
+            x = MLP((SMALL.num_envs,))(Box(shape=(4,)), obs).T
             return Categorical(nn.Dense(2)(x)), nn.Dense(1)(x)[..., 0]
 
     def longer(params, memory, obs, first):
@@ -151,7 +194,8 @@ def test_a_misfit_that_one_step_does_not_show_is_found_before_anything_compiles(
     network = Network(
         initial_memory=lambda batch: jnp.zeros(batch, jnp.int32), init=lambda *_: jnp.zeros((4, 2)), apply=longer
     )
-    for wrong, words in ((Rows(), "cannot be applied"), (network, "must give a memory like the one that it takes")):
+    memory = network, "must give a memory like the one that it takes"
+    for wrong, words in ((Transposed(), "cannot be applied"), memory):
         with pytest.raises(ValueError, match=f"network {words}"):
             make_ppo("CartPole-v1", SMALL, network=wrong)
 

@@ -1,4 +1,4 @@
-"""Our own network: an actor-critic that `Config` describes."""
+"""The package's own network: an actor-critic that `Config` describes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,38 +7,40 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from purejaxppo.config import Config
 from purejaxppo.envs.base import Box, Discrete, MultiDiscrete
 from purejaxppo.networks.distributions import Categorical, MultiCategorical, Normal, TanhNormal
-from purejaxppo.networks.layers import CNN, GRU, MLP, Dense, Gaussian, Logits
+from purejaxppo.networks.layers import CNN, GRU, MLP, Dense, Gaussian, Logits, to_columns
 from purejaxppo.networks.network import Network, draw_orthogonal
 
 
-def make_network(config: Config, observation_space, action_space) -> Network:
+def make_network(config: Config, observation_space: Any, action_space: Any) -> Network:
     """The network that `config` describes for these spaces.
 
-    Raises ValueError where they do not fit: a `cnn` on what is no grid, `tanh` on what has no bounds.
+    Raises ValueError if they do not fit: `cnn` for observations that are not grids, `tanh` for unbounded actions.
     """
     _check_fit(config, observation_space, action_space)
     activation = {"tanh": nn.tanh, "relu": nn.relu}[config.activation]
+    encoder = {"mlp": MLP, "cnn": CNN}[config.encoder]
     module = ActorCritic(
         observation_space=observation_space,
         head=make_head(config, action_space),
-        encoder=lambda: {"mlp": MLP, "cnn": CNN}[config.encoder](config.widths, activation),
+        encoder=lambda: encoder(config.widths, activation, as_columns=True),
         memory=(lambda: GRU(config.gru_width)) if config.gru_width else None,
         share_encoder=config.share_encoder,
     )
     num_trunks = 1 if config.share_encoder else 2
 
-    def initial_memory(batch):
+    def initial_memory(batch: int):
         return (jnp.zeros((batch, config.gru_width)),) * num_trunks if config.gru_width else ()
 
     return Network(initial_memory=initial_memory, init=draw_orthogonal(module.init), apply=module.apply)
 
 
-def make_head(config: Config, space) -> Callable:
-    """Makes the module that turns columns of features into a distribution [T, B] over the actions of a space."""
+def make_head(config: Config, space: Any) -> Callable:
+    """Makes the module that maps features [T, B, F] to a distribution [T, B] over the actions of a space."""
     if isinstance(space, Discrete):
         return lambda: Logits(space.n, Categorical)
     if isinstance(space, MultiDiscrete):
@@ -56,41 +58,43 @@ def _check_fit(config, observation_space, action_space):
     if config.encoder == "cnn" and min(observation_space.shape[:2]) < 3:
         raise ValueError(f"encoder='cnn' needs grids of 3 x 3 or more, not {observation_space!r} (try encoder='mlp')")
     if config.bound_action == "tanh" and isinstance(action_space, Box):
-        bounds = [b for b in (action_space.low, action_space.high) if not isinstance(b, jax.core.Tracer)]
+        bounds = [b for b in (action_space.low, action_space.high) if not isinstance(b, Tracer)]
         if not all(np.isfinite(b).all() for b in map(np.asarray, bounds)):
             raise ValueError(f"bound_action='tanh' needs finite bounds, not {action_space!r} (try bound_action='clip')")
 
 
 class ActorCritic(nn.Module):
-    """Encoder, then memory if any, then heads; actor and critic apart unless `share_encoder`."""
+    """Encoder, memory if any, and heads; actor and critic are separate unless `share_encoder`."""
 
     observation_space: Any
-    head: Callable  # makes the module (columns, (T, B)) -> a distribution [T, B]
-    encoder: Callable  # makes the module (space, obs [T, B, ...]) -> columns of features [F, T * B]
-    memory: Callable | None = None  # makes the module (memory, columns, first) -> memory, columns
+    head: Callable  # makes the module: features [T, B, F] -> distribution [T, B]
+    encoder: Callable  # makes the module: space, obs [T, B, ...] -> features [T, B, F]
+    memory: Callable | None = None  # makes the module: memory [B, ...], features, first [T, B] -> memory, features
     share_encoder: bool = False
 
     @nn.compact
-    def __call__(self, memory, obs, first):
+    def __call__(self, memory: Any, obs: Any, first: jax.Array):
+        """The memory after observations [T, B, ...], a distribution [T, B] and values [T, B]."""
         read = self.observation_space, obs, first
         memories = memory or (None, None)
         actor_memory, actor = Trunk(self.encoder, self.memory, name="actor")(memories[0], *read)
         critic_memory, critic = actor_memory, actor
         if not self.share_encoder:
             critic_memory, critic = Trunk(self.encoder, self.memory, name="critic")(memories[1], *read)
-        value = Dense(1, 1.0, name="value")(critic).reshape(first.shape)
+        value = Dense(1, 1.0, name="value")(to_columns(critic)).values.reshape(first.shape)
         if memory:
             memory = (actor_memory,) if self.share_encoder else (actor_memory, critic_memory)
-        return memory, self.head()(actor, first.shape), value
+        return memory, self.head()(actor), value
 
 
 class Trunk(nn.Module):
-    """From observations to features, with a memory on the way if there is one."""
+    """From observations to features, through a memory if there is one."""
 
     encoder: Callable
     memory: Callable | None
 
     @nn.compact
-    def __call__(self, memory, space, obs, first):
+    def __call__(self, memory: Any, space: Any, obs: Any, first: jax.Array):
+        """The memory after observations [T, B, ...], and their features [T, B, F]."""
         features = self.encoder()(space, obs)
         return (memory, features) if self.memory is None else self.memory()(memory, features, first)

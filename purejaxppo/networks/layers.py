@@ -1,14 +1,18 @@
-"""The layers of actor-critics, as flax modules; inside them features come first, in columns [F, M].
+"""Layers for actor-critics, as flax modules over rows of features [..., F].
 
-With rows of features a CPU takes up to twice as long for the gradients of the weights.
+Inside, features may lie in columns [F, M], since with rows a CPU takes up to twice as long for the gradients of the
+weights. `Columns` carries them from one of these layers to the next; every layer here takes both, and returns columns
+if it was given columns or made with `as_columns=True`.
 """
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from purejaxppo.envs.base import flatten_observation
 from purejaxppo.networks.orthogonal import orthogonal
@@ -16,37 +20,65 @@ from purejaxppo.networks.orthogonal import orthogonal
 MIN_LOG_STD, MAX_LOG_STD = -20.0, 20.0
 
 
+class Columns(struct.PyTreeNode):
+    """Rows of features [*shape, F] as columns [F, M], M the product of `shape`."""
+
+    values: jax.Array  # [F, M]
+    shape: tuple[int, ...] = struct.field(pytree_node=False)
+
+
+def to_columns(features: jax.Array | Columns) -> Columns:
+    """Rows [..., F] as columns; columns as they are."""
+    if isinstance(features, Columns):
+        return features
+    return Columns(features.reshape(-1, features.shape[-1]).T, features.shape[:-1])
+
+
+def to_rows(features: jax.Array | Columns) -> jax.Array:
+    """Columns as rows [..., F]; rows as they are."""
+    if not isinstance(features, Columns):
+        return features
+    # Without the barrier XLA folds the gradient's transpose into the product behind it: ten times slower on a CPU.
+    return jax.lax.optimization_barrier(features.values).T.reshape(*features.shape, len(features.values))
+
+
 class Dense(nn.Module):
-    """An affine map of features, from columns [F, M] to columns [width, M]; the weight is [width, F]."""
+    """An affine map of features with an orthogonal weight [width, F]."""
 
     width: int
     scale: float
+    """Of the orthogonal weight."""
     bias_init: Callable = nn.initializers.zeros
 
     @nn.compact
-    def __call__(self, columns):
-        weight = self.param("weight", orthogonal(self.scale), (self.width, len(columns)))
+    def __call__(self, features: jax.Array | Columns) -> Any:
+        """Features [..., width], as columns if they were given so."""
+        columns = to_columns(features)
+        weight: Any = self.param("weight", orthogonal(self.scale), (self.width, len(columns.values)))
         bias = self.param("bias", self.bias_init, (self.width,), jnp.float32)
-        return affine(weight, bias, columns)
+        mapped = Columns(affine(weight, bias, columns.values), columns.shape)
+        return mapped if isinstance(features, Columns) else to_rows(mapped)
 
 
-def affine(weight, bias, columns):
+def affine(weight: jax.Array, bias: jax.Array, columns: jax.Array) -> jax.Array:
     """weight @ columns + bias, both in the precision of products, from columns [F, M] to columns [width, M]."""
-    # Added as a product, the bias has a gradient that is a product too: a CPU sums along columns several times slower.
+    # As a product, the bias has a gradient that is a product too: a CPU sums along columns several times slower.
     ones = jnp.ones((1, columns.shape[1]), columns.dtype)
     return weight @ columns + bias[:, None] @ ones
 
 
 class MLP(nn.Module):
-    """Dense layers over observations [..., *shape] of a space, flattened: columns [width, M]."""
+    """Dense layers with an activation behind each, over flattened observations."""
 
     widths: tuple[int, ...]
     activation: Callable = nn.tanh
+    as_columns: bool = False
 
     @nn.compact
-    def __call__(self, space, obs):
-        rows = flatten_observation(space, obs)
-        return dense_layers(rows.reshape(-1, rows.shape[-1]).T, self.widths, self.activation)
+    def __call__(self, space: Any, obs: Any):
+        """Features [..., width] of observations [..., *shape] of a space."""
+        features = to_columns(flatten_observation(space, obs))
+        return _hidden_layers(features, self.widths, self.activation, self.as_columns)
 
 
 class CNN(nn.Module):
@@ -54,24 +86,28 @@ class CNN(nn.Module):
 
     widths: tuple[int, ...]
     activation: Callable = nn.relu
+    as_columns: bool = False
 
     @nn.compact
-    def __call__(self, space, obs):
+    def __call__(self, space: Any, obs: jax.Array):
+        """Features [..., width] of grids [..., height, width, channels]."""
         grids = obs.reshape(-1, *obs.shape[-3:]).astype(jnp.float32)
-        kernel = self.param("kernel", orthogonal(2**0.5), (3, 3, grids.shape[-1], 16))
+        kernel: Any = self.param("kernel", orthogonal(2**0.5), (3, 3, grids.shape[-1], 16))
         bias = self.param("bias", nn.initializers.zeros, (16,), jnp.float32)
         x = self.activation(convolve(grids, kernel) + bias[None, None, None])
-        return dense_layers(x.reshape(x.shape[0], -1).T, self.widths, self.activation)
+        features = Columns(x.reshape(x.shape[0], -1).T, obs.shape[:-3])
+        return _hidden_layers(features, self.widths, self.activation, self.as_columns)
 
 
-def dense_layers(columns, widths, activation):
-    """Dense layers with an activation behind each; to be called inside a flax module."""
+def _hidden_layers(features: Any, widths: tuple[int, ...], activation: Callable, as_columns: bool):
+    """Dense layers with an activation behind each, of the module that calls it."""
     for width in widths:
-        columns = activation(Dense(width, 2**0.5)(columns))
-    return columns
+        features = Dense(width, 2**0.5)(features)
+        features = features.replace(values=activation(features.values))
+    return features if as_columns else to_rows(features)
 
 
-def convolve(grids, kernel):
+def convolve(grids: jax.Array, kernel: jax.Array) -> jax.Array:
     """Grids [M, height, width, channels] convolved with a kernel [3, 3, channels, features], without padding."""
 
     def convolution(grids, kernel):
@@ -87,54 +123,53 @@ def convolve(grids, kernel):
 
 
 class GRU(nn.Module):
-    """A gated recurrent unit (Cho et al., 2014) whose memory is emptied before every step that begins an episode."""
+    """A gated recurrent unit (Cho et al., 2014); its memory is reset before every step that begins an episode."""
 
     width: int
 
     @nn.compact
-    def __call__(self, memory, columns, first):
+    def __call__(self, memory: jax.Array, features: jax.Array | Columns, first: jax.Array):
+        """The memory [B, width] after features [T, B, F], and features [T, B, width], as columns if given so."""
+
         def step(cell, memory, inputs):
             features, first = inputs
             return cell(jnp.where(first[:, None], 0, memory), features)
 
+        as_columns = isinstance(features, Columns)
+        rows = features.values.T.reshape(*first.shape, -1) if as_columns else features
         cell = nn.GRUCell(self.width, kernel_init=orthogonal(), recurrent_kernel_init=orthogonal())
         scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
-        memory, features = scan(cell, memory, (columns.T.reshape(*first.shape, -1), first))
-        return memory, features.reshape(-1, self.width).T
+        memory, rows = scan(cell, memory, (rows, first))
+        return memory, to_columns(rows) if as_columns else rows
 
 
 class Logits(nn.Module):
-    """A last layer of small weights: the first policy is nearly uniform."""
+    """A head with small weights, so that the first policy is nearly uniform."""
 
     size: int
-    distribution: Callable
+    distribution: Callable  # of logits [..., size]
 
     @nn.compact
-    def __call__(self, columns, batch_shape):
-        logits = Dense(self.size, 0.01, name="logits")(columns)
-        return self.distribution(to_rows(logits, batch_shape))
+    def __call__(self, features: jax.Array | Columns):
+        """A distribution [...] of features [..., F]."""
+        return self.distribution(to_rows(Dense(self.size, 0.01, name="logits")(features)))
 
 
 class Gaussian(nn.Module):
-    """Mean and deviation per dimension; the deviation is a parameter, or an output where it depends on the state."""
+    """A head with a mean and a deviation per dimension; the deviation is a parameter, or an output of the network."""
 
     size: int
-    distribution: Callable
+    distribution: Callable  # of loc and scale [..., size]
     initial_std: float
     state_dependent_std: bool
 
     @nn.compact
-    def __call__(self, columns, batch_shape):
-        loc = to_rows(Dense(self.size, 0.01, name="loc")(columns), batch_shape)
+    def __call__(self, features: jax.Array | Columns):
+        """A distribution [...] of features [..., F]."""
+        loc = to_rows(Dense(self.size, 0.01, name="loc")(features))
         start = nn.initializers.constant(math.log(self.initial_std))
         if self.state_dependent_std:
-            log_std = to_rows(Dense(self.size, 0.01, start, name="log_std")(columns), batch_shape)
+            log_std = to_rows(Dense(self.size, 0.01, start, name="log_std")(features))
         else:
             log_std = jnp.broadcast_to(self.param("log_std", start, (self.size,), jnp.float32), loc.shape)
         return self.distribution(loc, jnp.exp(jnp.clip(log_std, MIN_LOG_STD, MAX_LOG_STD)))
-
-
-def to_rows(columns, batch_shape):
-    """Columns [F, T * B] as rows [T, B, F]."""
-    # Without the barrier XLA folds the gradient's transpose into the product behind it: ten times slower on a CPU.
-    return jax.lax.optimization_barrier(columns).T.reshape(*batch_shape, len(columns))
