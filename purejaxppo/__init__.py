@@ -1,49 +1,79 @@
 """Proximal Policy Optimization as pure JAX functions, compiled end to end."""
 
+from typing import TYPE_CHECKING
+
 from purejaxppo.adaptive import adaptive_learning_rate
-from purejaxppo.advantages import gae
+from purejaxppo.advantages import Batch, gae
 from purejaxppo.batched import batched, concatenate, runs
 from purejaxppo.config import Config, Hyperparams, linear, schedule
 from purejaxppo.envs import Box, Discrete, Env, MultiDiscrete, Step, check_env, make_env, time_limit
 from purejaxppo.evolving import evolving
 from purejaxppo.loss import ppo_loss
-from purejaxppo.networks.distributions import Categorical, MultiCategorical, Normal, TanhNormal
-from purejaxppo.networks.network import Network, from_linen, from_nnx
+from purejaxppo.networks import (
+    Categorical,
+    MultiCategorical,
+    Network,
+    Normal,
+    TanhNormal,
+    from_linen,
+    from_nnx,
+    layers,
+)
 from purejaxppo.ppo import PPO, TrainState, make_ppo, with_step
 from purejaxppo.rollout import Policy, Rollout
 from purejaxppo.sharded import sharded
 from purejaxppo.table import Table, choice, grid, integers, log_uniform, paired, sample, uniform
-from purejaxppo.update import Batch, adam
+from purejaxppo.update import adam
+
+if TYPE_CHECKING:  # what LAZY imports when it is first used
+    from purejaxppo.experiment.agents.evaluation import evaluate_agents, evaluate_in_gymnasium
+    from purejaxppo.experiment.agents.export import export
+    from purejaxppo.experiment.agents.load import load, load_agents
+    from purejaxppo.experiment.agents.render import record_episode, render
+    from purejaxppo.experiment.presets import a2c, preset
+    from purejaxppo.experiment.program import cache_compilation, compile_training, first_state, use_one_thread
+    from purejaxppo.experiment.report import statistics
+    from purejaxppo.experiment.report.curve import plot_learning_curve
+    from purejaxppo.experiment.report.sweep_plots import plot_curves, plot_heatmap, plot_importance, plot_parallel
+    from purejaxppo.experiment.runs import sinks
+    from purejaxppo.experiment.runs.fit import fit
+    from purejaxppo.experiment.runs.launch import resume
+    from purejaxppo.experiment.sweeps.halving import successive_halving
+    from purejaxppo.experiment.sweeps.optuna_search import optuna_search
+    from purejaxppo.experiment.sweeps.plan import plan_sweep
+    from purejaxppo.experiment.sweeps.result import SweepResult
+    from purejaxppo.experiment.sweeps.run import run_sweep
+    from purejaxppo.experiment.sweeps.sweep import Sweep
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Batch", "Box", "Categorical", "Config", "Discrete", "Env", "Hyperparams", "MultiCategorical", "MultiDiscrete",
-    "Network", "Normal", "PPO", "Policy", "Result", "Rollout", "Step", "Sweep", "Table", "TanhNormal", "TrainState",
-    "a2c", "adam", "adaptive_learning_rate",
-    "batched", "cache_compilation", "check_env", "choice", "compile", "concatenate", "evaluate_agents",
-    "evaluate_in_gymnasium", "evolving", "export", "first_state", "fit", "from_linen", "from_nnx", "gae", "grid",
-    "integers", "linear", "load", "load_agents", "load_sweep", "log_uniform", "make_env", "make_ppo",
-    "optuna_search", "paired", "plan_sweep", "plot_curves", "plot_heatmap", "plot_importance",
-    "plot_learning_curve", "plot_parallel", "ppo_loss", "preset", "record_episode", "render", "resume", "run_sweep",
-    "runs", "sample", "schedule", "sharded", "successive_halving", "time_limit", "uniform", "use_one_thread",
-    "with_step",
+    "Network", "Normal", "PPO", "Policy", "Rollout", "Step", "Sweep", "SweepResult", "Table", "TanhNormal",
+    "TrainState", "a2c", "adam", "adaptive_learning_rate", "batched", "cache_compilation", "check_env", "choice",
+    "compile_training", "concatenate", "evaluate_agents", "evaluate_in_gymnasium", "evolving", "export", "first_state",
+    "fit", "from_linen", "from_nnx", "gae", "grid", "integers", "layers", "linear", "load", "load_agents",
+    "log_uniform", "make_env", "make_ppo", "optuna_search", "paired", "plan_sweep", "plot_curves", "plot_heatmap",
+    "plot_importance", "plot_learning_curve", "plot_parallel", "ppo_loss", "preset", "record_episode", "render",
+    "resume", "run_sweep", "runs", "sample", "schedule", "sharded", "sinks", "statistics", "successive_halving",
+    "time_limit", "uniform", "use_one_thread", "with_step",
 ]  # fmt: skip
 
+# The host needs xarray and matplotlib, which `import purejaxppo` should not load. Name -> module; a name that is not in
+# its module is a module itself.
 LAZY = {
-    "Result": "purejaxppo.experiment.sweeps.result",
     "Sweep": "purejaxppo.experiment.sweeps.sweep",
+    "SweepResult": "purejaxppo.experiment.sweeps.result",
     "a2c": "purejaxppo.experiment.presets",
     "cache_compilation": "purejaxppo.experiment.program",
-    "compile": "purejaxppo.experiment.program",
+    "compile_training": "purejaxppo.experiment.program",
     "evaluate_agents": "purejaxppo.experiment.agents.evaluation",
     "evaluate_in_gymnasium": "purejaxppo.experiment.agents.evaluation",
     "export": "purejaxppo.experiment.agents.export",
     "first_state": "purejaxppo.experiment.program",
     "fit": "purejaxppo.experiment.runs.fit",
-    "load": "purejaxppo.experiment.runs.saved",
+    "load": "purejaxppo.experiment.agents.load",
     "load_agents": "purejaxppo.experiment.agents.load",
-    "load_sweep": "purejaxppo.experiment.sweeps.result",
     "optuna_search": "purejaxppo.experiment.sweeps.optuna_search",
     "plan_sweep": "purejaxppo.experiment.sweeps.plan",
     "plot_curves": "purejaxppo.experiment.report.sweep_plots",
@@ -54,21 +84,23 @@ LAZY = {
     "preset": "purejaxppo.experiment.presets",
     "record_episode": "purejaxppo.experiment.agents.render",
     "render": "purejaxppo.experiment.agents.render",
-    "resume": "purejaxppo.experiment.runs.described",
+    "resume": "purejaxppo.experiment.runs.launch",
     "run_sweep": "purejaxppo.experiment.sweeps.run",
+    "sinks": "purejaxppo.experiment.runs",
+    "statistics": "purejaxppo.experiment.report",
     "successive_halving": "purejaxppo.experiment.sweeps.halving",
     "use_one_thread": "purejaxppo.experiment.program",
 }
 
 
-def __getattr__(name):
-    # The host's side brings xarray and matplotlib, which `import purejaxppo` should not cost.
-    if name in LAZY:
-        import importlib
+def __getattr__(name: str):
+    if name not in LAZY:
+        raise AttributeError(f"module 'purejaxppo' has no attribute {name!r}")
+    import importlib
 
-        return getattr(importlib.import_module(LAZY[name]), name)
-    raise AttributeError(f"module 'purejaxppo' has no attribute {name!r}")
+    module = importlib.import_module(LAZY[name])
+    return getattr(module, name) if hasattr(module, name) else importlib.import_module(f"{LAZY[name]}.{name}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), *LAZY})

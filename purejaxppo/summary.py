@@ -8,7 +8,7 @@ from purejaxppo.normalize import measure, pool
 from purejaxppo.rollout import Rollout
 
 # Names that stand beside metrics, as coordinates or as results of the package.
-COORDINATES = {"run", "seed", "setting", "update", "step"}
+COORDINATES = {"run", "seed", "setting", "updates", "step"}
 RESERVED = COORDINATES | {"parent", "evaluation_return", "failed_update", "learning_rate"}
 
 

@@ -1,5 +1,7 @@
 """Numbers and settings as short text."""
 
+from typing import Any
+
 import numpy as np
 
 
@@ -41,3 +43,18 @@ def show_value(value) -> str:
 def count(number: int, noun: str) -> str:
     """A number with its noun."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def interval(mean: float, low: float, high: float, over: str = "agents") -> str:
+    """A mean with its 95 % interval over agents, or whatever else, as text."""
+    if mean != mean:
+        return "no episode ended"
+    return f"{mean:.2f}" + (
+        f"  [{low:.2f}, {high:.2f}] 95 % over {over}" if low == low else "  (one agent: no interval)"
+    )
+
+
+def shorten(value: Any, most: int = 40) -> str:
+    """A value as text of at most `most` characters."""
+    text = str(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."

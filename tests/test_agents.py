@@ -151,7 +151,7 @@ def test_resume_finds_nothing_to_do_extends_and_warns(folder, tmp_path, capsys):
     assert status == 0 and "512 x 2 agents" in printed
     assert "purejaxppo: warning: the run in" in warned and "extended from num_updates=6 to 8" in warned
     settings = json.loads((copy / "settings.json").read_text())
-    assert settings["num_updates_done"] == 8 and len(settings["sessions"]) == 1
+    assert settings["num_updates_done"] == 8 and len(settings["sessions"]) == 2
 
 
 REFUSALS = [
@@ -159,10 +159,10 @@ REFUSALS = [
     (["resume", "{}", "--total-steps", "64"], "total_steps=64 must be at least the 384"),
     (["evaluate", "{}/nothing"], "holds no run"),
     (["evaluate", "{}", "--episodes", "0"], "episodes=0 must be"),
-    (["export", "{}", "--agent", "2"], "agent=2 must be from 0 to 1"),
+    (["export", "{}", "--agent", "2"], "--agent=2 must be from 0 to 1"),
     (["export", "{}", "-o", "policy.onnx"], "must end in .stablehlo or .npz"),
     (["export", "{}", "-o", "{}/no/policy.npz"], "cannot be written"),
-    (["render", "{}", "--agent", "7"], "agent=7 must be from 0 to 1"),
+    (["render", "{}", "--agent", "7"], "--agent=7 must be from 0 to 1"),
     (["render", "{}", "-o", "cartpole.png"], "out=cartpole.png must end in .gif"),
     (["show", "{}/nothing"], "holds no run"),
 ]

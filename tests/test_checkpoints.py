@@ -22,7 +22,8 @@ from probes import SMALL
 from purejaxppo import batched, fit, load, make_ppo, runs
 from purejaxppo.experiment.files import to_arrays
 from purejaxppo.experiment.runs.checkpoints import Checkpoints
-from purejaxppo.experiment.runs.described import resume
+from purejaxppo.experiment.runs.launch import resume
+from purejaxppo.experiment.runs.settings import RunSettings
 from purejaxppo.experiment.runs.sinks import csv_file, json_lines
 
 pytestmark = pytest.mark.full
@@ -85,19 +86,19 @@ def test_a_run_killed_before_its_last_files_is_completed(copy):
     with pytest.raises(ValueError, match="has not come to its end"):
         load(copy, ppo)
     assert fit(ppo, state, folder=copy, progress=False).num_updates == 0
-    assert load(copy, ppo).metrics.sizes["update"] == 9
+    assert load(copy, ppo).metrics.sizes["updates"] == 9
 
 
 def test_only_the_newest_checkpoints_are_kept_and_ordinary_libraries_open_them(kept):
     assert [path.name for path in Checkpoints(kept).paths()] == ["0000000006", "0000000003"]
     path = newest(kept)
-    assert xarray.load_dataset(path / "metrics.nc").sizes == {"run": 2, "update": 6}
+    assert xarray.load_dataset(path / "metrics.nc").sizes == {"run": 2, "updates": 6}
     assert json.loads((path / "settings.json").read_text())["config"]["num_updates"] == 9
     state = orbax.checkpoint.PyTreeCheckpointer().restore(path / "state")
     np.testing.assert_array_equal(state["num_updates"], [6, 6])
     assert set(json.loads((path / "files.json").read_text())) >= {"metrics.nc", "settings.json", "state/_METADATA"}
     ppo, _ = begin()
-    assert load(kept, ppo).metrics.sizes == {"seed": 2, "update": 6}
+    assert load(kept, ppo).metrics.sizes == {"seed": 2, "updates": 6}
 
 
 def test_killed_at_any_moment_and_called_again_a_run_comes_to_the_same_numbers(tmp_path):
@@ -193,7 +194,7 @@ def test_a_run_is_extended_with_a_word_on_its_schedules(copy):
     fit(*begin(), folder=copy, progress=False)
     with pytest.warns(UserWarning, match="extended from num_updates=9 to 12; schedules end there now"):
         result = fit(*begin(dataclasses.replace(CONFIG, num_updates=12)), folder=copy, progress=False)
-    assert result.num_updates == 3 and result.metrics.sizes["update"] == 12
+    assert result.num_updates == 3 and result.metrics.sizes["updates"] == 12
     rate = result.metrics["learning_rate"].values[0] / result.metrics["learning_rate"].values[0, 0]
     np.testing.assert_allclose(rate[[8, 9, 11]], [1 - 8 / 9, 1 - 9 / 12, 1 - 11 / 12], rtol=1e-5)
 
@@ -201,8 +202,10 @@ def test_a_run_is_extended_with_a_word_on_its_schedules(copy):
 def test_other_versions_and_devices_are_warned_of(copy):
     path = newest(copy)
     settings = json.loads((path / "settings.json").read_text())
-    settings["versions"]["jax"], settings["device"]["kind"] = "0.1.2", "abacus"
-    Checkpoints(copy).save(7, begin()[1], xarray.load_dataset(path / "metrics.nc"), settings)
+    session = settings["sessions"][-1]
+    session["versions"]["jax"], session["device"]["kind"] = "0.1.2", "abacus"
+    metrics = xarray.load_dataset(path / "metrics.nc")
+    Checkpoints(copy).save(7, begin()[1], metrics, RunSettings.from_json(settings))
     with pytest.warns(UserWarning, match="jax 0.1.2 is now .*, device abacus is now"):
         fit(*begin(), folder=copy, progress=False)
 
@@ -220,7 +223,7 @@ def test_a_disk_that_fails_is_a_warning_and_the_run_goes_on(tmp_path, monkeypatc
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_same_call_goes_on(tmp_path, number, whole):
     def send(metrics):
-        if metrics["update"][-1] == 4:
+        if metrics["updates"][-1] == 4:
             signal.raise_signal(number)
 
     before = signal.getsignal(number)
@@ -235,15 +238,15 @@ def test_logs_go_on_where_the_checkpoint_was(tmp_path):
     ppo, state = begin()
     logs = [lambda: csv_file(tmp_path / "log.csv"), lambda: json_lines(tmp_path / "log.jsonl")]
     fit(ppo, state, num_updates=3, folder=tmp_path / "run", sinks=[log() for log in logs], progress=False)
-    rest = fit(ppo, state, progress=False, num_updates=4).metrics.isel(update=[3])
+    rest = fit(ppo, state, progress=False, num_updates=4).metrics.isel(updates=[3])
     for log in logs:
         log()(rest)
     result = fit(ppo, state, folder=tmp_path / "run", sinks=[log() for log in logs], progress=False)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [(row["update"], row["run"]) for row in rows] == [(u, r) for u in range(1, 10) for r in (0, 1)]
+    assert [(row["updates"], row["run"]) for row in rows] == [(u, r) for u in range(1, 10) for r in (0, 1)]
     np.testing.assert_array_equal([row["loss"] for row in rows], result.metrics["loss"].values.T.ravel())
     table = np.genfromtxt(tmp_path / "log.csv", delimiter=",", names=True)
-    np.testing.assert_array_equal(table["update"], [row["update"] for row in rows])
+    np.testing.assert_array_equal(table["updates"], [row["updates"] for row in rows])
     np.testing.assert_allclose(table["loss"], [row["loss"] for row in rows])
 
 
@@ -255,7 +258,7 @@ def test_evaluation_while_training_does_not_change_training(whole):
 
 
 def test_a_run_begun_in_python_is_not_resumed_by_its_folder(kept):
-    with warnings.catch_warnings(), pytest.raises(ValueError, match="was begun in Python: the same call of fit"):
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="was started in Python: call fit"):
         warnings.simplefilter("error")
         resume(kept)
 

@@ -44,9 +44,9 @@ def test_train_leaves_a_table_and_a_folder_that_loads_again(tmp_path, capsys):
     }  # fmt: skip
     settings = json.loads((folder / "settings.json").read_text())
     assert settings["config"]["num_envs"] == 4 and settings["hyperparams"]["target_kl"] == "inf"
-    assert settings["versions"]["jax"] and settings["device"]["platform"]
+    assert settings["sessions"][0]["versions"]["jax"] and settings["sessions"][0]["device"]["platform"]
     metrics = xarray.load_dataset(folder / "metrics.nc", engine="scipy")
-    assert metrics["loss"].dims == ("seed", "update") and metrics.sizes == {"seed": 3, "update": 6}
+    assert metrics["loss"].dims == ("seed", "updates") and metrics.sizes == {"seed": 3, "updates": 6}
 
     saved = load(folder)
     action, _ = saved.ppo.act(saved.policy, np.zeros((3, 4), np.float32))
@@ -75,15 +75,15 @@ REFUSALS = [
     (["fly"], "unknown command 'fly'"),
     (["train", "CartPole-v1", "--num-minibatches", "6", "--num-envs", "4", "--num-steps", "128"], "try 4 or 8"),
     (["train", "CartPole-v1", "--num-envs", "0"], "num_envs=0 must be at least 1"),
-    (["train", "CartPole-v1", "--num-seeds", "0"], "num_seeds=0 must be from 1"),
+    (["train", "CartPole-v1", "--num-seeds", "0"], "--num-seeds=0 must be at least 1"),
     (["train", "CartPole-v1", "--discount", "1.5"], "discount=1.5 must be a number in"),
     (["train", "CartPole-v1", "--learning-rate", "nan"], "learning_rate=nan must be a number in"),
     (["train", "CartPole-v1", "--learning-rate", "fast"], "fast"),
     (["train", "CartPole-v1", "--learning-rat", "1e-3"], "--learning-rate"),
-    (["train", "CartPole-v1", "--total-steps", "3"], "total_steps=3 must be at least one rollout"),
+    (["train", "CartPole-v1", "--total-steps", "3"], "--total-steps=3 must be at least one rollout"),
     (["train", "CartPole-v1", "--encoder", "cnn"], "encoder='cnn' reads grids"),
     (["train", "CartPole-v1", "--seed", "-1"], "seed=-1"),
-    (["train", "CartPole-v1", "--seed", "9" * 30], "must be from 0"),
+    (["train", "CartPole-v1", "--seed", "9" * 30], "must be at most 2147483647"),
     (["train", "--out", "CartPole-v1", "Acrobot-v1"], "name an environment first"),
     (["train", "CartPole-v1", "--target-kl", "0.01"], "set both"),
     (["train", "CartPole-v1", "--gru-width", "8"], "segment_length=32"),
@@ -147,7 +147,7 @@ def test_a_run_on_two_devices_loads_as_any_other(tmp_path):
         assert done.returncode == 0, done.stderr
         assert "on 2 x cpu" in done.stdout
         saved = load(folder)
-        assert saved.settings["num_devices"] == 2 and saved.metrics.sizes == {"seed": 1, "update": 6}
+        assert saved.settings.notes["launch"]["num_devices"] == 2 and saved.metrics.sizes == {"seed": 1, "updates": 6}
     done = subprocess.run([*command, "999"], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "num_devices=999 must be at most " in done.stderr
@@ -195,13 +195,13 @@ def test_a_sweep_is_planned_run_ranked_drawn_and_drawn_anew(tmp_path, capsys):
     "arguments, words",
     [
         ([], "nothing is swept"),
-        (["--grid", "learning_rte=1,2"], "learning_rte is no field of a sweep (did you mean learning_rate?"),
+        (["--grid", "learning_rte=1,2"], "learning_rte is not a field of a sweep (did you mean learning_rate?"),
         (["--grid", "learning_rate="], "must be FIELD=VALUE,VALUE"),
         (["--grid", "learning_rate=fast"], "learning_rate='fast' must be a number"),
         (["--grid", "num_envs=4.5"], "num_envs=4.5 must be a whole number"),
         (["--grid", "widths=64xabc"], "widths='64xabc'"),
         (["--grid", "clip=.1", "--grid", "clip=.2"], "names a field twice"),
-        (["--sample", "clip=uniform:.1:.2"], "num_samples=0"),
+        (["--sample", "clip=uniform:.1:.2"], "--num-samples=0"),
         (["--sample", "clip=normal:.1:.2", "--num-samples", "2"], "FIELD=KIND:LOW:HIGH"),
     ],
 )

@@ -172,7 +172,7 @@ def test_a_custom_step_is_trained_as_any_other(key):
         (lambda ppo, state: (state, {"loss": 0.0}), "metrics of a step must hold episode_return"),
         (lambda ppo, state: ppo.step(state)[::-1], "step must return .* not tuple"),
         (lambda ppo, state: (state.policy, {}), "step must return a TrainState built like .* not another Policy"),
-        (lambda ppo, state: (state, ppo.step(state)[1] | {"update": 0.0}), "metric 'update' of shape"),
+        (lambda ppo, state: (state, ppo.step(state)[1] | {"updates": 0.0}), "metric 'updates' of shape"),
         (lambda ppo, state: (state.replace(num_updates=0.5), {}), "step made state.num_updates float32"),
         (lambda ppo, state: (state, ppo.step(state)[1] | {"a/b": 0.0}), "metric 'a/b' of shape"),
         (lambda ppo, state: (state, ppo.step(state)[1] | {"m": np.ones((2, 2))}), "metric 'm' of shape"),
@@ -384,7 +384,7 @@ def test_numbers_that_gymnax_reports_join_the_metrics(key):
         (reporting(["episode_return"]), {}, "metrics of the environment hold 'episode_return'"),
         (reporting(["a"], ["a"]), {}, "episode_metrics of the environment hold 'a'"),
         (reporting([]), {"learning_rate": 0.0}, "reports of the loss hold 'learning_rate'"),
-        (reporting([]), {"update": 0.0}, "reports of the loss hold 'update'"),
+        (reporting([]), {"updates": 0.0}, "reports of the loss hold 'updates'"),
         (reporting(["learning_rate"]), {}, "metrics of the environment hold 'learning_rate'"),
         (reporting([]), {"a/b": 0.0}, "reports of the loss hold 'a/b'"),
         (
@@ -426,12 +426,12 @@ def test_a_vector_of_a_loss_has_a_dimension_of_its_own(tmp_path, key):
     assert metrics["parts"].shape == (3, 3)
     np.testing.assert_allclose(metrics["parts"][:, 1], metrics["value_loss"], rtol=1e-6)
     fit = pjp.fit(ppo, start, updates_per_chunk=2, progress=False, folder=tmp_path)
-    assert fit.metrics["parts"].dims == ("update", "parts_index")
+    assert fit.metrics["parts"].dims == ("updates", "parts_index")
     np.testing.assert_array_equal(fit.metrics["parts"], metrics["parts"])
     many = pjp.batched(ppo)
     start = jax.jit(many.init)(jax.random.split(key, 5))
     fit = pjp.fit(many, start, slice_size=2, updates_per_chunk=2, progress=False)
-    assert fit.metrics["parts"].dims == ("run", "update", "parts_index") and fit.metrics["parts"].shape == (5, 3, 3)
+    assert fit.metrics["parts"].dims == ("run", "updates", "parts_index") and fit.metrics["parts"].shape == (5, 3, 3)
     np.testing.assert_allclose(fit.metrics["parts"][..., 2], fit.metrics["entropy"], rtol=1e-6)
 
 

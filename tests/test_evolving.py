@@ -236,7 +236,7 @@ def test_chunked_equals_unchunked_to_the_bit(weeded):
     ppo, state, whole, metrics = weeded
     fitted = pjp.fit(evolving(ppo, every=4), state, updates_per_chunk=7, slice_size=8, progress=False)
     chex.assert_trees_all_equal(plain(fitted.state), plain(whole))
-    assert fitted.metrics.sizes == {"run": 8, "update": 24}
+    assert fitted.metrics.sizes == {"run": 8, "updates": 24}
     for name, x in metrics.items():
         np.testing.assert_array_equal(fitted.metrics[name], x, err_msg=name)
 

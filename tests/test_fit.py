@@ -37,9 +37,9 @@ def test_chunks_are_the_same_as_one_program_to_the_bit(ppo, key):
 def test_a_batch_is_fitted_with_its_runs_labelled(ppo, key):
     many = batched(ppo)
     result = fit(many, jax.jit(many.init)(jax.random.split(key, 2)), updates_per_chunk=4, progress=False)
-    assert result.metrics.sizes == {"run": 2, "update": 7}
+    assert result.metrics.sizes == {"run": 2, "updates": 7}
     np.testing.assert_array_equal(result.metrics["step"], 32.0 * np.arange(1, 8))
-    assert result.metrics["episode_return"].dims == ("run", "update")
+    assert result.metrics["episode_return"].dims == ("run", "updates")
 
 
 @pytest.mark.full
@@ -47,7 +47,7 @@ def test_a_run_goes_on_where_it_stopped(ppo, key):
     state = jax.jit(ppo.init)(key)
     first = fit(ppo, state, num_updates=4, progress=False)
     second = fit(ppo, first.state, progress=False)
-    assert second.metrics["update"].values.tolist() == [5, 6, 7]
+    assert second.metrics["updates"].values.tolist() == [5, 6, 7]
     same_leaves(second.state, fit(ppo, state, progress=False).state)
     with pytest.raises(ValueError, match="this run is complete"):
         fit(ppo, second.state)
@@ -58,8 +58,8 @@ def test_an_interrupt_keeps_what_was_done(ppo, key, monkeypatch):
 
     real = module.chunks
 
-    def interrupted(*args):
-        for i, result in enumerate(real(*args)):
+    def interrupted(*args, **kwargs):
+        for i, result in enumerate(real(*args, **kwargs)):
             if i == 1:
                 signal.raise_signal(signal.SIGINT)
             yield result
@@ -67,7 +67,7 @@ def test_an_interrupt_keeps_what_was_done(ppo, key, monkeypatch):
     monkeypatch.setattr(module, "chunks", interrupted)
     before = signal.getsignal(signal.SIGINT)
     result = fit(ppo, jax.jit(ppo.init)(key), updates_per_chunk=2, progress=False)
-    assert result.metrics.sizes["update"] == 4 and result.state.num_updates == 4
+    assert result.metrics.sizes["updates"] == 4 and result.state.num_updates == 4
     assert signal.getsignal(signal.SIGINT) is before
 
 

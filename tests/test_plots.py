@@ -33,11 +33,11 @@ def metrics(heights, **coords):
     noise = np.random.default_rng(0).normal(size=(*heights.shape, NUM_SEEDS, NUM_UPDATES))
     update = np.arange(1, NUM_UPDATES + 1)
     returns = heights[..., None, None] * update / NUM_UPDATES + noise
-    dims = [*coords, "seed", "update"]
+    dims = [*coords, "seed", "updates"]
     if coords and isinstance(next(iter(coords.values())), tuple):
-        dims = ["setting", "seed", "update"]
+        dims = ["setting", "seed", "updates"]
     columns = {"episode_return": returns, "num_episodes": np.full(returns.shape, 10), "value_loss": np.abs(noise)}
-    coords = coords | {"seed": range(NUM_SEEDS), "update": update, "step": ("update", 500.0 * update)}
+    coords = coords | {"seed": range(NUM_SEEDS), "updates": update, "step": ("updates", 500.0 * update)}
     return xarray.Dataset({name: (dims, x) for name, x in columns.items()}, coords)
 
 
@@ -152,7 +152,7 @@ def test_of_a_sample_the_best_settings_are_drawn():
 
 def test_a_run_that_turned_nan_goes_on_at_the_lowest_score():
     data = metrics([100.0, 50.0], learning_rate=[1e-4, 1e-3])
-    gone = (data["update"] > 10) & (data["seed"] < 6) & (data["learning_rate"] == 1e-4)
+    gone = (data["updates"] > 10) & (data["seed"] < 6) & (data["learning_rate"] == 1e-4)
     data = data.where(~gone).assign(num_episodes=data["num_episodes"].where(~gone, 0))
     figure = plot_curves(data)
     assert heading_of(figure).endswith("runs without a score, counted as the lowest: 6 of 16")
@@ -170,7 +170,7 @@ def test_a_line_begins_where_half_of_its_runs_have_ended_an_episode():
 def test_settings_with_other_steps_per_update_have_their_own_steps():
     data = metrics([10.0, 10.0], num_steps=[64, 128])
     step = np.stack([64.0 * np.arange(1, 21), np.where(np.arange(20) < 10, 128.0 * np.arange(1, 21), np.nan)])
-    data = data.assign_coords(step=(("num_steps", "update"), step))
+    data = data.assign_coords(step=(("num_steps", "updates"), step))
     data = data.where(data["step"].notnull())
     few, many = plot_curves(data).axes[0].lines
     assert len(few.get_xdata()) == 20 and len(many.get_xdata()) == 10

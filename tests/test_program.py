@@ -47,7 +47,7 @@ def comparable(state):
 @pytest.mark.parametrize("slice_size, num_slices", [(1, 5), (2, 3), (3, 2), (5, 1)])
 def test_slices_of_any_size_give_the_numbers_of_one_batch(five, slice_size, num_slices):
     ppo, state, after, metrics = five
-    program = pjp.compile(ppo, state, slice_size=slice_size)
+    program = pjp.compile_training(ppo, state, slice_size=slice_size)
     assert (program.num_slices, program.slice_size) == (num_slices, slice_size)
     sliced, sliced_metrics = program(state)
     for ours, whole in zip(comparable(sliced), comparable(after), strict=True):
@@ -58,7 +58,7 @@ def test_slices_of_any_size_give_the_numbers_of_one_batch(five, slice_size, num_
 
 def test_a_program_leaves_its_state_alone_unless_it_is_donated(five):
     ppo, state, *_ = five
-    program = pjp.compile(ppo, state, 2, slice_size=5)
+    program = pjp.compile_training(ppo, state, 2, slice_size=5)
     once, metrics = program(state, 1)
     assert metrics["loss"].shape == (5, 1)
     twice, _ = program(state, 1)
@@ -71,10 +71,10 @@ def test_a_program_leaves_its_state_alone_unless_it_is_donated(five):
 def test_bad_lengths_and_slices_are_refused_in_a_sentence(five):
     ppo, state, *_ = five
     with pytest.raises(ValueError, match="slice_size=6 must be at most 5, the runs"):
-        pjp.compile(ppo, state, slice_size=6)
+        pjp.compile_training(ppo, state, slice_size=6)
     with pytest.raises(ValueError, match="num_updates=0 must be at least 1"):
-        pjp.compile(ppo, state, 0)
-    program = pjp.compile(ppo, state, 1)
+        pjp.compile_training(ppo, state, 0)
+    program = pjp.compile_training(ppo, state, 1)
     for length, words in ((0, "at least 1"), (2, "at most 1, the num_updates"), (0.5, "a whole number")):
         with pytest.raises(ValueError, match=f"length={length} must be {words}"):
             program(state, length)
@@ -112,7 +112,7 @@ def test_compiled_programs_are_kept_for_the_next_process(tmp_path):
         "hits = [];"
         "jax.monitoring.register_event_listener(lambda event, **_: hits.append(event.endswith('cache_hits')));"
         "ppo = pjp.make_ppo('CartPole-v1', pjp.Config(num_updates=2));"
-        "pjp.compile(ppo, jax.eval_shape(ppo.init, jax.random.key(0))); print(sum(hits))"
+        "pjp.compile_training(ppo, jax.eval_shape(ppo.init, jax.random.key(0))); print(sum(hits))"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
     found = [int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(2)]
@@ -140,6 +140,6 @@ def test_one_thread_is_one_thread_of_xla():
 
 def test_one_thread_asked_for_too_late_is_refused(five, monkeypatch):
     monkeypatch.delenv("NPROC", raising=False)
-    with pytest.raises(RuntimeError, match="too late: JAX has begun to compute"):
+    with pytest.raises(RuntimeError, match="too late: JAX has started to compute"):
         pjp.use_one_thread()
     assert "NPROC" not in os.environ

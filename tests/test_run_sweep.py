@@ -20,7 +20,7 @@ import purejaxppo as pjp
 from probes import SMALL
 from purejaxppo.experiment.files import from_arrays, to_arrays
 from purejaxppo.experiment.program import Program
-from purejaxppo.experiment.sweeps.run import plan_missing
+from purejaxppo.experiment.sweeps.plan import plan_sweep
 
 pytestmark = pytest.mark.full
 
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plan():
-    return plan_missing(make_sweep())
+    return plan_sweep(make_sweep())
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def result(plan, folder):
 
 def test_every_field_is_a_dimension_beside_seeds_and_updates(result):
     episode_return = result.metrics["episode_return"]
-    assert episode_return.sizes == {"learning_rate": 2, "discount": 2, "seed": 2, "update": 3}
+    assert episode_return.sizes == {"learning_rate": 2, "discount": 2, "seed": 2, "updates": 3}
     assert episode_return["learning_rate"].values.tolist() == LEARNING_RATES
     assert result.metrics["step"].values.tolist() == [32, 64, 96]
     assert not result.metrics["failed_update"].any() and not result.failed()
@@ -82,12 +82,12 @@ def test_coefficients_vectors_and_numbers_of_environments_are_swept_kept_and_rea
     sweep = pjp.Sweep("CartPole-v1", table, 2, config=SMALL, hyperparams=pjp.Hyperparams())
     result = run(sweep, tmp_path / "sweep", make=make_reporting)
     parts = result.metrics["parts"]
-    assert parts.dims == ("extra.beta", "env", "seed", "update", "parts_index")
+    assert parts.dims == ("extra.beta", "env", "seed", "updates", "parts_index")
     np.testing.assert_allclose(parts[1, ..., 1], 0.5 * result.metrics["entropy"][1], rtol=1e-5)
-    assert parts[..., 2].isnull().all(["extra.beta", "seed", "update"]).values.tolist() == [False, True]
+    assert parts[..., 2].isnull().all(["extra.beta", "seed", "updates"]).values.tolist() == [False, True]
     assert (result.metrics["time"].sel(env="CartPole-v1") > 0).all()
     assert result.metrics["time"].sel(env="Acrobot-v1").isnull().all()
-    again = pjp.load_sweep(tmp_path / "sweep", make_reporting)
+    again = pjp.load(tmp_path / "sweep", make=make_reporting)
     xarray.testing.assert_equal(again.metrics, result.metrics)
     state = again.state(seed=1, **{"extra.beta": 0.5, "env": "CartPole-v1"})
     assert state.hyperparams.extra["beta"] == 0.5
@@ -102,7 +102,7 @@ def test_a_run_of_the_sweep_equals_that_run_alone(result):
     key = jax.random.fold_in(jax.random.key(0), 1)
     ppo = pjp.make_ppo("CartPole-v1", SMALL)
     _, alone = jax.jit(ppo.step)(ppo.init(key, pjp.Hyperparams(learning_rate=1e-2, discount=0.9)))
-    first = result.metrics.sel(learning_rate=1e-2, discount=0.9, seed=1).isel(update=0)
+    first = result.metrics.sel(learning_rate=1e-2, discount=0.9, seed=1).isel(updates=0)
     for name in ("loss", "value_loss", "approx_kl", "entropy", "grad_norm", "value_mean"):
         np.testing.assert_allclose(first[name], alone[name], rtol=1e-5, atol=1e-5)
 
@@ -118,7 +118,7 @@ def test_a_policy_comes_out_of_the_batch_ready_to_act_and_to_be_trained_on(resul
 
 
 def test_the_folder_gives_the_same_result_back_in_open_formats(result, folder):
-    again = pjp.load_sweep(folder)
+    again = pjp.load(folder)
     xarray.testing.assert_equal(again.metrics, result.metrics)
     assert again.sweep == result.sweep and again.best() == result.best()
     on_disk = xarray.load_dataset(folder / "results.nc", engine="scipy")
@@ -128,7 +128,7 @@ def test_the_folder_gives_the_same_result_back_in_open_formats(result, folder):
 
 
 def test_a_finished_sweep_is_not_trained_again(result, folder):
-    assert plan_missing(result.sweep, folder).parts == []
+    assert plan_sweep(result.sweep, folder).groups == []
     again = run(result.sweep, folder)
     assert again.steps == 0
     xarray.testing.assert_equal(again.metrics, result.metrics)
@@ -146,16 +146,16 @@ def test_seeds_and_settings_are_added_to_a_finished_sweep(plan, result, tmp_path
 
 def test_static_fields_make_groups_of_their_own_with_as_many_steps(tmp_path):
     sizes = pjp.paired(widths=[(8,), (4, 4)], num_envs=[4, 2])
-    plan = plan_missing(replace(make_sweep(1), table=sizes * pjp.grid(learning_rate=LEARNING_RATES)), tmp_path / "none")
-    assert len(plan.parts) == 2 and plan.total_steps == 4 * SMALL.total_steps
+    plan = plan_sweep(replace(make_sweep(1), table=sizes * pjp.grid(learning_rate=LEARNING_RATES)), tmp_path / "none")
+    assert len(plan.groups) == 2 and plan.total_steps == 4 * SMALL.total_steps
     assert not (tmp_path / "none").exists()
     for word in ("4,4", "4 runs", "slices", "memory per run"):
         assert word in str(plan)
     result = run(plan)
     steps = result.metrics["step"]
-    assert steps.dims == ("setting", "update") and steps[1].values.tolist() == [16, 32, 48, 64, 80, 96]
+    assert steps.dims == ("setting", "updates") and steps[1].values.tolist() == [16, 32, 48, 64, 80, 96]
     loss = result.metrics["loss"]
-    assert np.isfinite(loss[1]).all() and np.isnan(loss[0].isel(update=slice(3, None))).all()
+    assert np.isfinite(loss[1]).all() and np.isnan(loss[0].isel(updates=slice(3, None))).all()
     kernel = result.policy(widths=(4, 4), num_envs=2, learning_rate=1e-2).params["params"]["actor"]
     assert "4,4" in result.metrics["widths"].values and jax.tree.leaves(kernel)
 
@@ -163,7 +163,7 @@ def test_static_fields_make_groups_of_their_own_with_as_many_steps(tmp_path):
 def test_environments_and_their_parameters_are_swept():
     pendulum = pjp.grid(env=["Pendulum-v1"]) * pjp.paired(**{"env.g": [10.0, 0.0], "learning_rate": LEARNING_RATES})
     result = run(pjp.Sweep("CartPole-v1", pendulum, 1, config=SMALL))
-    assert result.metrics["loss"].dims == ("env", "setting", "seed", "update")
+    assert result.metrics["loss"].dims == ("env", "setting", "seed", "updates")
     assert result.metrics["env.g"].values.tolist() == [10, 0]
     assert float(result.state(**{"env.g": 0.0}).env_params.g) == 0
     assert result.ppo(**{"env.g": 0.0}).env.name == "Pendulum-v1"
@@ -186,12 +186,12 @@ def test_slices_do_not_change_the_first_update(result):
     other = run(make_sweep(), slice_size=3)
     for name in ("loss", "entropy", "episode_return", "num_episodes"):
         np.testing.assert_allclose(
-            other.metrics[name].isel(update=0), result.metrics[name].isel(update=0), rtol=1e-5, atol=1e-5
+            other.metrics[name].isel(updates=0), result.metrics[name].isel(updates=0), rtol=1e-5, atol=1e-5
         )
 
 
 def test_a_plan_compiles_training_once_for_all_hyperparameters(plan, result):
-    (part,) = plan.parts
+    (part,) = plan.groups
     assert part.num_runs == 8 <= part.num_slices * part.slice_size
     state = result.state(**result.best())
     assert part.stored_bytes == sum(x.nbytes for x in to_arrays(state).values()) + 4 * 13 * 3
@@ -212,18 +212,18 @@ def test_states_go_to_arrays_and_back(key):
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: make_sweep(learning_rte=[1e-3]), "learning_rte is no field.*did you mean learning_rate"),
+        (lambda: make_sweep(learning_rte=[1e-3]), "learning_rte is not a field.*did you mean learning_rate"),
         (lambda: make_sweep(learning_rate=["fast"]), "learning_rate='fast' must be a number"),
         (lambda: make_sweep(discount=[0.9, 1.5]), "discount=1.5"),
         (lambda: make_sweep(num_envs=[4, 0]), "num_envs=0"),
         (lambda: make_sweep(num_envs=["four"]), "num_envs='four'"),
         (lambda: make_sweep(seed=[1]), "num_seeds says how many"),
         (lambda: make_sweep(0), "num_seeds=0"),
-        (lambda: plan_missing(make_sweep(**{"env.gravityy": [1.0]})), "env.gravityy is no parameter of CartPole-v1"),
-        (lambda: plan_missing(make_sweep(**{"env.gravity": ["heavy"]})), "env.gravity=heavy must be a number"),
-        (lambda: plan_missing(make_sweep(**{"env.max_steps_in_episode": [9.5]})), "9.5 must be a whole number"),
-        (lambda: plan_missing(make_sweep(env=["CartPole-v9"])), "CartPole-v9"),
-        (lambda: plan_missing(make_sweep(), slice_size=9), "slice_size=9 must be at most 8, the runs"),
+        (lambda: plan_sweep(make_sweep(**{"env.gravityy": [1.0]})), "env.gravityy is not a parameter of CartPole-v1"),
+        (lambda: plan_sweep(make_sweep(**{"env.gravity": ["heavy"]})), "env.gravity=heavy must be a number"),
+        (lambda: plan_sweep(make_sweep(**{"env.max_steps_in_episode": [9.5]})), "9.5 must be a whole number"),
+        (lambda: plan_sweep(make_sweep(env=["CartPole-v9"])), "CartPole-v9"),
+        (lambda: plan_sweep(make_sweep(), slice_size=9), "slice_size=9 must be at most 8, the runs"),
         (lambda: pjp.Sweep("CartPole-v1", {"clip": [1]}), "must be a Table"),
         (
             lambda: pjp.Sweep("CartPole-v1", hyperparams=pjp.Hyperparams(clip=pjp.linear(0.2, 0.1))),

@@ -106,7 +106,7 @@ def test_training_some_runs_leaves_the_others_as_they_are(key):
 
     many = pjp.batched(pjp.make_ppo(copy_cue(), SMALL))
     states = many.init(jax.random.split(key, 5))
-    program = pjp.compile(many, states[:2], 2, slice_size=2)
+    program = pjp.compile_training(many, states[:2], 2, slice_size=2)
     with ThreadPoolExecutor(2) as pool:
         after, returns = train_runs(program, states, np.array([4, 0, 2]), 2, pool)
     assert after.num_updates.tolist() == [2, 0, 2, 0, 2] and returns.shape == (3,)

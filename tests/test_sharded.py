@@ -153,7 +153,7 @@ many = pjp.batched(ppo)
 for num_seeds in (1, 2):
     keys, hyperparams = pjp.runs(jax.random.key(1), num_seeds=num_seeds)
     fit = pjp.fit(many, jax.jit(many.init)(keys, hyperparams), updates_per_chunk=1, progress=False)
-    assert np.isfinite(fit.metrics.loss).all() and fit.metrics.sizes == {"run": num_seeds, "update": 3}
+    assert np.isfinite(fit.metrics.loss).all() and fit.metrics.sizes == {"run": num_seeds, "updates": 3}
     assert fit.state.actors.obs.sharding.spec == jax.sharding.PartitionSpec(None, "envs")
 played = jax.jit(partial(plain.evaluate, num_episodes=2))(jax.random.key(2), jax.device_get(state.policy))
 assert np.isfinite(played.episode_return).all()
@@ -188,7 +188,7 @@ keys = jax.random.split(jax.random.key(0))
 for call in (
     lambda: pjp.sharded(ppo),
     lambda: pjp.sharded(pjp.batched(plain)).init(keys),
-    lambda: pjp.compile(ppo, plain.init(keys[0])),
+    lambda: pjp.compile_training(ppo, plain.init(keys[0])),
 ):
     try:
         call()

@@ -20,7 +20,7 @@ def metrics():
 
 def test_rows_are_plain_numbers_of_every_update_and_run(metrics):
     rows = list(to_rows(metrics))
-    assert [(row["update"], row["run"], row["loss"]) for row in rows] == [
+    assert [(row["updates"], row["run"], row["loss"]) for row in rows] == [
         (5, 0, 1.0), (5, 1, 3.0), (6, 0, 2.0), (6, 1, None), (7, 0, None), (7, 1, 5.0),
     ]  # fmt: skip
     assert rows[0]["step"] == 5 * SMALL.steps_per_update and rows[5]["num_episodes"] == 5
@@ -51,19 +51,19 @@ def test_a_line_cut_short_by_a_kill_is_written_anew(metrics, tmp_path):
     csv_file(path)(metrics)
     whole = path.read_text()
     path.write_text(whole[:-9])
-    csv_file(path)(metrics.isel(update=[2]))
+    csv_file(path)(metrics.isel(updates=[2]))
     assert path.read_text() == whole
 
 
 def test_a_file_of_other_columns_is_not_mixed_up(metrics, tmp_path):
     path = tmp_path / "log.csv"
-    csv_file(path)(metrics.isel(update=[0]))
+    csv_file(path)(metrics.isel(updates=[0]))
     whole = path.read_text()
-    csv_file(path)(metrics.isel(update=[1])[["learning_rate", "loss"]])  # fewer, in another order
+    csv_file(path)(metrics.isel(updates=[1])[["learning_rate", "loss"]])  # fewer, in another order
     row = path.read_text().removeprefix(whole).splitlines()[0]
     assert dict(zip(whole.splitlines()[0].split(","), row.split(",")))["loss"] == "2.0"
     with pytest.warns(UserWarning, match="log.csv failed"):
-        guarded(csv_file(path))(metrics.isel(update=[2]).assign(more=metrics["loss"]))
+        guarded(csv_file(path))(metrics.isel(updates=[2]).assign(more=metrics["loss"]))
 
 
 def test_the_console_shows_the_newest_numbers(metrics, capsys):
@@ -82,7 +82,7 @@ def test_a_sink_that_fails_warns_once_and_gets_no_more(metrics):
         raise OSError("No space left on device")
 
     sink = guarded(broken)
-    with pytest.warns(UserWarning, match="broken.*failed.*the run goes on.*No space left"):
+    with pytest.warns(UserWarning, match="broken.*failed.*the run continues.*No space left"):
         sink(metrics)
     sink(metrics)
     assert len(calls) == 1

@@ -40,8 +40,8 @@ def runs(*values, **coords):
 
 def curves(returns, step, **more):
     """Metrics [seed, update]."""
-    more = {name: (("seed", "update"), x) for name, x in more.items()}
-    return xarray.Dataset({"episode_return": (("seed", "update"), returns), **more}, {"step": ("update", step)})
+    more = {name: (("seed", "updates"), x) for name, x in more.items()}
+    return xarray.Dataset({"episode_return": (("seed", "updates"), returns), **more}, {"step": ("updates", step)})
 
 
 def interval(found):
@@ -159,7 +159,7 @@ def test_a_run_that_turned_nan_has_no_score():
     np.testing.assert_array_equal(final_scores(metrics), [6, NAN])
     np.testing.assert_array_equal(area_under_curve(metrics), [6.5, NAN])
     assert not lost(metrics.drop_vars("value_loss")).any()
-    said = metrics.assign_coords(update=[1, 2, 3]).drop_vars("value_loss").assign(failed_update=("seed", [0, 2]))
+    said = metrics.assign_coords(updates=[1, 2, 3]).drop_vars("value_loss").assign(failed_update=("seed", [0, 2]))
     assert lost(said).values.tolist() == [[False] * 3, [False, True, True]]
 
 

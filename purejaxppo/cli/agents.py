@@ -1,76 +1,78 @@
-"""`purejaxppo evaluate`, `render`, `export` and `show`: what is done with trained agents."""
+"""`purejaxppo evaluate`, `render`, `export` and `show`: commands for trained agents."""
 
-import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from purejaxppo.cli.options import check_whole
-from purejaxppo.text import count
+from purejaxppo.cli.options import check_counts, check_file
+from purejaxppo.text import count, interval
+
+if TYPE_CHECKING:
+    from purejaxppo.experiment.runs.settings import RunSettings
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class EvaluateOptions:
     """Play whole episodes with the agents of a run, or of the best setting of a sweep."""
 
     folder: tyro.conf.Positional[Path]
-    """What `train` or `sweep` left."""
+    """The folder that `train` or `sweep` wrote."""
     where: Annotated[Literal["jax", "gymnasium"], tyro.conf.arg(name="in")] = "jax"
-    """In which implementation of the environment: the one they were trained in, or Gymnasium's of the same name."""
+    """The implementation of the environment: the one of the training, or Gymnasium's of the same name."""
     episodes: int = 128
-    """Episodes of each agent."""
+    """Episodes per agent."""
     greedy: bool = False
-    """Whether they take the most probable action instead of a sample."""
+    """Take the most probable action instead of a sample."""
     seed: int = 0
-    """Where the draws come from."""
+    """Random seed."""
 
 
 @dataclass(frozen=True)
-class Render:
+class RenderOptions:
     """Draw an episode of an agent as a GIF."""
 
     folder: tyro.conf.Positional[Path]
-    """What `train` or `sweep` left."""
+    """The folder that `train` or `sweep` wrote."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """File to write; episode.gif in the folder if none is given."""
+    """File to write; episode.gif in the folder by default."""
     agent: int = 0
-    """Which of the agents, by its seed."""
+    """The agent, by its number."""
     greedy: bool = False
-    """Whether it takes the most probable action instead of a sample."""
+    """Take the most probable action instead of a sample."""
     max_steps: int = 500
-    """Steps after which the picture ends, if the episode has not."""
+    """Steps to draw at most."""
     seed: int = 0
-    """Where the draws come from."""
+    """Random seed."""
 
 
 @dataclass(frozen=True)
-class Export:
-    """Write an agent as one file that acts where purejaxppo is not installed, and print how."""
+class ExportOptions:
+    """Write an agent as one file that acts without purejaxppo, and print the code that uses it."""
 
     folder: tyro.conf.Positional[Path]
-    """What `train` or `sweep` left."""
+    """The folder that `train` or `sweep` wrote."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("policy.stablehlo")
     """File to write: NAME.stablehlo for JAX, NAME.npz for NumPy."""
     agent: int = 0
-    """Which of the agents, by its seed."""
+    """The agent, by its number."""
 
 
 @dataclass(frozen=True)
-class Show:
-    """Print what a run or a sweep is, how far it came, and which code, packages, device and command made it."""
+class ShowOptions:
+    """Print what a run or a sweep is, its progress, and the code, packages, device and command that made it."""
 
     folder: tyro.conf.Positional[Path]
-    """What `train` or `sweep` left."""
+    """The folder that `train` or `sweep` wrote."""
 
 
 def evaluate(arguments: list[str]) -> int:
-    """Plays, and prints returns with intervals."""
-    options = tyro.cli(Evaluate, args=arguments, prog="purejaxppo evaluate")
-    check_whole(episodes=(options.episodes, 1), seed=(options.seed, 0))
+    """Evaluates, and prints returns with intervals."""
+    options = tyro.cli(EvaluateOptions, args=arguments, prog="purejaxppo evaluate")
+    check_counts(options, "episodes")
+    check_counts(options, "seed", at_least=0)
 
-    from purejaxppo.cli.train import interval
     from purejaxppo.experiment.agents.evaluation import evaluate_agents, evaluate_in_gymnasium, summarize
     from purejaxppo.experiment.agents.load import load_agents
 
@@ -86,82 +88,84 @@ def evaluate(arguments: list[str]) -> int:
     print(f"  mean       {interval(*summarize(played), over=over):>10}")
     cut = int((~played["finished"]).sum())
     if cut:
-        print(f"  {count(cut, 'episode')} had not ended and counted as far as they came")
+        print(f"  {count(cut, 'episode')} had not ended and counted as they were")
     return 0
 
 
 def render(arguments: list[str]) -> int:
     """Draws one episode."""
-    options = tyro.cli(Render, args=arguments, prog="purejaxppo render")
-    check_whole(max_steps=(options.max_steps, 1), seed=(options.seed, 0))
+    options = tyro.cli(RenderOptions, args=arguments, prog="purejaxppo render")
+    check_counts(options, "max_steps")
+    check_counts(options, "seed", "agent", at_least=0)
 
     import jax
 
     from purejaxppo.experiment.agents.load import load_agents
-    from purejaxppo.experiment.agents.render import check_drawable, record_episode, render
+    from purejaxppo.experiment.agents.render import check_drawable, record_episode
+    from purejaxppo.experiment.agents.render import render as render_episode
 
     agents, out = load_agents(options.folder), options.out or options.folder / "episode.gif"
     policy = agents.policy(options.agent)
     check_drawable(agents.ppo.env.name, out)
-    _check_file(out)
+    check_file(out)
     env_params = jax.tree.map(lambda x: x[options.agent], agents.env_params)
     episode = record_episode(
         agents.ppo, policy, jax.random.key(options.seed), env_params,
         greedy=options.greedy, max_steps=options.max_steps,
     )  # fmt: skip
-    render(agents.ppo.env.name, episode, out, env_params)
+    render_episode(agents.ppo.env.name, episode, out, env_params)
     print(f"{out}: {len(episode.rewards)} steps, return {episode.rewards.sum():.2f}")
     return 0
 
 
 def export(arguments: list[str]) -> int:
     """Writes one file."""
-    options = tyro.cli(Export, args=arguments, prog="purejaxppo export")
+    options = tyro.cli(ExportOptions, args=arguments, prog="purejaxppo export")
+    check_counts(options, "agent", at_least=0)
 
     import jax
 
-    from purejaxppo.experiment.agents.export import export
+    from purejaxppo.experiment.agents.export import export as export_policy
     from purejaxppo.experiment.agents.load import load_agents
 
     agents = load_agents(options.folder)
     policy = agents.policy(options.agent)
-    _check_file(options.out)
-    lines = export(agents.ppo, policy, options.out, jax.tree.map(lambda x: x[options.agent], agents.env_params))
-    print(f"# {options.out} holds agent {options.agent} of {agents.title}; this uses it:\n\n{lines}")
+    check_file(options.out)
+    lines = export_policy(agents.ppo, policy, options.out, jax.tree.map(lambda x: x[options.agent], agents.env_params))
+    print(f"# {options.out} holds agent {options.agent} of {agents.title}; use it so:\n\n{lines}")
     return 0
 
 
 def show(arguments: list[str]) -> int:
     """Prints provenance."""
-    options = tyro.cli(Show, args=arguments, prog="purejaxppo show")
+    options = tyro.cli(ShowOptions, args=arguments, prog="purejaxppo show")
 
-    from purejaxppo.experiment.runs.saved import read_settings
+    from purejaxppo.experiment.files import kind_of
+    from purejaxppo.experiment.runs.settings import read_settings
+    from purejaxppo.experiment.sweeps.slices import read_sessions, read_sweep
 
-    if (options.folder / "sweep.json").exists():
-        from purejaxppo.experiment.sweeps.slices import load_sweep_of
-
-        print(load_sweep_of(options.folder))
-        sessions = json.loads((options.folder / "sweep.json").read_text())["sessions"]
+    if kind_of(options.folder) == "sweep":
+        print(read_sweep(options.folder))
+        sessions = read_sessions(options.folder)
     else:
         settings = read_settings(options.folder)
-        sessions = [settings, *settings.get("sessions", [])]
+        sessions = settings.sessions
         _show_run(options.folder, settings)
     for session in sessions:
         _show_session(session)
     return 0
 
 
-def _show_run(folder: Path, settings: dict):
-    from purejaxppo.config import Config
+def _show_run(folder: Path, settings: "RunSettings"):
     from purejaxppo.experiment.runs.checkpoints import Checkpoints
 
-    config = Config(**settings["config"])
-    done = [settings.get("num_updates_done", 0), *(int(path.name) for path in Checkpoints(folder).paths())]
-    print(f"{settings['env']}: {count(settings['num_runs'] or 1, 'agent')}, seed {settings.get('seed', 'not known')}")
-    print(f"  {max(done)} of {config.num_updates} updates, {max(done) * config.steps_per_update:,} steps of each")
-    for kind in ("config", "hyperparams"):
-        values = ", ".join(f"{name}={value}" for name, value in settings[kind].items())
-        print(f"  {kind:<12} {values}")
+    config = settings.config
+    done = max([settings.num_updates_done or 0, *(int(path.name) for path in Checkpoints(folder).paths())])
+    seed = settings.notes.get("launch", {}).get("seed", "unknown")
+    print(f"{settings.env}: {count(settings.num_runs or 1, 'agent')}, seed {seed}")
+    print(f"  {done} of {config.num_updates} updates, {done * config.steps_per_update:,} steps per agent")
+    for kind, values in (("config", asdict(config)), ("hyperparams", settings.hyperparams)):
+        print(f"  {kind:<12} {', '.join(f'{name}={value}' for name, value in values.items())}")
     print(f"  {'precision':<12} {config.matmul_precision}")
 
 
@@ -169,17 +173,6 @@ def _show_session(session: dict):
     versions = ", ".join(f"{name} {version}" for name, version in session["versions"].items())
     device = session["device"]
     print(f"  {session['started']}  {' '.join(session['command'])}")
-    print(f"    {'code':<10} {session.get('code') or 'no checkout'}")
+    print(f"    {'code':<10} {session.get('code') or 'not a checkout'}")
     print(f"    {'packages':<10} {versions}")
     print(f"    {'device':<10} {device['count']} x {device['kind']}, {session['cpu_cores']} CPU cores")
-
-
-def _check_file(path: Path):
-    """Refuses a file that cannot be written, before anything is computed for it."""
-    there = path.exists()
-    try:
-        path.open("ab").close()
-    except OSError as error:
-        raise ValueError(f"out={path} cannot be written: {error.strerror} (name another file)") from None
-    if not there:
-        path.unlink()

@@ -1,64 +1,64 @@
 """`purejaxppo bench` and `purejaxppo envs`."""
 
-import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
 
-from purejaxppo.cli.options import Settings, check_whole, make, parse, prepare_cpu
+from purejaxppo.checks import check_whole
+from purejaxppo.cli.options import MAX_INT, TrainingOptions, check_counts, check_file, make, parse, prepare_cpu
 
 
 @dataclass(frozen=True)
-class Bench(Settings):
+class BenchOptions(TrainingOptions):
     """Measure training on this machine. Flags that are not given come from the preset of the environment."""
 
     num_seeds: tuple[int, ...] = (1, 8, 32)
-    """Numbers of agents to be measured, each in one program."""
+    """Numbers of agents to measure, each in one program."""
     rounds: int = 5
-    """Repetitions; medians are printed, with the least and the most."""
+    """Repetitions; prints medians, least and most."""
     seconds: float = 2.0
-    """Length of a repetition, about."""
+    """Approximate length of a repetition."""
     one_thread: bool = False
-    """Keep XLA to one thread of a CPU: faster for one agent with small minibatches, slower for all else."""
+    """Limit XLA to one CPU thread: faster for one agent with small minibatches, slower for everything else."""
     out: Path | None = None
-    """File for the figures as JSON; none is written if none is given."""
+    """JSON file for the figures; none by default."""
 
 
 def bench(arguments: list[str]) -> int:
-    """Measures, prints tables, and leaves a file if one is named."""
+    """Measures, prints tables, and writes a file if asked."""
     prepare_cpu(arguments)
-    options = parse(Bench, "bench", arguments)
+    options = parse(BenchOptions, "bench", arguments)
     if not options.num_seeds:
-        raise ValueError("num_seeds must be one number or more")
+        raise ValueError("num_seeds is empty (give one number or more, such as 1 8 32)")
     for number in options.num_seeds:
-        check_whole(num_seeds=(number, 1))
-    check_whole(rounds=(options.rounds, 1))
+        check_whole("num_seeds", number, at_most=MAX_INT)
+    check_counts(options, "rounds")
     if not 0 < options.seconds < float("inf"):
         raise ValueError(f"seconds={options.seconds} must be a positive number")
 
-    from purejaxppo.experiment import bench
-    from purejaxppo.experiment.provenance import describe
+    from purejaxppo.experiment.bench import bench as measure
+    from purejaxppo.experiment.files import save_json
+    from purejaxppo.experiment.provenance import as_json, describe_machine
 
     ppo = make(options)
-    try:
-        if options.out:
-            options.out.open("a").close()  # what may stand there stays until there are new figures
-    except OSError as error:
-        raise ValueError(f"out={options.out} cannot be written: {error.strerror} (name another file)") from None
-    settings = describe(options.env, options.config, options.hyperparams)
-    device, cores = settings["device"], settings["cpu_cores"]
+    if options.out:
+        check_file(options.out)
+    machine = describe_machine()
+    device, cores = machine["device"], machine["cpu_cores"]
     print(
         f"{options.env}, {options.config.num_envs} environments x {options.config.num_steps} steps, on "
-        f"{device['kind']} ({cores} CPU cores), jax {settings['versions']['jax']}; medians of {options.rounds}",
+        f"{device['kind']} ({cores} CPU cores), jax {machine['versions']['jax']}; medians of {options.rounds}",
         flush=True,
     )
-    results = bench.bench(
+    results = measure(
         ppo, options.hyperparams, options.num_seeds, rounds=options.rounds, seconds=options.seconds,
         report=lambda line: print(line, flush=True),
     )  # fmt: skip
     if options.out:
-        options.out.write_text(json.dumps(settings | results, indent=2) + "\n")
+        hyperparams = {name: as_json(options.hyperparams.get(name)) for name in options.hyperparams.names}
+        work = {"env": options.env, "config": asdict(options.config), "hyperparams": hyperparams}
+        save_json(options.out, work | machine | results)
     return 0
 
 
@@ -69,12 +69,12 @@ def envs(arguments: list[str]) -> int:
 
 
 def _print_envs():
-    """List what can be trained: budget in steps, and the settings in which its preset differs from the defaults."""
+    """List the environments: steps of the preset, and where it differs from the defaults."""
     from purejaxppo.envs import env_names
     from purejaxppo.experiment.presets import changed_settings, preset
 
     width = max(map(len, env_names()))
-    print(f"{'environment':{width}}  {'steps':>10}  preset, where it differs from the defaults")
+    print(f"{'environment':{width}}  {'steps':>10}  preset, if different from the defaults")
     for name in env_names():
         config, hyperparams = preset(name)
         changed = ", ".join(f"{key}={value}" for key, value in changed_settings(config, hyperparams).items())

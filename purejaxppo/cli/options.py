@@ -1,28 +1,35 @@
-"""What the commands that train have in common: flags made from `Config` and `Hyperparams`, on top of a preset."""
+"""What the commands that train share: flags made from `Config` and `Hyperparams`, on top of a preset."""
 
 import datetime
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import tyro
 
+from purejaxppo.checks import check_whole
 from purejaxppo.config import Config, Hyperparams
+from purejaxppo.ppo import PPO
+
+Options = TypeVar("Options", bound="TrainingOptions")
+MAX_INT = 2**31 - 1
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What every command that trains takes. Flags that are not given come from the preset of the environment."""
+class TrainingOptions:
+    """Flags of every command that trains; those that are not given come from the preset of the environment."""
 
     env: tyro.conf.Positional[str]
     """A name that `purejaxppo envs` lists."""
     compile_cache: Path | None = None
-    """Folder that keeps compiled programs for the next time."""
+    """Folder that caches compiled programs for later runs."""
     config: tyro.conf.OmitArgPrefixes[Config] = field(default_factory=Config)
     hyperparams: tyro.conf.OmitArgPrefixes[Hyperparams] = field(default_factory=Hyperparams)
 
 
 def prepare_cpu(arguments: list[str]):
-    """Does what flags ask of a CPU, before all else: even to look an environment up has JAX begin to compute."""
+    """Applies CPU flags first, because even looking up an environment starts JAX."""
     from purejaxppo.experiment.program import cores_as_devices, use_one_thread
 
     flags = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
@@ -35,8 +42,8 @@ def prepare_cpu(arguments: list[str]):
             raise ValueError(str(error)) from None
 
 
-def parse(kind, command: str, arguments: list[str]):
-    """The flags of a command on top of the preset of the environment, which comes first."""
+def parse(kind: type[Options], command: str, arguments: list[str]) -> Options:
+    """The options of a command, on top of the preset of its environment, which is the first argument."""
     from purejaxppo.envs import env_names, make_env
     from purejaxppo.experiment.presets import preset
 
@@ -48,27 +55,38 @@ def parse(kind, command: str, arguments: list[str]):
             )
         env = "CartPole-v1"
     elif env not in env_names():
-        make_env(env)
+        make_env(env)  # raises
     return tyro.cli(kind, args=arguments, default=kind(env, **preset(env)._asdict()), prog=f"purejaxppo {command}")
 
 
-def check_whole(**least):
-    """Refuses a number below its least, or too large for a key; each is given as (number, least)."""
-    for name, (number, low) in least.items():
-        if not low <= number < 2**31:
-            raise ValueError(f"{name}={number} must be from {low} to 2**31 - 1")
+def check_counts(options: Any, *names: str, at_least: int = 1):
+    """Refuses options that are not whole numbers from `at_least` to 2**31 - 1; None passes."""
+    for name in names:
+        if getattr(options, name) is not None:
+            check_whole(name, getattr(options, name), at_least=at_least, at_most=MAX_INT)
 
 
-def complete(options, name: str):
-    """Options with the number of updates that `total_steps` asks for, and a folder."""
+def check_file(path: Path):
+    """Refuses a file that cannot be written, before anything is computed for it; an existing file stays as it is."""
+    existed = path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise ValueError(f"out={path} cannot be written: {error.strerror} (name another file)") from None
+    if not existed:
+        path.unlink()
+
+
+def complete(options: Any, name: str) -> Any:
+    """Options with the number of updates that `total_steps` implies, and with a folder."""
     if options.total_steps is not None:
         options = replace(options, config=options.config.with_total_steps(options.total_steps))
     time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     return options if options.out else replace(options, out=Path("runs") / f"{name}-{time}")
 
 
-def make(options):
-    """The PPO of the options, refused now if anything in them does not fit."""
+def make(options: TrainingOptions) -> PPO:
+    """The PPO of the options. Raises ValueError if they do not fit together."""
     import jax
 
     from purejaxppo.experiment.program import cache_compilation
@@ -79,3 +97,11 @@ def make(options):
     ppo = make_ppo(options.env, options.config)
     jax.eval_shape(lambda key: ppo.init(key, options.hyperparams), jax.random.key(0))
     return ppo
+
+
+def draw_without_screen():
+    """Has matplotlib draw into files, whatever screen there is."""
+    os.environ["MPLBACKEND"] = "Agg"
+    import matplotlib
+
+    matplotlib.use("Agg")

@@ -6,14 +6,14 @@ from typing import Literal
 
 import tyro
 
-from purejaxppo.cli.options import Settings, check_whole, complete, parse
+from purejaxppo.cli.options import TrainingOptions, check_counts, complete, draw_without_screen, parse
 from purejaxppo.config import Config, spec_of
 
 
 @dataclass(frozen=True)
-class Sweep(Settings):
-    """Train many settings with several seeds each, rank them, and draw them. Flags that are not given come from the
-    preset of the environment."""
+class SweepOptions(TrainingOptions):
+    """Train many settings with several seeds each, rank and plot them. Flags that are not given come from the preset
+    of the environment."""
 
     grid: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """FIELD=VALUE,VALUE,...; given several times, every combination. A field is any flag of `train` that sets the
@@ -21,53 +21,54 @@ class Sweep(Settings):
     sample: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """FIELD=log_uniform:LOW:HIGH, uniform:LOW:HIGH, integers:LOW:HIGH or choice:VALUE:VALUE..."""
     num_samples: int = 0
-    """Settings to draw from what `sample` says."""
+    """Settings to draw from the distributions in `sample`."""
     sobol: bool = False
-    """Whether the drawn settings are points of a Sobol sequence, which fill the space evenly."""
+    """Draw settings from a Sobol sequence, which fills the space evenly."""
     num_seeds: int = 8
-    """Agents under every setting."""
+    """Agents per setting."""
     seed: int = 0
-    """Where the random keys of all agents come from."""
+    """Random seed."""
     total_steps: int | None = None
     """Environment steps of each agent; sets num_updates to as many whole updates as fit."""
     slice_size: int | None = None
-    """Agents that go through the program together; chosen for this machine if not given."""
+    """Agents that train together in one program; chosen for this machine by default."""
     dry_run: bool = False
-    """Whether to stop after the plan."""
+    """Print the plan and stop."""
     out: Path | None = None
-    """Folder for the results, of a new sweep or of this one to go on with; runs/sweep-ENV-TIME if none is given."""
+    """Folder for the results, also of this sweep if it is to continue; runs/sweep-ENV-TIME by default."""
 
 
 @dataclass(frozen=True)
-class Plot:
-    """Draw the pictures of a sweep, or of a training run, anew from its folder."""
+class PlotOptions:
+    """Redraw the plots of a sweep or of a run from its folder."""
 
     folder: tyro.conf.Positional[Path]
-    """What `sweep` or `train` left."""
+    """The folder that `sweep` or `train` wrote."""
     line: str | None = None
     """Field with a line for each of its values."""
     panel: str | None = None
     """Field with a panel for each of its values."""
     statistic: Literal["iqm", "mean", "median"] = "iqm"
-    """What a line shows of the seeds: interquartile mean, mean or median."""
+    """The statistic over seeds: interquartile mean, mean or median."""
     out: Path | None = None
-    """Folder for the pictures; that of the results if none is given."""
+    """Folder for the plots; that of the results by default."""
 
 
 def sweep(arguments: list[str]) -> int:
-    """Prints the plan, trains, prints a ranking, and leaves data and pictures."""
+    """Prints the plan, trains, prints a ranking, and leaves data and plots."""
     options, table = _parse_sweep(arguments)
 
     from purejaxppo.experiment.program import cache_compilation
     from purejaxppo.experiment.report.ranking import as_table
-    from purejaxppo.experiment.sweeps.run import plan_missing, run_sweep
+    from purejaxppo.experiment.sweeps.plan import plan_sweep
+    from purejaxppo.experiment.sweeps.run import run_sweep
     from purejaxppo.experiment.sweeps.sweep import Sweep
 
     wanted = Sweep(options.env, table, options.num_seeds, options.config, options.hyperparams, options.seed)
     if options.compile_cache is not None:
         cache_compilation(options.compile_cache)
     print(wanted, flush=True)
-    plan = plan_missing(wanted, options.out, slice_size=options.slice_size)
+    plan = plan_sweep(wanted, options.out, slice_size=options.slice_size)
     print(plan, flush=True)
     if options.dry_run:
         return 0
@@ -78,51 +79,49 @@ def sweep(arguments: list[str]) -> int:
         print(f"  {sentence}")
     if len(failed) > 5:
         print(f"  ... and {len(failed) - 5} more turned nan (failed_update in results.nc)")
-    pictures = _draw_sweep(result.metrics, options.out, options.env)
+    plots = _draw_sweep(result.metrics, options.out, options.env)
     if result.steps:
         rate = result.steps / max(result.run_seconds, 1e-9)
         print(f"  {result.steps:,} steps in {result.run_seconds:.1f} s, {rate:,.0f} per second")
-    print(f"  saved in {options.out}: {', '.join(['results.nc', *pictures])}")
+    print(f"  saved in {options.out}: {', '.join(['results.nc', *plots])}")
     return 0
 
 
 def plot(arguments: list[str]) -> int:
-    """Draws pictures from what lies in a folder."""
-    options = tyro.cli(Plot, args=arguments, prog="purejaxppo plot")
+    """Redraws the plots of a folder."""
+    options = tyro.cli(PlotOptions, args=arguments, prog="purejaxppo plot")
 
     from purejaxppo.cli.train import draw
+    from purejaxppo.experiment.agents.load import load
     from purejaxppo.experiment.files import make_writable
-    from purejaxppo.experiment.runs.saved import load
-    from purejaxppo.experiment.sweeps.result import load_sweep
+    from purejaxppo.experiment.sweeps.result import SweepResult
 
     out = options.out or options.folder
     make_writable(out)
-    if (options.folder / "sweep.json").exists():
-        result = load_sweep(options.folder)
+    loaded = load(options.folder)
+    if isinstance(loaded, SweepResult):
         chosen = {"line": options.line, "panel": options.panel, "statistic": options.statistic}
-        pictures = _draw_sweep(result.metrics, out, result.sweep.env, **chosen)
+        plots = _draw_sweep(loaded.metrics, out, loaded.sweep.env, **chosen)
     else:
-        saved = load(options.folder)
-        pictures = [draw(saved.metrics, out, saved.settings["env"])]
-    print(f"drawn in {out}: {', '.join(pictures)}")
+        plots = [draw(loaded.metrics, out, loaded.settings.env)]
+    print(f"drawn in {out}: {', '.join(plots)}")
     return 0
 
 
 def _parse_sweep(arguments: list[str]):
-    """The options of `sweep`, and the table that they describe."""
+    """The options of `sweep`, and the table of settings that they describe."""
     from purejaxppo.table import Table, grid, sample
 
-    options = parse(Sweep, "sweep", arguments)
-    check_whole(num_seeds=(options.num_seeds, 1), seed=(options.seed, 0))
+    options = parse(SweepOptions, "sweep", arguments)
+    check_counts(options, "num_seeds")
+    check_counts(options, "seed", at_least=0)
     columns = dict(_parse_column(text) for text in options.grid)
     if len(columns) < len(options.grid):
         raise ValueError(f"grid={' '.join(options.grid)} names a field twice (write all its values in one)")
     table = grid(**columns)
     distributions = dict(_parse_distribution(text) for text in options.sample)
     if bool(distributions) != bool(options.num_samples):
-        raise ValueError(
-            f"num_samples={options.num_samples} must be the number of settings to draw where --sample is given"
-        )
+        raise ValueError(f"num_samples={options.num_samples} and sample go together: give both, or neither")
     if distributions:
         import jax
 
@@ -182,10 +181,8 @@ def _parse_number(text: str) -> int | float:
 
 
 def _draw_sweep(metrics, out: Path, title: str, **chosen) -> list[str]:
-    """Every picture that the sweep gives something to."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    """Draws every plot that the swept fields allow; returns the names of the files."""
+    draw_without_screen()
     from purejaxppo.experiment.report.sweep_plots import plot_sweep
 
     try:
@@ -193,7 +190,7 @@ def _draw_sweep(metrics, out: Path, title: str, **chosen) -> list[str]:
     except ValueError as error:
         if any(chosen.get(name) for name in ("line", "panel")):
             raise
-        print(f"  no pictures: {error}")
+        print(f"  no plots: {error}")
         return []
     for name, figure in figures.items():
         figure.savefig(out / f"{name}.png", dpi=150)

@@ -2,66 +2,78 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import tyro
 
-from purejaxppo.cli.options import Settings, check_whole, complete, make, parse, prepare_cpu
-from purejaxppo.text import count
+from purejaxppo.cli.options import (
+    TrainingOptions,
+    check_counts,
+    complete,
+    draw_without_screen,
+    make,
+    parse,
+    prepare_cpu,
+)
+from purejaxppo.config import Config
+from purejaxppo.text import count, interval
+
+if TYPE_CHECKING:
+    import xarray
+
+    from purejaxppo.evaluate import Evaluation
+    from purejaxppo.experiment.runs.fit import Fit
+    from purejaxppo.experiment.runs.launch import Launch
 
 
 @dataclass(frozen=True)
-class Train(Settings):
+class TrainOptions(TrainingOptions):
     """Train PPO on an environment. Flags that are not given come from its preset."""
 
     num_seeds: int = 1
-    """Agents, trained side by side in one program."""
+    """Agents that train side by side in one program."""
     num_devices: int = 1
-    """Devices, of a CPU its cores, among which the environments of every agent are shared out; it pays from about 512
-    transitions per minibatch."""
+    """Devices, or CPU cores, that share the environments of every agent; worthwhile above about 512 transitions per
+    minibatch."""
     one_thread: bool = False
-    """Keep XLA to one thread of a CPU: faster for one agent with fewer transitions per minibatch than that, slower for
-    all else."""
+    """Limit XLA to one CPU thread: faster for one agent with fewer transitions per minibatch than that, slower for
+    everything else."""
     seed: int = 0
-    """Where the random keys of all agents come from."""
+    """Random seed."""
     total_steps: int | None = None
     """Environment steps of each agent; sets num_updates to as many whole updates as fit."""
     out: Path | None = None
-    """Folder for the results; runs/ENV-TIME if none is given."""
+    """Folder for the results; runs/ENV-TIME by default."""
     save_every: float = 60.0
     """Seconds between two checkpoints; one is written at the end too."""
     keep: int = 2
-    """Checkpoints that are kept, the newest."""
+    """Number of newest checkpoints to keep."""
     evaluate_every: int | None = None
-    """Updates after which every agent plays whole episodes in environments of its own; never if not given."""
+    """Updates between two evaluations, in which every agent plays whole episodes in fresh environments; never by
+    default."""
     log: tuple[Literal["console", "csv", "json", "tensorboard", "wandb"], ...] = ()
-    """Where metrics go while it trains, besides the progress bar: lines, log.csv, log.jsonl, TensorBoard, W&B."""
+    """Where to log metrics during training besides the progress bar: console, log.csv, log.jsonl, TensorBoard, W&B."""
 
 
 @dataclass(frozen=True)
-class Resume:
-    """Go on with a training run that was interrupted or killed, or extend one."""
+class ResumeOptions:
+    """Continue a training run that was interrupted or killed, or extend one."""
 
     folder: tyro.conf.Positional[Path]
-    """What `train` left."""
+    """The folder that `train` wrote."""
     total_steps: int | None = None
-    """Environment steps of each agent over the whole run, more than it was begun with; schedules then end there."""
+    """Environment steps of each agent over the whole run, to extend it; its schedules then end there."""
     one_thread: bool = False
-    """Keep XLA to one thread of a CPU (see `train`)."""
+    """Limit XLA to one CPU thread (see `train`)."""
 
 
 def train(arguments: list[str]) -> int:
     """Trains, prints a table, and leaves a folder."""
     prepare_cpu(arguments)
-    options = parse(Train, "train", arguments)
-    check_whole(
-        num_seeds=(options.num_seeds, 1),
-        seed=(options.seed, 0),
-        num_devices=(options.num_devices, 1),
-        keep=(options.keep, 1),
-        evaluate_every=(1 if options.evaluate_every is None else options.evaluate_every, 1),
-    )
+    options = parse(TrainOptions, "train", arguments)
+    check_counts(options, "num_seeds", "num_devices", "keep", "evaluate_every")
+    check_counts(options, "seed", at_least=0)
     if not options.save_every >= 0:
         raise ValueError(f"save_every={options.save_every} must be a number of seconds, at least 0")
     options = complete(options, options.env)
@@ -70,81 +82,87 @@ def train(arguments: list[str]) -> int:
 
     from purejaxppo.batched import batched
     from purejaxppo.experiment.files import prepare
-    from purejaxppo.experiment.provenance import describe
-    from purejaxppo.experiment.runs.sinks import make_sink
+    from purejaxppo.experiment.runs.launch import Launch, launch_run
+    from purejaxppo.experiment.runs.sinks import check_package
     from purejaxppo.sharded import sharded
 
     ppo = make(options)
     if options.num_devices > jax.device_count():
         raise ValueError(
-            f"num_devices={options.num_devices} must be at most {jax.device_count()}, the devices (of a CPU the cores) "
-            "that there are"
+            f"num_devices={options.num_devices} must be at most {jax.device_count()}, the number of devices (on a CPU "
+            "of cores)"
         )
     ppo = batched(sharded(ppo, options.num_devices) if options.num_devices > 1 else ppo)
     prepare(options.out)
     for name in options.log:
-        make_sink(name, options.out)
-    names = "seed", "num_devices", "save_every", "keep", "evaluate_every"
-    how = {name: getattr(options, name) for name in names} | {"log": list(options.log)}
-    settings = describe(options.env, options.config, options.hyperparams, num_runs=options.num_seeds, **how)
-    return _train(ppo, settings, options.out)
+        check_package(name)
+    names = "num_seeds", "seed", "num_devices", "save_every", "keep", "evaluate_every", "log"
+    launch = Launch(**{name: getattr(options, name) for name in names})
+    _print_header(options.env, options.config, launch)
+    return _report(launch_run(ppo, options.hyperparams, launch, options.out), launch, options.out)
 
 
 def resume(arguments: list[str]) -> int:
-    """Goes on with a run, prints a table, and leaves its folder complete."""
+    """Resumes a run, prints a table, and completes its folder."""
     prepare_cpu(arguments)
-    options = tyro.cli(Resume, args=arguments, prog="purejaxppo resume")
+    options = tyro.cli(ResumeOptions, args=arguments, prog="purejaxppo resume")
 
-    from purejaxppo.config import Config
     from purejaxppo.experiment.program import cores_as_devices
-    from purejaxppo.experiment.runs.described import begun_settings
-    from purejaxppo.experiment.runs.saved import remake
+    from purejaxppo.experiment.runs.launch import read_launch
+    from purejaxppo.experiment.runs.launch import resume as resume_run
+    from purejaxppo.experiment.runs.settings import read_settings
 
-    settings = begun_settings(options.folder)
-    if settings["num_devices"] > 1:
+    settings = read_settings(options.folder)
+    launch, config, num_updates = read_launch(settings, options.folder), settings.config, None
+    if launch.num_devices > 1:
         cores_as_devices()
     if options.total_steps is not None:
-        config = Config(**settings["config"])
-        longer = config.with_total_steps(options.total_steps)
-        if longer.num_updates < config.num_updates:
-            raise ValueError(f"total_steps={options.total_steps} must be at least the {config.total_steps} of the run")
-        settings["config"]["num_updates"] = longer.num_updates
-    return _train(remake(settings, settings["num_devices"]), settings, options.folder)
+        config = config.with_total_steps(options.total_steps)
+        num_updates = config.num_updates
+        if num_updates < settings.config.num_updates:
+            raise ValueError(
+                f"total_steps={options.total_steps} must be at least the {settings.config.total_steps} of the run"
+            )
+    _print_header(settings.env, config, launch)
+    return _report(resume_run(options.folder, num_updates=num_updates), launch, options.folder)
 
 
-def _train(ppo, settings: dict, out: Path) -> int:
-    """Trains as settings say, from wherever the run in a folder is."""
+def _print_header(env: str, config: Config, launch: "Launch"):
     import jax
 
-    from purejaxppo.batched import seed_keys
-    from purejaxppo.experiment.runs.described import train_as_described
-
-    config, devices = ppo.config, settings["num_devices"]
+    devices = launch.num_devices
     print(
-        f"{settings['env']}: {count(settings['num_runs'], 'agent')} x {config.total_steps:,} steps "
+        f"{env}: {count(launch.num_seeds, 'agent')} x {config.total_steps:,} steps "
         f"({config.num_updates} updates of {config.num_envs} environments x {config.num_steps} steps) "
         f"on {f'{devices} x ' if devices > 1 else ''}{jax.devices()[0].device_kind}",
         flush=True,
     )
-    result = train_as_described(ppo, settings, out)
+
+
+def _report(result: "Fit", launch: "Launch", folder: Path) -> int:
+    """Draws the learning curve, evaluates the agents, prints a table; returns the exit status."""
+    import jax
+
+    from purejaxppo.batched import seed_keys
+
+    ppo = result.ppo
     metrics = result.metrics.rename(run="seed")
-    draw(metrics, out, settings["env"])
+    draw(metrics, folder, ppo.env.name)
     if result.interrupted:
-        done = metrics.sizes["update"]
-        print(f"interrupted after {done} of {config.num_updates} updates: purejaxppo resume {out} goes on")
+        done = metrics.sizes["updates"]
+        print(f"interrupted after {done} of {ppo.config.num_updates} updates: purejaxppo resume {folder} continues")
         return 130
-    policy, env_params = jax.device_get((result.state.policy, result.state.env_params))  # to be played on one device
-    keys = seed_keys(jax.random.key(settings["seed"]), np.arange(settings["num_runs"]))
-    evaluation = jax.jit(ppo.evaluate)(keys, policy, env_params)
-    print(_table(result, metrics, evaluation, out))
+    policy, env_params = jax.device_get((result.state.policy, result.state.env_params))  # to evaluate on one device
+    keys = seed_keys(jax.random.key(launch.seed), np.arange(launch.num_seeds))
+    print(_table(result, metrics, jax.jit(ppo.evaluate)(keys, policy, env_params), folder))
     return 0
 
 
-def _table(result, metrics, evaluation, out: Path) -> str:
+def _table(result: "Fit", metrics: "xarray.Dataset", evaluation: "Evaluation", folder: Path) -> str:
     from purejaxppo.experiment.report.metrics import last_episodes, mean_interval
 
     num_agents, played = evaluation.episode_return.shape
-    steps = metrics.sizes["update"] * result.ppo.config.steps_per_update
+    steps = metrics.sizes["updates"] * result.ppo.config.steps_per_update
     rows = [
         ("return, last 100 episodes", interval(*mean_interval(last_episodes(metrics)))),
         (f"return, {played} fresh episodes", interval(*mean_interval(evaluation.episode_return.mean(1)))),
@@ -156,25 +174,13 @@ def _table(result, metrics, evaluation, out: Path) -> str:
             ("compile", f"{result.compile_seconds:.1f} s"),
             ("run", f"{result.run_seconds:.1f} s"),
         ]
-    return "\n".join(f"  {name:<28}{value}" for name, value in [*rows, ("saved in", str(out))])
+    return "\n".join(f"  {name:<28}{value}" for name, value in [*rows, ("saved in", str(folder))])
 
 
-def interval(mean: float, low: float, high: float, over: str = "agents") -> str:
-    """A mean with its interval over agents, or what else, as text."""
-    if mean != mean:
-        return "no episode ended"
-    return f"{mean:.2f}" + (
-        f"  [{low:.2f}, {high:.2f}] 95 % over {over}" if low == low else "  (one agent: no interval)"
-    )
-
-
-def draw(metrics, out: Path, title: str) -> str:
-    """Draws the learning curve of a run in its folder."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+def draw(metrics: "xarray.Dataset", folder: Path, title: str) -> str:
+    """Draws the learning curve of a run into a folder; returns the name of the file."""
+    draw_without_screen()
     from purejaxppo.experiment.report.curve import plot_learning_curve
 
-    ax = plot_learning_curve(metrics, title=title)
-    ax.figure.savefig(out / "learning_curve.png", dpi=150)
+    plot_learning_curve(metrics, title=title).savefig(folder / "learning_curve.png", dpi=150)
     return "learning_curve.png"

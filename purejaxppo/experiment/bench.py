@@ -14,7 +14,7 @@ from purejaxppo.advantages import estimate
 from purejaxppo.batched import batched, runs
 from purejaxppo.config import Hyperparams
 from purejaxppo.envs.base import Box, action_space
-from purejaxppo.experiment.program import compile, first_state
+from purejaxppo.experiment.program import compile_training, first_state
 from purejaxppo.ppo import PPO, bind
 from purejaxppo.rollout import begin_where, draw_ahead, step_envs
 from purejaxppo.update import minibatches, update
@@ -50,7 +50,7 @@ def time_training(ppo: PPO, hyperparams: Hyperparams, num_seeds: int, *, rounds:
     many = batched(ppo)
     keys, columns = runs(jax.random.key(0), num_seeds=num_seeds, hyperparams=hyperparams)
     state = first_state(many, keys, columns)
-    program = compile(many, state)
+    program = compile_training(many, state)
     program(state, 1)
     start = time.perf_counter()
     program(state, 1)

@@ -1,8 +1,12 @@
-"""Files of results: folders made ready to take them, and states as plain arrays by name, and back."""
+"""Files and folders of results: what a folder holds, files that are whole at any moment, states as plain arrays."""
 
+import json
+import os
 import zipfile
 import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,56 +14,112 @@ import numpy as np
 
 # What reading a damaged file of arrays may raise.
 DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+SETTINGS, SWEEP = "settings.json", "sweep.json"
 
 
-def to_arrays(state) -> dict[str, np.ndarray]:
-    """The leaves of a pytree as plain arrays by their paths; random keys as their data."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {name_leaf(path): np.asarray(jax.random.key_data(x) if _is_key(x) else x) for path, x in leaves}
-
-
-def from_arrays(arrays: dict[str, np.ndarray], like, what: str = "a state"):
-    """The pytree that `to_arrays` took apart, with the structure of `like`.
-
-    Raises ValueError, which begins with `what`, where a leaf is missing or has another shape or type.
-    """
-
-    def read(path, x):
-        name = name_leaf(path)
-        data = jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x
-        found = arrays.get(name)
-        if found is None or found.shape != data.shape or found.dtype != data.dtype:
-            found = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
-            raise ValueError(f"{what} does not fit: {name} should be {data.dtype} {list(data.shape)}, found {found}")
-        return jax.random.wrap_key_data(found) if _is_key(x) else jnp.asarray(found)
-
-    return jax.tree_util.tree_map_with_path(read, like)
-
-
-def name_leaf(path) -> str:
-    """The name of a leaf of a pytree in a file, from its path."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _is_key(x) -> bool:
-    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+def kind_of(folder: str | Path) -> Literal["run", "sweep"] | None:
+    """What a folder holds: a run, a sweep, or neither."""
+    if (Path(folder) / SETTINGS).exists():
+        return "run"
+    return "sweep" if (Path(folder) / SWEEP).exists() else None
 
 
 def prepare(folder: Path):
-    """Makes a folder ready to take results. Raises ValueError where it holds a run already or cannot be written."""
+    """Makes a folder for a new run. Raises ValueError if it holds a run already or cannot be written."""
     if folder == Path():
-        raise ValueError(f"out={folder} is where you are: name a folder for this run")
-    if (folder / "settings.json").exists():
-        raise ValueError(f"out={folder} already holds a run (name another folder)")
+        raise ValueError(f"folder={folder} is the current directory (name a folder for the results)")
+    if kind_of(folder) == "run":
+        raise ValueError(f"folder={folder} already holds a run (name another folder)")
     make_writable(folder)
 
 
 def make_writable(folder: Path):
-    """Makes a folder if there is none. Raises ValueError where it cannot be written."""
+    """Makes a folder if it does not exist. Raises ValueError if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"out={folder} cannot be written: {error.strerror} (name another folder)") from None
+        raise ValueError(f"folder={folder} cannot be written: {error.strerror} (name another folder)") from None
+
+
+def replace_file(path: Path, write: Callable[[Path], Any]):
+    """Writes a file beside `path`, then moves it there, so that readers find the old file or the new one, never half.
+
+    `write` is given the path of the file beside it, whose name ends in .half.
+    """
+    half = path.with_name(f"{path.name}.{os.getpid()}.half")
+    write(half)
+    flush_to_disk(half)
+    os.replace(half, path)
+
+
+def flush_to_disk(path: Path):
+    """Waits until a file or a folder is on its disk; does nothing where the system does not open folders."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_json(path: Path, data: Any):
+    """Writes plain data as JSON, whole at any moment."""
+    replace_file(path, lambda half: half.write_text(json.dumps(data, indent=2) + "\n"))
+
+
+def save_arrays(path: Path, arrays: Mapping[str, Any]):
+    """Writes arrays by name as an .npz file, whole at any moment."""
+
+    def write(half: Path):
+        with open(half, "wb") as file:
+            np.savez(file, **arrays)
+
+    replace_file(path, write)
+
+
+def save_dataset(path: Path, dataset: Any):
+    """Writes an xarray Dataset as a netCDF file, whole at any moment."""
+    replace_file(path, lambda half: dataset.to_netcdf(half, engine="scipy"))
+
+
+def differing_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names whose values differ between two descriptions, those of `now` first."""
+    return [name for name in {**now, **before} if before.get(name) != now.get(name)]
+
+
+def to_arrays(state: Any) -> dict[str, np.ndarray]:
+    """The leaves of a pytree as plain arrays by their paths; random keys as their data."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {name_leaf(path): np.asarray(jax.random.key_data(x) if _is_key(x) else x) for path, x in leaves}
+
+
+def from_arrays(arrays: Mapping[str, np.ndarray], like: Any, what: str = "a state") -> Any:
+    """The pytree that `to_arrays` took apart, with the structure of `like`.
+
+    Raises ValueError, which begins with `what`, if a leaf is missing or has another shape or dtype.
+    """
+
+    def read(path, x):
+        name = name_leaf(path)
+        data = jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x
+        found = arrays.get(name, None if data.size else np.zeros(data.shape, data.dtype))  # Orbax keeps no empty arrays
+        if found is None or found.shape != data.shape or found.dtype != data.dtype:
+            found = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
+            raise ValueError(f"{what} does not fit: {name} should be {data.dtype} {list(data.shape)}, found {found}")
+        return jax.random.wrap_key_data(jnp.asarray(found)) if _is_key(x) else jnp.asarray(found)
+
+    return jax.tree_util.tree_map_with_path(read, like)
+
+
+def name_leaf(path: tuple) -> str:
+    """The name of a leaf of a pytree in a file, from its path."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

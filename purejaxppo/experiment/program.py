@@ -1,10 +1,8 @@
-"""Compiled training: a run, or a batch of runs in slices that suit the machine, through any number of updates."""
+"""Compiled training: a run, or a batch of runs in slices that suit the machine, for any number of updates."""
 
 import contextlib
 import functools
 import os
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -12,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,37 +20,37 @@ from purejaxppo.checks import check_whole
 from purejaxppo.config import Config
 from purejaxppo.ppo import PPO, TrainState
 
-# Transitions of a rollout of all runs of a slice that a CPU core still works on in its cache.
+# Transitions of a rollout, over all runs of a slice, that fit the cache of a CPU core.
 TRANSITIONS_PER_SLICE = 4096
-# Compiler options for what runs once or seldom: a quarter less time to compile, and no slower for it (measured up to
-# widths of 512). Training keeps the options of `jax.jit`: with others its bits are not those of `ppo.train`.
+# Compiler options for programs that run once or seldom: they compile in a quarter less time and run as fast (measured
+# up to widths of 512). Training keeps the options of `jax.jit`: others change the bits of `ppo.train`.
 SELDOM = {"xla_backend_optimization_level": 1}
-# What there is in Linux, in containers, and in the Linux of Windows.
+# On Linux, in containers, and on Linux under Windows.
 NVIDIA_DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")
 
 
 @dataclass(frozen=True)
 class Program:
-    """Training compiled ahead of time, to be called with a state of the shape that it was compiled for."""
+    """Training compiled ahead of time; call it with a state of the shape that it was compiled for."""
 
     executable: Callable  # (state of one slice, length) -> state, metrics [(R,) num_updates, ...]
-    take: Callable  # (state, first run) -> state of the slice that begins there
+    take: Callable  # (state, first run) -> the state of the slice that starts there
     put: Callable  # (state, state of a slice, first run) -> state
     num_updates: int
-    """Most updates of one call."""
+    """Maximum updates per call."""
     slice_size: int
-    """Runs that go through the program together."""
+    """Runs that train together in the program."""
     num_slices: int
     num_threads: int
-    """Slices at work side by side."""
+    """Slices that train side by side."""
     threads: ThreadPoolExecutor
-    """Kept from call to call: memory is not handed on from threads that have ended to new ones."""
+    """Kept between calls: memory of finished threads is not reused by new ones."""
     compile_seconds: float
 
     def __call__(self, state: TrainState, length: int | None = None, *, donate: bool = False):
         """The state after `length` updates (all `num_updates` by default) and metrics as numpy, [(R,) length, ...].
 
-        With `donate` the memory of `state` is used up; without, it stays as it is.
+        With `donate` the memory of `state` is reused; without, it stays usable.
         """
         length = self.num_updates if length is None else length
         check_whole("length", length, at_most=self.num_updates, of="the num_updates of this program")
@@ -63,7 +62,7 @@ class Program:
         return state, {name: np.asarray(values)[*done, :length] for name, values in metrics.items()}
 
     def _run_slices(self, state, length):
-        # The last slice reaches back into the one before where the runs do not divide; both come to the same.
+        # If the runs do not divide evenly, the last slice overlaps the one before; both compute the same.
         num_runs, size = len(state.num_updates), self.slice_size
         firsts = [np.int32(min(first, num_runs - size)) for first in range(0, num_runs, size)]
 
@@ -79,12 +78,15 @@ class Program:
         return state, stacked
 
 
-def compile(ppo: PPO, state: TrainState, num_updates: int | None = None, *, slice_size: int | None = None) -> Program:
-    """Compiles `num_updates` updates (those of the config by default) from a state such as `state`, ahead of time.
+def compile_training(ppo: PPO, state: Any, num_updates: int | None = None, *, slice_size: int | None = None) -> Program:
+    """Compiles training ahead of time; the numbers are those of `ppo.train`, to rounding for any slice size.
 
-    A batch of R runs goes through in slices of `slice_size` runs. By default a device but the CPU takes all at once;
-    CPU cores take small slices side by side, since a large batch leaves their caches and waits for threads. The
-    numbers are those of `ppo.train` whatever the slices are, to rounding.
+    Args:
+        ppo: what to train.
+        state: a state, or its shapes.
+        num_updates: maximum updates per call, by default those of the config.
+        slice_size: runs of a batch that train together. By default all on an accelerator; on a CPU few enough to stay
+            in a core's cache, with the slices side by side on the cores.
     """
     if state.num_updates.ndim > 1:
         raise ValueError("a state of a batch of batches cannot be trained; give runs one leading axis")
@@ -95,14 +97,14 @@ def compile(ppo: PPO, state: TrainState, num_updates: int | None = None, *, slic
         check_whole("slice_size", slice_size, at_most=num_runs, of="the runs of the state")
     if ppo.mesh is not None:
         _check_shards(ppo, state, slice_size)
-    together = not isinstance(state, TrainState) or ppo.custom is not None  # runs that may look at each other
+    together = not isinstance(state, TrainState) or ppo.custom is not None  # runs that may read each other
     if together and slice_size not in (None, num_runs):
         raise ValueError(f"slice_size={slice_size} is not possible: the {num_runs} runs of this PPO train together")
     on_one_cpu = [device.platform for device in _devices(state)] == ["cpu"]
     in_slices = on_one_cpu and ppo.mesh is None and not together
     num_threads = num_cores() if in_slices else 1
-    slice_size = slice_size or (best_slice_size(num_runs, num_threads, ppo.config) if in_slices else num_runs)
-    num_slices = -(-num_runs // slice_size)
+    size = slice_size or (best_slice_size(num_runs, num_threads, ppo.config) if in_slices else num_runs)
+    num_slices = -(-num_runs // size)
     num_threads = min(num_threads, num_slices)
     step = jax.jit(ppo.step)  # traced once, for its shapes and for the loop
 
@@ -122,7 +124,7 @@ def compile(ppo: PPO, state: TrainState, num_updates: int | None = None, *, slic
 
     warn_of_idle_gpu()
     start = time.perf_counter()
-    take = jax.jit(partial(_take, size=slice_size), compiler_options=SELDOM)
+    take = jax.jit(partial(_take, size=size), compiler_options=SELDOM)
     put = jax.jit(_put, donate_argnums=0, compiler_options=SELDOM)
     part = state
     if num_slices > 1:
@@ -134,7 +136,7 @@ def compile(ppo: PPO, state: TrainState, num_updates: int | None = None, *, slic
         take=take,
         put=put,
         num_updates=num_updates,
-        slice_size=slice_size,
+        slice_size=size,
         num_slices=num_slices,
         num_threads=num_threads,
         threads=ThreadPoolExecutor(num_threads),
@@ -142,61 +144,61 @@ def compile(ppo: PPO, state: TrainState, num_updates: int | None = None, *, slic
     )
 
 
-def first_state(ppo: PPO, *args, **kwargs) -> TrainState:
-    """What `ppo.init` makes of its arguments; compiled for a single use, in a quarter less time than `jax.jit`."""
+def first_state(ppo: PPO, *args: Any, **kwargs: Any) -> Any:
+    """The state that `ppo.init` returns for these arguments; compiles in a quarter less time than `jax.jit`."""
     return jax.jit(ppo.init, compiler_options=SELDOM)(*args, **kwargs)
 
 
 @functools.cache
 def warn_of_idle_gpu():
-    """Warns, once, where this machine has an NVIDIA device, JAX computes on the CPU, and nobody asked it to."""
-    asked = jax.config.jax_platforms
+    """Warns once if JAX computes on the CPU of a machine with an NVIDIA device and was not asked to."""
+    asked = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
     if not asked and jax.default_backend() == "cpu" and any(map(os.path.exists, NVIDIA_DEVICES)):
         warnings.warn('JAX computes on the CPU, but there is an NVIDIA device (pip install "purejaxppo[cuda]" uses it)')
 
 
 def use_one_thread():
-    """Keeps XLA to one thread of a CPU, for one agent with minibatches of less than 512 transitions.
+    """Limits XLA to one CPU thread, which is faster for one agent with minibatches of less than 512 transitions.
 
-    What XLA hands from thread to thread is then worth less than the handing costs. Slower for all else: large
-    minibatches (see `sharded`), many agents (see `compile`). It sets the environment variable NPROC=1, which
-    child processes inherit; where the variable is set already, it stays. Raises RuntimeError where JAX has begun to
-    compute.
+    Handing such small work to other threads costs more than it saves. Everything else gets slower: large minibatches
+    (see `sharded`), many agents (see `compile_training`). It sets the environment variable NPROC=1, which child
+    processes inherit; if the variable is set already, it stays. Raises RuntimeError if JAX has started to compute.
     """
     if "NPROC" in os.environ:
         return
-    num_devices = jax.config.jax_num_cpu_devices
+    num_devices = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        for changed in (num_devices + 1, num_devices):  # and back: JAX refuses a change once it has begun
+        for changed in (num_devices + 1, num_devices):  # and back: JAX refuses changes once it has started
             jax.config.update("jax_num_cpu_devices", changed)
     except RuntimeError:
-        raise RuntimeError("use_one_thread comes too late: JAX has begun to compute (call it first of all)") from None
+        raise RuntimeError("use_one_thread comes too late: JAX has started to compute (call it first)") from None
     os.environ["NPROC"] = "1"
 
 
 def cores_as_devices():
-    """Makes every core of a CPU a device, for `sharded`, unless JAX has begun or was told how many."""
+    """Makes every CPU core a device, for `sharded`, unless JAX has started or the number is set already."""
     told = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if jax.config.jax_num_cpu_devices < 0 and not told:
+    told = told or jax.config.jax_num_cpu_devices >= 0  # pyright: ignore[reportAttributeAccessIssue]
+    if not told:
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", num_cores())
 
 
-def cache_compilation(folder):
-    """Keeps compiled programs in a folder, so that another process with the same settings need not compile them.
+def cache_compilation(folder: str | Path):
+    """Caches compiled programs in a folder, so that a later process with the same programs need not compile them.
 
-    Raises ValueError where there can be no such folder.
+    Raises ValueError if the folder cannot be made.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"compile_cache={folder} cannot be a folder: {error.strerror}") from None
+        raise ValueError(f"folder={folder} cannot be a folder: {error.strerror} (name another one)") from None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def best_slice_size(num_runs: int, num_cores: int, config: Config) -> int:
-    """The runs of a slice on a CPU: few enough for a core's cache, and a slice for every core if there are enough."""
+    """Runs per slice on a CPU: few enough for a core's cache, and if possible a slice for every core."""
     most = max(1, TRANSITIONS_PER_SLICE // config.steps_per_update)
     rounds = -(-num_runs // (most * num_cores))
     return -(-num_runs // (rounds * num_cores))
@@ -207,10 +209,10 @@ def _check_shards(ppo: PPO, state, slice_size):
     if devices != set(ppo.mesh.devices.flat):
         raise ValueError(
             f"the state must lie on the {ppo.mesh.size} devices that share the run, not on {len(devices)} "
-            "(begin with the init of the sharded PPO)"
+            "(start with the init of the sharded PPO)"
         )
     if slice_size not in (None, state.num_updates.size):
-        raise ValueError(f"slice_size={slice_size} cannot be had: runs on {ppo.mesh.size} devices go through together")
+        raise ValueError(f"slice_size={slice_size} is not possible: all runs on {ppo.mesh.size} devices train together")
 
 
 def _take(state, first, size: int):
@@ -222,12 +224,12 @@ def _put(state, part, first):
 
 
 def _placed_as(state, shapes):
-    """Shapes with the device that holds a state."""
+    """Shapes with the device of a state."""
     device = state.num_updates.sharding if isinstance(state.num_updates, jax.Array) else None
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
 
 
-def _devices(state) -> set[jax.Device]:
+def _devices(state: Any) -> set:
     """The devices that hold a state."""
     return state.num_updates.devices() if isinstance(state.num_updates, jax.Array) else {jax.devices()[0]}
 
@@ -235,28 +237,3 @@ def _devices(state) -> set[jax.Device]:
 def num_cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextlib.contextmanager
-def noted_interrupt():
-    """An event that Ctrl-C or SIGTERM sets, instead of ending all in the middle of a chunk; the second is as ever."""
-    interrupt = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupt
-        return
-    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(*_):
-        interrupt.set()
-        restore()
-
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield interrupt
-    finally:
-        restore()

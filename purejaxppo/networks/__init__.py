@@ -1,1 +1,7 @@
-"""Networks: what a network is, our actor-critic, its layers, distributions over actions."""
+"""Networks: what a network is, our actor-critic, its layers, and distributions over actions."""
+
+from purejaxppo.networks import layers
+from purejaxppo.networks.distributions import Categorical, MultiCategorical, Normal, TanhNormal
+from purejaxppo.networks.network import Network, from_linen, from_nnx
+
+__all__ = ["Categorical", "MultiCategorical", "Network", "Normal", "TanhNormal", "from_linen", "from_nnx", "layers"]

@@ -1,5 +1,7 @@
 """Trained agents out of a folder: those of a run, or of the best setting of a sweep."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -7,9 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from purejaxppo.batched import batched
-from purejaxppo.experiment.runs.saved import load, read_settings, remake
-from purejaxppo.experiment.sweeps.result import load_sweep
-from purejaxppo.ppo import PPO
+from purejaxppo.experiment.files import kind_of
+from purejaxppo.experiment.runs.saved import SavedRun, load_run, remake
+from purejaxppo.experiment.runs.settings import read_settings
+from purejaxppo.experiment.sweeps.result import SweepResult, load_sweep
+from purejaxppo.ppo import PPO, make_ppo
 from purejaxppo.rollout import Policy
 from purejaxppo.text import show_setting
 
@@ -34,24 +38,45 @@ class Agents(NamedTuple):
         return jax.tree.map(lambda x: x[agent], self.policies)
 
 
-def load_agents(folder, ppo: PPO | None = None) -> Agents:
-    """The agents that a folder holds, of a sweep those of its best setting.
+def load(folder: str | Path, ppo: PPO | None = None, *, make: Callable = make_ppo) -> SavedRun | SweepResult:
+    """Reads back what a folder holds: a run (see `SavedRun`) or a sweep (see `SweepResult`); nothing is unpickled.
 
-    `ppo` is that of one agent, where it is not `make_ppo` of a name and a config. Raises ValueError where the folder
-    holds neither a run nor a sweep, or agents that are not trained yet.
+        >>> saved = pjp.load(folder)
+        >>> action, _ = saved.ppo.act(saved.policy, obs)
+
+    Args:
+        folder: what `fit`, `run_sweep` or the command line wrote.
+        ppo: the PPO that a run was trained with, unless that was `make_ppo(name, config)`.
+        make: `make(env, config)` makes the PPOs of a sweep.
+
+    Raises:
+        ValueError: if the folder holds neither, an unfinished run, or damaged files.
     """
-    folder = Path(folder)
-    if (folder / "sweep.json").exists():
-        result = load_sweep(folder) if ppo is None else load_sweep(folder, make=lambda *_: ppo)
-        best = result.best()
-        states = [result.state(seed, **best) for seed in range(result.sweep.num_seeds)]
-        policies, env_params = jax.tree.map(lambda *xs: jnp.stack(xs), *((s.policy, s.env_params) for s in states))
-        setting = show_setting(best)
-        title = f"{result.sweep.env_of(best)}, {setting}" if setting else result.sweep.env
-        return Agents(result.ppo(**best), policies, env_params, title)
-    num_runs = read_settings(folder)["num_runs"]
-    saved = load(folder, batched(ppo) if ppo is not None and num_runs else ppo)
+    if kind_of(folder) == "sweep":
+        return load_sweep(folder, make)
+    return load_run(folder, ppo)
+
+
+def load_agents(folder: str | Path, ppo: PPO | None = None) -> Agents:
+    """The agents of a run, or of the best setting of a sweep.
+
+    `ppo` is the PPO of one agent; it must be given unless it was `make_ppo(name, config)`. Raises ValueError if the
+    folder holds neither a run nor a sweep, or if the agents are not trained yet.
+    """
+    if kind_of(folder) == "sweep":
+        return _best_agents(load_sweep(folder) if ppo is None else load_sweep(folder, make=lambda *_: ppo))
+    settings = read_settings(folder)
+    saved = load_run(folder, batched(ppo) if ppo is not None and settings.num_runs else ppo)
     agents = saved.policy, saved.env_params
-    policies, env_params = agents if num_runs else jax.tree.map(lambda x: x[None], agents)
-    one = remake(saved.settings | {"num_runs": None}) if ppo is None else ppo
-    return Agents(one, policies, env_params, saved.settings["env"])
+    policies, env_params = agents if settings.num_runs else jax.tree.map(lambda x: x[None], agents)
+    one = remake(replace(settings, num_runs=None)) if ppo is None else ppo
+    return Agents(one, policies, env_params, settings.env)
+
+
+def _best_agents(result: SweepResult) -> Agents:
+    best = result.best()
+    states = [result.state(seed, **best) for seed in range(result.sweep.num_seeds)]
+    policies, env_params = jax.tree.map(lambda *xs: jnp.stack(xs), *((s.policy, s.env_params) for s in states))
+    setting = show_setting(best)
+    title = f"{result.sweep.env_of(best)}, {setting}" if setting else result.sweep.env
+    return Agents(result.ppo(**best), policies, env_params, title)

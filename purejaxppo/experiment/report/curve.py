@@ -14,12 +14,12 @@ COLORS = "#0072b2 #e69f00 #009e73 #d55e00 #cc79a7 #56b4e9 #7a5230 #333333 #a6cee
 def plot_learning_curve(metrics: xarray.Dataset, title: str = "", ax=None):
     """Draws return against environment steps: the mean over runs with its 95 % interval, and each run thin behind it.
 
-    `metrics` has dimensions (`run` or `seed`,) `update`. Returns the matplotlib axes.
+    `metrics` has dimensions (`run` or `seed`,) `updates`. Returns the matplotlib axes.
     """
     if ax is None:
         _, ax = plt.subplots(figsize=(6, 3.8), layout="constrained")
     curve = learning_curve(metrics)
-    returns = curve.values.reshape(-1, curve.sizes["update"])
+    returns = curve.values.reshape(-1, curve.sizes["updates"])
     counts = (~np.isnan(returns)).sum(0)
     shown = counts > 0
     steps, returns, counts = curve["step"].values[shown], returns[:, shown], counts[shown]

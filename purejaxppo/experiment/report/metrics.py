@@ -1,6 +1,7 @@
 """Metrics as labelled arrays, and what is read off them."""
 
 import numpy as np
+import pandas
 import xarray
 from scipy import stats
 
@@ -8,15 +9,15 @@ from purejaxppo.config import Config
 
 
 def label(metrics: dict, config: Config, updates_before: int = 0) -> xarray.Dataset:
-    """Metrics [U] or [R, U] with names to their axes: (`run`,) `update` counted from 1, and `step` along it.
+    """Metrics [U] or [R, U] with names to their axes: (`run`,) `updates` counted from 1, and `step` along it.
 
     A vector of K numbers per update has a dimension of its own behind them, `NAME_index`. `step` counts the environment
     steps of one run, as a float64 that is exact up to 2**53.
     """
     shape = np.shape(metrics["learning_rate"])
-    dims = ("run", "update")[-len(shape) :]
+    dims = ("run", "updates")[-len(shape) :]
     update = np.arange(1, shape[-1] + 1) + updates_before
-    coords = {"update": update.astype(np.int32), "step": ("update", update * float(config.steps_per_update))}
+    coords = {"updates": update.astype(np.int32), "step": ("updates", update * float(config.steps_per_update))}
     if len(shape) == 2:
         coords["run"] = np.arange(shape[0], dtype=np.int32)
     return xarray.Dataset({name: label_metric(name, dims, x) for name, x in metrics.items()}, coords)
@@ -43,19 +44,19 @@ def last_episodes(metrics: xarray.Dataset, num_episodes: int = 100) -> xarray.Da
     Episodes are known by their update: of the oldest update that is needed only a share counts.
     """
     count = metrics["num_episodes"].astype(np.float64)
-    newer = count.isel(update=slice(None, None, -1)).cumsum("update").isel(update=slice(None, None, -1)) - count
+    newer = count.isel(updates=slice(None, None, -1)).cumsum("updates").isel(updates=slice(None, None, -1)) - count
     weight = np.clip(num_episodes - newer, 0, count)
-    total = weight.sum("update")
-    return (metrics["episode_return"].fillna(0) * weight).sum("update") / total.where(total > 0)
+    total = weight.sum("updates")
+    return (metrics["episode_return"].fillna(0) * weight).sum("updates") / total.where(total > 0)
 
 
 def learning_curve(metrics: xarray.Dataset, num_points: int = 100) -> xarray.DataArray:
     """Mean return per episode in about `num_points` equal spans of updates, each run apart; nan where none ended."""
-    span = max(metrics.sizes["update"] // num_points, 1)
+    span = max(metrics.sizes["updates"] // num_points, 1)
     sums = xarray.Dataset(
         {"n": metrics["num_episodes"], "r": metrics["episode_return"].fillna(0) * metrics["num_episodes"]}
     )
-    sums = sums.coarsen(update=span, boundary="trim", coord_func={"update": "max", "step": "max"}).sum()
+    sums = sums.coarsen(updates=span, boundary="trim", coord_func={"updates": "max", "step": "max"}).sum()
     return (sums["r"] / sums["n"].where(sums["n"] > 0)).rename("episode_return")
 
 
@@ -69,3 +70,9 @@ def mean_interval(values, confidence: float = 0.95) -> tuple[float, float, float
         return float(values[0]), np.nan, np.nan
     half = stats.sem(values) * stats.t.ppf((1 + confidence) / 2, values.size - 1)
     return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
+
+
+def to_dataframe(metrics: xarray.Dataset) -> pandas.DataFrame:
+    """Metrics as a table, one row per run and update; each number of a vector has a column, `NAME_0`, `NAME_1`, ..."""
+    table = xarray.Dataset(split_vectors(metrics)).to_dataframe().reset_index()
+    return table.dropna(subset="step").reset_index(drop=True)  # settings of a sweep may differ in their length

@@ -29,7 +29,7 @@ def swept_fields(data) -> dict[str, str]:
     for dim in map(str, data.dims):
         names = [str(name) for name, x in data.coords.items() if x.dims == (dim,)]
         together = [name for name in names if name != dim or not dim.startswith("setting")]
-        if dim not in ("seed", "update"):
+        if dim not in ("seed", "updates"):
             fields |= dict.fromkeys(together or [dim], dim)
     return fields
 
@@ -42,7 +42,7 @@ def lost(metrics: xarray.Dataset) -> xarray.DataArray:
     """
     returns = metrics["episode_return"]
     if "failed_update" in metrics:
-        gone = (metrics["failed_update"] > 0) & (metrics["update"] >= metrics["failed_update"])
+        gone = (metrics["failed_update"] > 0) & (metrics["updates"] >= metrics["failed_update"])
     else:
         names = [name for name, x in metrics.items() if x.dtype.kind == "f" and not name.startswith("episode_")]
         gone = metrics[names].isnull().to_array().all("variable") if names else xarray.zeros_like(returns, bool)
@@ -51,7 +51,7 @@ def lost(metrics: xarray.Dataset) -> xarray.DataArray:
 
 def final_scores(metrics: xarray.Dataset, num_episodes: int = 100) -> xarray.DataArray:
     """Mean return of the last training episodes of each run; nan for runs that turned nan or ended no episode."""
-    return last_episodes(metrics, num_episodes).where(~lost(metrics).any("update"))
+    return last_episodes(metrics, num_episodes).where(~lost(metrics).any("updates"))
 
 
 def area_under_curve(metrics: xarray.Dataset) -> xarray.DataArray:
@@ -62,9 +62,9 @@ def area_under_curve(metrics: xarray.Dataset) -> xarray.DataArray:
     height of that one, not at 0, and likewise after the last.
     """
     heights = xarray.apply_ufunc(
-        _mean_height, metrics["episode_return"], metrics["step"], input_core_dims=[["update"]] * 2, vectorize=True
+        _mean_height, metrics["episode_return"], metrics["step"], input_core_dims=[["updates"]] * 2, vectorize=True
     )
-    return heights.where(~lost(metrics).any("update")).rename("area_under_curve")
+    return heights.where(~lost(metrics).any("updates")).rename("area_under_curve")
 
 
 def _mean_height(returns, steps):

@@ -204,9 +204,9 @@ def _curve(metrics, lowest: float, statistic, confidence):
     alive = ~lost(metrics)
     returns, counts = metrics["episode_return"].where(alive, lowest), metrics["num_episodes"].where(alive, 1)
     metrics = metrics.assign(episode_return=returns, num_episodes=counts)
-    curve = learning_curve(metrics.isel(update=metrics["step"].notnull().values), num_points=50)
+    curve = learning_curve(metrics.isel(updates=metrics["step"].notnull().values), num_points=50)
     found = aggregate(curve, statistic, confidence=confidence, num_resamples=1000)
-    return found.isel(update=(2 * found["num_runs"] >= metrics.sizes["seed"]).values)
+    return found.isel(updates=(2 * found["num_runs"] >= metrics.sizes["seed"]).values)
 
 
 def _scale(column, is_score: bool = False):

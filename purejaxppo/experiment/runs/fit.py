@@ -1,37 +1,43 @@
-"""The host loop over compiled chunks of a run: constant memory, progress, checkpoints, evaluation, logging."""
+"""The host loop of one run: compiled chunks, metrics after each of them, checkpoints, sinks."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+import pandas
 import xarray
 from tqdm.auto import tqdm
 
 from purejaxppo.checks import check_whole
 from purejaxppo.envs.check import metric_names
-from purejaxppo.experiment.program import Program, compile, noted_interrupt
-from purejaxppo.experiment.runs.journal import Journal
+from purejaxppo.experiment.loop import INTERRUPTED, chunks, noted_interrupt, step_bar
+from purejaxppo.experiment.program import Program, compile_training
+from purejaxppo.experiment.report.metrics import to_dataframe
+from purejaxppo.experiment.runs.journal import Journal, open_journal
 from purejaxppo.experiment.runs.sinks import guarded
-from purejaxppo.ppo import PPO, TrainState
+from purejaxppo.ppo import PPO
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What a host loop has done: the state it came to and what it saw on the way."""
+    """The result of `fit`: the state that training reached, and its metrics."""
 
     ppo: PPO
-    state: TrainState
+    state: Any
+    """A TrainState, of a batch [R, ...]."""
     metrics: xarray.Dataset
-    """Dimensions (`run`,) `update`, with environment steps of one run as the coordinate `step`; of a folder's run all
-    of its updates, also those before this call."""
+    """Dimensions (`run`,) `updates`, with the environment steps of one run as the coordinate `step`; if the run has a
+    folder, of all its updates, earlier calls included."""
     num_updates: int = 0
-    """Made by this call."""
+    """Updates made by this call."""
     compile_seconds: float = 0.0
     run_seconds: float = 0.0
     interrupted: bool = False
-    """Whether a signal ended it before its time."""
+    """Whether a signal ended the call early."""
 
     @property
     def steps_per_second(self) -> float:
@@ -39,37 +45,54 @@ class Fit:
         num_runs = self.metrics.sizes.get("run", 1)
         return num_runs * self.num_updates * self.ppo.config.steps_per_update / max(self.run_seconds, 1e-9)
 
+    def to_dataframe(self) -> pandas.DataFrame:
+        """The metrics as a table, one row per run and update."""
+        return to_dataframe(self.metrics)
+
 
 def fit(
     ppo: PPO,
-    state: TrainState,
+    state: Any,
     *,
     num_updates: int | None = None,
     updates_per_chunk: int | None = None,
     slice_size: int | None = None,
     progress: bool = True,
-    folder=None,
+    folder: str | Path | None = None,
     save_every: float = 60.0,
     keep: int = 2,
     evaluate_every: int | None = None,
-    sinks: Sequence[Callable] = (),
-    settings: dict | None = None,
+    sinks: Sequence[Callable[[xarray.Dataset], Any]] = (),
+    notes: Mapping[str, Any] | None = None,
 ) -> Fit:
-    """Trains from `state`, of one run or of a batch, to the end of the run or for `num_updates` updates.
+    """Trains a run or a batch of runs from `state`, to the end of the run or for `num_updates` updates.
 
-    The numbers are those of `ppo.train`, in chunks of `updates_per_chunk` (a hundredth of the whole by default), and
-    `state` stays usable. A batch of runs goes through in slices of `slice_size` (see `compile`). An interrupt (Ctrl-C,
-    SIGTERM) ends the loop after the chunk in flight; what was done is returned.
+    The numbers are those of `ppo.train`, in compiled chunks, and `state` stays usable. An interrupt (Ctrl-C, SIGTERM)
+    ends the loop after the current chunk, and the result holds everything up to there. Raises ValueError if the folder
+    holds another run, or if all its checkpoints are damaged.
 
-    With a `folder` the whole run is kept there: the newest `keep` checkpoints, one every `save_every` seconds and at
-    the end, then all that `load` reads. The same call goes on from the newest checkpoint that is whole, to the same
-    numbers as if nothing had happened, to the bit on the same device and versions; on others it warns. A network, loss
-    or optimizer of one's own must be the same again. With more `num_updates` in its config a run is extended.
-    `settings` are noted beside what describes the run.
+        >>> ppo = pjp.make_ppo("CartPole-v1", pjp.Config(num_updates=2))
+        >>> result = pjp.fit(ppo, ppo.init(jax.random.key(0)), progress=False)
+        >>> result.metrics["episode_return"].sizes
+        Frozen({'updates': 2})
 
-    After every `evaluate_every` updates each policy plays in environments of its own: `evaluation_return` is the mean
-    over 128 whole episodes. Every chunk of metrics goes to `sinks` (see `sinks`). Raises ValueError where the folder
-    holds another run, or checkpoints of which none is whole.
+    Args:
+        ppo: what to train.
+        state: from `ppo.init`, or from an earlier call.
+        num_updates: updates to make; by default up to `config.num_updates`.
+        updates_per_chunk: updates between two reads of the metrics; by default a hundredth of the whole.
+        slice_size: runs of a batch that train together in one program, see `compile_training`.
+        progress: whether to show a progress bar.
+        folder: keeps the whole run: checkpoints, and at the end all that `load` reads. The same call resumes from the
+            newest intact checkpoint; the result is that of an uninterrupted run, bit for bit on the same device and
+            package versions, otherwise it warns. A custom network, loss or optimizer must be the same again. More
+            updates in the config extend the run.
+        save_every: seconds between two checkpoints; one is written at the end too.
+        keep: newest checkpoints to keep.
+        evaluate_every: updates between two evaluations, in which each policy plays 128 whole episodes in fresh
+            environments; their mean return is the metric `evaluation_return`.
+        sinks: functions that are given the metrics of every chunk, see `pjp.sinks`.
+        notes: JSON data to keep in the folder's settings.json.
     """
     numbers = {"num_updates": num_updates, "updates_per_chunk": updates_per_chunk, "evaluate_every": evaluate_every}
     for name, number in numbers.items():
@@ -79,42 +102,46 @@ def fit(
     last = ppo.config.num_updates if num_updates is None else first + num_updates
     if first >= last:
         raise ValueError(f"this run is complete: its state has done all num_updates={last} of its config")
-    journal = Journal(ppo, state, folder, keep, save_every, settings)
+    journal = open_journal(ppo, state, folder, keep=keep, save_every=save_every, notes=notes)
     if journal.num_updates >= last:
         journal.complete()
         return Fit(ppo, journal.state, journal.metrics)
     chunk = min(updates_per_chunk or -(-(last - first) // 100), evaluate_every or last, last - first)
-    with tqdm(
+    with step_bar(
         total=(last - first) * journal.steps_per_update,
         initial=(journal.num_updates - first) * journal.steps_per_update,
-        unit=" steps", unit_scale=True, desc="compiling", disable=None if progress else True, mininterval=0.2,
-    ) as bar:  # fmt: skip
-        program = compile(ppo, journal.state, chunk, slice_size=slice_size or journal.settings.get("slice_size"))
-        journal.begin(slice_size=program.slice_size)  # another would give other roundings
+        description="compiling",
+        progress=progress,
+    ) as bar:
+        size = slice_size or journal.settings.slice_size  # another size would round differently
+        program = compile_training(ppo, journal.state, chunk, slice_size=size)
+        journal.start(program.slice_size)
         bar.set_description(f"compiled in {program.compile_seconds:.1f} s, training")
         bar.unpause()
         return _train(program, journal, last, evaluate_every, [guarded(sink) for sink in sinks], bar)
 
 
-def _train(program: Program, journal: Journal, last: int, evaluate_every: int | None, sinks: list, bar) -> Fit:
+def _train(
+    program: Program, journal: Journal, last: int, evaluate_every: int | None, sinks: list[Callable], bar: tqdm
+) -> Fit:
     """The loop: to `last` updates or an interrupt."""
-    ppo, begun = journal.ppo, journal.num_updates
+    ppo, first = journal.ppo, journal.num_updates
     evaluate, shown = jax.jit(ppo.evaluate), ["episode_return", *metric_names(ppo.env)[:3]]
     latest = dict.fromkeys(shown, np.nan)
     start = time.perf_counter()
     with noted_interrupt() as interrupt:
-        for state, metrics in chunks(program, journal.state, begun, last, evaluate_every):
+        for state, metrics in chunks(program, journal.state, first, last, stop_every=evaluate_every):
             if evaluate_every:
                 due = (journal.num_updates + metrics["learning_rate"].shape[-1]) % evaluate_every == 0
                 metrics["evaluation_return"] = _evaluation(evaluate, state, metrics["learning_rate"].shape, due)
-            part = journal.add(state, metrics)
+            labelled = journal.add(state, metrics)
             for sink in sinks:
-                sink(part)
+                sink(labelled)
             latest = {n: _latest(metrics[n], before) if n in metrics else before for n, before in latest.items()}
             bar.set_postfix_str(_progress(latest), refresh=False)
-            bar.update(part.sizes["update"] * journal.steps_per_update)
+            bar.update(labelled.sizes["updates"] * journal.steps_per_update)
             if interrupt.is_set():
-                bar.write("interrupted: the result holds what was done until here")
+                bar.write(INTERRUPTED)
                 break
             journal.save_if_due()
         seconds = time.perf_counter() - start
@@ -123,34 +150,22 @@ def _train(program: Program, journal: Journal, last: int, evaluate_every: int | 
         ppo=ppo,
         state=journal.state,
         metrics=journal.metrics,
-        num_updates=journal.num_updates - begun,
+        num_updates=journal.num_updates - first,
         compile_seconds=program.compile_seconds,
         run_seconds=seconds,
         interrupted=journal.num_updates < last,
     )
-    timing = {"compile_seconds": program.compile_seconds, "run_seconds": seconds}
-    journal.finish(**timing, steps_per_second=result.steps_per_second)
+    journal.finish(
+        compile_seconds=program.compile_seconds, run_seconds=seconds, steps_per_second=result.steps_per_second
+    )
     return result
 
 
-def chunks(program: Program, state: TrainState, done: int, last: int, stop_every: int | None = None) -> Iterator:
-    """States and metrics (as numpy, [..., updates of the chunk]) after every chunk, from `done` updates to `last`.
-
-    A chunk is as long as the program has it, or ends where `stop_every` divides the number of updates.
-    """
-    donate = False  # the first state is the caller's
-    while done < last:
-        length = min(program.num_updates, last - done, stop_every - done % stop_every if stop_every else last)
-        state, metrics = program(state, length, donate=donate)
-        yield state, metrics
-        done, donate = done + length, True
-
-
-def _evaluation(evaluate, state: TrainState, shape, due: bool):
-    """The mean return of every policy in fresh environments, at the last of the chunk's updates if it is due."""
+def _evaluation(evaluate: Callable, state: Any, shape: tuple[int, ...], due: bool) -> np.ndarray:
+    """The mean return of every policy in fresh environments, at the last update of the chunk if it is due."""
     returns = np.full(shape, np.nan, np.float32)
     if due:
-        runs = getattr(state, "runs", state)  # those of a population lie in it
+        runs = getattr(state, "runs", state)  # those of a population
         key, *rest = jax.device_get((jax.random.key_data(runs.key), runs.policy, runs.env_params))
         returns[..., -1] = evaluate(jax.random.wrap_key_data(key), *rest).episode_return.mean(-1)
     return returns
@@ -158,12 +173,12 @@ def _evaluation(evaluate, state: TrainState, shape, due: bool):
 
 def _progress(latest: dict) -> str:
     """The newest numbers as text, means over runs."""
-    there = {name: np.nanmean(x) for name, x in latest.items() if not np.isnan(x).all()}
-    return "  ".join(f"{name.removeprefix('episode_')} {mean:.4g}" for name, mean in there.items())
+    means = {name: np.nanmean(x) for name, x in latest.items() if not np.isnan(x).all()}
+    return "  ".join(f"{name.removeprefix('episode_')} {mean:.4g}" for name, mean in means.items())
 
 
 def _latest(values, before):
-    """The last value of each run [..., updates] that is a number, or the one from before."""
+    """The last value of each run [..., updates] that is a number, or else the one before."""
     for column in np.moveaxis(values, -1, 0):
         before = np.where(np.isnan(column), before, column)
     return before

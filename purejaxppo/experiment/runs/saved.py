@@ -1,131 +1,109 @@
-"""The folder that a run leaves; an ordinary library opens every file in it.
+"""The folder of a run; an ordinary library opens every file in it.
 
-settings.json        environment, config, hyperparams, seeds, and of every session versions, code, device, command, time
-checkpoints/         whole states to go on from, see `checkpoints`
-metrics.nc           xarray.load_dataset opens it: dimensions seed, update; coordinate step
-policy.npz           numpy.load opens it: one array per parameter, the seed in front
+settings.json        what the run is and what made it, see `RunSettings`
+checkpoints/         whole states, see `checkpoints`
+metrics.nc           xarray.load_dataset opens it: dimensions seed, updates; coordinate step
+policy.npz           numpy.load opens it: one array per parameter, with the seed as first axis
 learning_curve.png
 """
 
-import json
-import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import xarray
 
 from purejaxppo.batched import batched
 from purejaxppo.config import Config, Hyperparams
-from purejaxppo.experiment.files import DAMAGE, from_arrays, name_leaf, to_arrays
-from purejaxppo.ppo import PPO, make_ppo
+from purejaxppo.experiment.files import DAMAGE, from_arrays, save_arrays, save_dataset, to_arrays
+from purejaxppo.experiment.runs.checkpoints import Checkpoints
+from purejaxppo.experiment.runs.settings import RunSettings, read_settings, write_settings
+from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.rollout import Policy
 from purejaxppo.sharded import sharded
 
 
-class Saved(NamedTuple):
-    """A run read back from its folder; `ppo` is batched over the seeds as it was when it was trained."""
+@dataclass(frozen=True)
+class SavedRun:
+    """A run read back from its folder."""
 
+    folder: Path
+    settings: RunSettings
     ppo: PPO
+    """As it was trained: batched if the run was."""
     hyperparams: Hyperparams
     env_params: Any
     policy: Policy
+    """With the seed as leading axis if the run was a batch."""
     metrics: xarray.Dataset
-    settings: dict
+
+    def state(self) -> TrainState:
+        """The whole state of the newest intact checkpoint, ready to train further.
+
+        Raises ValueError if every checkpoint is damaged or none is left.
+        """
+        checkpoint = Checkpoints(self.folder).newest()
+        if checkpoint is None:
+            raise ValueError(f"{self.folder} has no checkpoint (its policy and metrics are there)")
+        return from_arrays(checkpoint.arrays, _state_like(self.ppo, self.settings), str(checkpoint.path))
 
 
-def save(folder: Path, settings: dict, metrics: xarray.Dataset, policy: Policy):
-    """Writes what `load` reads of a run; of a batch the dimension `run` is named `seed` there."""
+def save(folder: Path, settings: RunSettings, metrics: xarray.Dataset, policy: Policy):
+    """Writes what `load_run` reads; the dimension `run` of a batch is named `seed` there."""
     metrics = metrics.rename(run="seed") if "run" in metrics.dims else metrics
-    half = folder / "metrics.nc.half"
-    metrics.to_netcdf(half, engine="scipy")
-    os.replace(half, folder / "metrics.nc")
+    save_dataset(folder / "metrics.nc", metrics)
     write_settings(folder, settings)
-    half = folder / "policy.npz.half"
-    with open(half, "wb") as file:
-        np.savez(file, **to_arrays(policy))
-    os.replace(half, folder / "policy.npz")  # last: a folder that has it is complete
+    save_arrays(folder / "policy.npz", to_arrays(policy))  # last: a folder that has it is complete
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether `save` wrote everything."""
+    return (folder / "policy.npz").exists()
 
 
 def remove_results(folder: Path):
-    """Removes what `save` wrote but the settings; checkpoints hold it too."""
+    """Removes what `save` wrote but the settings; the checkpoints hold it too."""
     for name in ("policy.npz", "metrics.nc"):
         (folder / name).unlink(missing_ok=True)
 
 
-def write_settings(folder: Path, settings: dict):
-    """Writes settings.json, whole at any moment."""
-    half = folder / "settings.json.half"
-    half.write_text(json.dumps(settings, indent=2) + "\n")
-    os.replace(half, folder / "settings.json")
+def load_run(folder: str | Path, ppo: PPO | None = None) -> SavedRun:
+    """Reads a run back from its folder; nothing is unpickled.
 
-
-def read_settings(folder) -> dict:
-    """The settings of a run. Raises ValueError where the folder holds none, or damaged ones."""
-    path = Path(folder) / "settings.json"
-    try:
-        settings = json.loads(path.read_text())
-    except FileNotFoundError:
-        if (path.parent / "sweep.json").exists():
-            raise ValueError(f"{folder} holds a sweep: the command that began it goes on with it") from None
-        raise ValueError(f"{folder} holds no run: it has no settings.json") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {error} (checkpoints have a copy of it)") from None
-    missing = {"env", "config", "hyperparams", "env_params", "num_runs", "first_key"} - settings.keys()
-    if missing:
-        raise ValueError(f"{path} is none of a run: it lacks {min(missing)}")
-    return settings
-
-
-def load(folder, ppo: PPO | None = None) -> Saved:
-    """Reads a run back: `ppo`, `hyperparams`, `env_params`, `policy` with the seed in front, `metrics`, `settings`.
-
-    `ppo` is the one that the run was trained with; it must be given where that is not `make_ppo` of a name and a
-    config. Nothing is unpickled. Raises ValueError where the folder holds no run, one of another shape, or damage.
+    `ppo` is the PPO that the run was trained with; it must be given unless that was `make_ppo(name, config)`. Raises
+    ValueError if the folder holds no run, an unfinished one, one of another shape, or damaged files.
     """
     folder = Path(folder)
     settings = read_settings(folder)
-    if not (folder / "policy.npz").exists():
-        raise ValueError(f"the run in {folder} has not come to its end (`purejaxppo resume {folder}` goes on with it)")
+    if not is_complete(folder):
+        raise ValueError(f"the run in {folder} is not finished (`purejaxppo resume {folder}` continues it)")
     ppo = remake(settings) if ppo is None else ppo
-    hyperparams = hyperparams_of(settings)
-    like = jax.eval_shape(ppo.init, keys_like(settings), hyperparams)
+    like = _state_like(ppo, settings)
     try:
         metrics = xarray.load_dataset(folder / "metrics.nc", engine="scipy")
         with np.load(folder / "policy.npz", allow_pickle=False) as file:
             arrays = dict(file)
     except (*DAMAGE, TypeError) as error:
         raise ValueError(f"metrics.nc or policy.npz in {folder} is damaged: {error}") from None
-    policy = from_arrays(arrays, like.policy, f"{folder / 'policy.npz'}")
-    return Saved(ppo, hyperparams, env_params_of(settings, like.env_params), policy, metrics, settings)
+    policy = from_arrays(arrays, like.policy, str(folder / "policy.npz"))
+    env_params = settings.to_env_params(like.env_params)
+    return SavedRun(folder, settings, ppo, settings.to_hyperparams(), env_params, policy, metrics)
 
 
-def remake(settings: dict, num_devices: int = 1) -> PPO:
-    """The PPO of a run, of a name and a config, with the environments of each agent on several devices if need be."""
-    ppo = make_ppo(settings["env"], Config(**settings["config"]))
+def remake(settings: RunSettings, num_devices: int = 1, config: Config | None = None) -> PPO:
+    """The PPO of a run whose environment is a name, its environments distributed over several devices if asked.
+
+    `config` replaces the one in the settings.
+    """
+    ppo = make_ppo(settings.env, config or settings.config)
     ppo = sharded(ppo, num_devices) if num_devices > 1 else ppo
-    return ppo if settings["num_runs"] is None else batched(ppo)
+    return ppo if settings.num_runs is None else batched(ppo)
 
 
-def keys_like(settings: dict):
-    """Shapes of the keys that the `init` of a run takes."""
-    num_runs = settings["num_runs"]
-    split = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_runs or 1))
-    return split if num_runs else jax.eval_shape(lambda: jax.random.key(0))
-
-
-def hyperparams_of(settings: dict) -> Hyperparams:
-    """The hyperparameters of a run, arrays where its agents differ in them."""
-    values = settings["hyperparams"].items()
-    return Hyperparams().set({n: np.float32(x) if isinstance(x, list) else float(x) for n, x in values})
-
-
-def env_params_of(settings: dict, like):
-    """The environment parameters that a run was trained with, in the shapes of `like`."""
-
-    def read(path, x):
-        return jnp.broadcast_to(jnp.asarray(np.asarray(settings["env_params"][name_leaf(path)], x.dtype)), x.shape)
-
-    return jax.tree_util.tree_map_with_path(read, like)
+def _state_like(ppo: PPO, settings: RunSettings):
+    """Shapes of the state of a run."""
+    split = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), settings.num_runs or 1))
+    keys = split if settings.num_runs else jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(ppo.init, keys, settings.to_hyperparams())

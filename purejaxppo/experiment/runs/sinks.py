@@ -1,16 +1,18 @@
-"""Where metrics go while a run trains: functions of a Dataset with the updates of a chunk, called by the host.
+"""Sinks: functions that are given the metrics of every chunk while a run trains, such as loggers.
 
-A sink takes metrics with the dimensions (`run`,) `update`, as `fit` labels them, and may be any function of one's own.
-For those here each number of a vector is a metric of its own, `NAME_0`, `NAME_1` and so on. They begin with the first
-update that they are given: what is there of later ones, from before a resumption, goes.
+The metrics have the dimensions (`run`,) `updates`, as `fit` labels them; any function of such a Dataset is a sink. The
+sinks here log each number of a vector as a metric, `NAME_0`, `NAME_1` and so on. When a run resumes, they first remove
+what they wrote for the updates that are trained again.
 """
 
 import csv
 import importlib.util
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
 import xarray
@@ -18,10 +20,11 @@ import xarray
 from purejaxppo.experiment.report.metrics import split_vectors
 
 Sink = Callable[[xarray.Dataset], None]
+SHOWN = ("episode_return", "episode_length", "loss", "approx_kl", "entropy")
 
 
-def console(every: int = 1, names=("episode_return", "episode_length", "loss", "approx_kl", "entropy")) -> Sink:
-    """Prints a line of some metrics, means over runs, for every `every`-th chunk."""
+def console(every: int = 1, names: Sequence[str] = SHOWN) -> Sink:
+    """Prints one line for every `every`-th chunk: the newest values of some metrics, means over runs."""
     chunks = 0
 
     def sink(metrics):
@@ -30,36 +33,68 @@ def console(every: int = 1, names=("episode_return", "episode_length", "loss", "
         if chunks % every == 0:
             row = _last(metrics)
             values = [f"{name}={row[name]:.4g}" for name in names if name in row]
-            print(f"update {row['update']:,}  step {row['step']:,}  {'  '.join(values)}", flush=True)
+            print(f"update {row['updates']:,}  step {row['step']:,}  {'  '.join(values)}", flush=True)
 
+    sink.__name__ = "console"
     return sink
 
 
-def csv_file(path) -> Sink:
-    """A CSV file, a row per update and run; an empty cell where there is no number."""
+@dataclass
+class TextFile:
+    """A sink that appends lines to a text file; its first call removes the lines of updates that come again."""
+
+    path: Path
+    write: Callable[[TextIO, list[dict]], None]
+    update_of: Callable[[str], str]
+    """The update of a line."""
+    header_lines: int = 0
+    started: bool = False
+
+    @property
+    def __name__(self) -> str:
+        return str(self.path)
+
+    def __call__(self, metrics: xarray.Dataset):
+        rows = list(to_rows(metrics))
+        if not self.started:
+            self._remove_updates_from(rows[0]["updates"])
+            self.started = True
+        with open(self.path, "a", newline="") as file:
+            self.write(file, rows)
+
+    def _remove_updates_from(self, first: int):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        kept = [line for line in whole[self.header_lines :] if int(self.update_of(line)) < first]
+        self.path.write_text("".join(whole[: self.header_lines] + kept) if kept else "")
+
+
+def csv_file(path: str | Path) -> Sink:
+    """A CSV file with one row per update and run; a cell without a finite number is empty."""
 
     def write(file, rows):
-        begun = file.tell() > 0
-        names = Path(path).read_text().partition("\n")[0].split(",") if begun else list(rows[0])
+        has_header = file.tell() > 0
+        names = Path(path).read_text().partition("\n")[0].split(",") if has_header else list(rows[0])
         writer = csv.DictWriter(file, names, lineterminator="\n")  # a row of other columns is refused
-        if not begun:
+        if not has_header:
             writer.writeheader()
         writer.writerows({name: "" if value is None else value for name, value in row.items()} for row in rows)
 
-    return _file(path, write, lambda line: line.split(",", 1)[0], header_lines=1)
+    return TextFile(Path(path), write, lambda line: line.split(",", 1)[0], header_lines=1)
 
 
-def json_lines(path) -> Sink:
-    """A file of JSON lines, one per update and run; null where there is no number."""
+def json_lines(path: str | Path) -> Sink:
+    """A file of JSON lines, one per update and run; null stands for a value that is not finite."""
 
     def write(file, rows):
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
-    return _file(path, write, lambda line: json.loads(line)["update"])
+    return TextFile(Path(path), write, lambda line: json.loads(line)["updates"])
 
 
-def tensorboard(folder) -> Sink:
-    """TensorBoard's event files, over environment steps; every run has a folder of its own. Needs tensorboardX."""
+def tensorboard(folder: str | Path) -> Sink:
+    """TensorBoard event files over environment steps, one folder per run. Needs tensorboardX."""
     from tensorboardX import SummaryWriter
 
     writers = {}
@@ -76,13 +111,15 @@ def tensorboard(folder) -> Sink:
         for writer in writers.values():
             writer.flush()
 
+    sink.__name__ = "tensorboard"
     return sink
 
 
-def wandb(project: str, **options) -> Sink:
-    """Weights & Biases, each run as a run of its own in one group; `mode="offline"` needs no network. Needs wandb.
+def wandb(project: str, **options: Any) -> Sink:
+    """Weights & Biases, with one W&B run per run. Needs wandb; `mode="offline"` needs no network.
 
-    `options` are those of `wandb.init`; with an `id`, to which the number of the run is added, a resumed run goes on.
+    `options` are those of `wandb.init`. With an `id`, to which the number of the run is appended, a resumed run
+    continues its W&B run.
     """
     import wandb
 
@@ -90,17 +127,18 @@ def wandb(project: str, **options) -> Sink:
 
     def sink(metrics):
         for row in to_rows(metrics):
-            run, update = row.pop("run", 0), row["update"]
+            run, update = row.pop("run", 0), row["updates"]
             if run not in runs:
                 named = {"id": f"{options['id']}-{run}", "resume": "allow"} if "id" in options else {}
                 runs[run] = wandb.init(project=project, reinit="create_new", **{**options, **named})
             runs[run].log({name: value for name, value in row.items() if value is not None}, step=update)
 
+    sink.__name__ = "wandb"
     return sink
 
 
 def mean_over_runs(sink: Sink) -> Sink:
-    """A sink that is given the means over all runs, of those numbers that there are."""
+    """A sink that is given means over runs, without the runs that have no number."""
 
     def mean(metrics):
         sink(metrics.mean("run") if "run" in metrics.dims else metrics)
@@ -109,19 +147,19 @@ def mean_over_runs(sink: Sink) -> Sink:
 
 
 def to_rows(metrics: xarray.Dataset) -> Iterator[dict]:
-    """Every update of every run as plain Python numbers, updates first; None for what is no finite number."""
+    """Every update of every run as plain Python numbers, runs varying fastest; None for values that are not finite."""
     runs = metrics["run"].values.tolist() if "run" in metrics.dims else [None]
     numbers = split_vectors(metrics).items()
-    values = {name: x.transpose("update", ...).values.reshape(-1, len(runs)).tolist() for name, x in numbers}
-    updates, steps = metrics["update"].values.tolist(), metrics["step"].values.tolist()
+    values = {name: x.transpose("updates", ...).values.reshape(-1, len(runs)).tolist() for name, x in numbers}
+    updates, steps = metrics["updates"].values.tolist(), metrics["step"].values.tolist()
     for i, (update, step) in enumerate(zip(updates, steps)):
         for j, run in enumerate(runs):
-            row = {"update": update, "step": int(step)} | ({} if run is None else {"run": run})
+            row = {"updates": update, "step": int(step)} | ({} if run is None else {"run": run})
             yield row | {name: x[i][j] if np.isfinite(x[i][j]) else None for name, x in values.items()}
 
 
 def guarded(sink: Sink) -> Sink:
-    """A sink whose failure is a warning, once, and ends its own work only."""
+    """The sink, but if it fails it raises one warning and is not called again; training continues."""
     failed = False
 
     def guard(metrics):
@@ -132,37 +170,15 @@ def guarded(sink: Sink) -> Sink:
             sink(metrics)
         except Exception as error:
             failed = True
-            name = getattr(sink, "__qualname__", repr(sink)).removesuffix(".<locals>.sink").split("<locals>.")[-1]
-            warnings.warn(f"the sink {name} failed and gets no more metrics; the run goes on ({error})")
+            name = getattr(sink, "__name__", repr(sink))
+            warnings.warn(f"the sink {name} failed and gets no more metrics; the run continues ({error})")
 
     return guard
 
 
-def _file(path, write, update_of, header_lines: int = 0) -> Sink:
-    """A sink that appends rows to a text file; the first call drops the lines of later updates."""
-    path, begun = Path(path), False
-
-    def sink(metrics):
-        nonlocal begun
-        rows = list(to_rows(metrics))
-        if not begun:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            first, whole = rows[0]["update"], [line for line in lines if line.endswith("\n")]
-            kept = [line for line in whole[header_lines:] if int(update_of(line)) < first]
-            path.write_text("".join(whole[:header_lines] + kept) if kept else "")
-            begun = True
-        with open(path, "a", newline="") as file:
-            write(file, rows)
-
-    # The name in a warning.
-    sink.__qualname__ = str(path)
-    return sink
-
-
 def _last(metrics) -> dict:
     """The newest number of each metric, the mean over runs."""
-    row = {"update": int(metrics["update"][-1]), "step": int(metrics["step"][-1])}
+    row = {"updates": int(metrics["updates"][-1]), "step": int(metrics["step"][-1])}
     for name, x in split_vectors(metrics).items():
         means = x.mean("run").values if "run" in x.dims else x.values
         there = means[np.isfinite(means)]
@@ -170,11 +186,19 @@ def _last(metrics) -> dict:
     return row
 
 
-def make_sink(name: str, folder: Path) -> Sink:
-    """What `--log` names, in the folder of a run. Raises ValueError where a package is missing."""
+def check_package(name: str):
+    """Raises ValueError if the package is missing that the sink of this name needs (see `make_sink`)."""
     package = {"tensorboard": "tensorboardX", "wandb": "wandb"}.get(name)
     if package and importlib.util.find_spec(package) is None:
         raise ValueError(f"log={name} needs {package} (pip install {package})")
+
+
+def make_sink(name: str, folder: Path) -> Sink:
+    """The sink of a name ("console", "csv", "json", "tensorboard", "wandb"), which writes into the folder of a run.
+
+    Raises ValueError if a package is missing.
+    """
+    check_package(name)
     return {
         "console": console,
         "csv": lambda: csv_file(folder / "log.csv"),

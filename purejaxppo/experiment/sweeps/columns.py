@@ -1,17 +1,20 @@
-"""Hyperparameters and environment parameters of a sweep's runs as arrays, [R] each, as programs take them."""
+"""The hyperparameters and environment parameters of a sweep's runs as arrays [R], one column per field."""
 
-from dataclasses import is_dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
 
+from purejaxppo.config import Hyperparams
 from purejaxppo.experiment.sweeps.sweep import ENV_PREFIX, Sweep
 from purejaxppo.ppo import PPO
 from purejaxppo.text import show
 
 
-def wave_arguments(sweep: Sweep, ppo: PPO, runs: list[tuple[int, int]]):
-    """What `Part.start` takes for runs given as (setting, seed)."""
+def run_arguments(sweep: Sweep, ppo: PPO, runs: Sequence[tuple[int, int]]) -> tuple[np.ndarray, Hyperparams, Any]:
+    """Seeds [R], hyperparameters [R] and environment parameters [R] of runs, which are pairs (setting, seed)."""
     rows = sweep.table.rows()
     settings = [setting for setting, _ in runs]
     each = [sweep.hyperparams_of(rows[setting]) for setting in settings]
@@ -19,8 +22,8 @@ def wave_arguments(sweep: Sweep, ppo: PPO, runs: list[tuple[int, int]]):
     return np.array([seed for _, seed in runs], np.int32), hyperparams, env_columns(sweep, settings, ppo)
 
 
-def env_columns(sweep: Sweep, settings: list[int], ppo: PPO):
-    """Environment parameters [R] of runs under the given settings. Raises ValueError for what the env has not."""
+def env_columns(sweep: Sweep, settings: Sequence[int], ppo: PPO) -> Any:
+    """The environment parameters [R] of the given settings. Raises ValueError for a parameter that the env lacks."""
     rows = sweep.table.rows()
     rows = [rows[setting] for setting in settings]
     params = jax.tree.map(lambda x: np.full((len(rows), *np.shape(x)), x), ppo.env.params)
@@ -30,12 +33,12 @@ def env_columns(sweep: Sweep, settings: list[int], ppo: PPO):
             continue
         field = name.removeprefix(ENV_PREFIX)
         if field not in known:
-            raise ValueError(f"{name} is no parameter of {ppo.env.name} (it has {', '.join(known) or 'none'})")
+            raise ValueError(f"{name} is not a parameter of {ppo.env.name} (it has {', '.join(known) or 'none'})")
         params = _with_field(params, field, _column(name, [row[name] for row in rows], known[field]))
     return params
 
 
-def _fields_of(params) -> dict:
+def _fields_of(params: Any) -> dict[str, Any]:
     """The named parameters of an environment."""
     if isinstance(params, dict):
         return params
@@ -43,19 +46,20 @@ def _fields_of(params) -> dict:
     return {name: getattr(params, name) for name in names}
 
 
-def _with_field(params, name: str, column):
+def _with_field(params: Any, name: str, column: np.ndarray) -> Any:
     if isinstance(params, dict):
         return params | {name: column}
-    return replace(params, **{name: column}) if is_dataclass(params) else params._replace(**{name: column})
+    changed = {name: column}
+    return params._replace(**changed) if hasattr(params, "_replace") else replace(params, **changed)
 
 
-def _column(name: str, values: list, like) -> np.ndarray:
-    """A swept environment parameter as an array of the type that the environment has it in."""
+def _column(name: str, values: Sequence, like: Any) -> np.ndarray:
+    """The values of a swept environment parameter, in the dtype of the environment's own."""
     kind = np.asarray(like).dtype
     whole = np.issubdtype(kind, np.integer)
     for value in values:
         if isinstance(value, (str, tuple)) or (whole and value != round(value)):
             raise ValueError(f"{name}={show(value)} must be a {'whole ' if whole else ''}number")
     if np.ndim(like):
-        raise ValueError(f"{name} has the shape {np.shape(like)}; only single numbers can be swept")
+        raise ValueError(f"{name} has shape {np.shape(like)}; only scalars can be swept")
     return np.asarray(values, kind)

@@ -1,40 +1,47 @@
-"""Successive halving: settings that do badly early give their place in the batch to others."""
+"""Successive halving: settings that score badly early leave their place in the batch to others."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
-from tqdm.auto import tqdm
 
 from purejaxppo.batched import batched, seed_keys
 from purejaxppo.checks import check_whole
-from purejaxppo.experiment.program import Program, best_slice_size, compile, first_state, noted_interrupt, num_cores
+from purejaxppo.experiment.loop import INTERRUPTED, noted_interrupt, step_bar
+from purejaxppo.experiment.program import (
+    Program,
+    best_slice_size,
+    compile_training,
+    first_state,
+    num_cores,
+)
 from purejaxppo.experiment.report.statistics import STATISTICS
-from purejaxppo.experiment.sweeps.columns import wave_arguments
+from purejaxppo.experiment.sweeps.columns import run_arguments
 from purejaxppo.experiment.sweeps.sweep import Sweep
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 
 
 @dataclass(frozen=True)
 class Halving:
-    """What successive halving has come to."""
+    """The result of successive halving."""
 
     sweep: Sweep
     ppo: PPO
     """Batched over runs."""
     rungs: tuple[int, ...]
-    """Updates after which settings are compared."""
+    """Numbers of updates after which settings are compared."""
     scores: np.ndarray
-    """[settings, rungs]; nan where a setting did not come so far, -inf where no episode ended or a run turned nan."""
+    """[settings, rungs]; nan if a setting did not reach the rung, -inf if no episode ended or a run turned nan."""
     states: TrainState
-    """Of all runs, [settings * seeds], each as far as it came; seeds vary fastest."""
+    """Of all runs, [settings * seeds], each after as many updates as it made; seeds vary fastest."""
     num_updates: int
-    """Made by all runs together."""
+    """Updates of all runs together."""
 
     def ranked(self) -> list[dict]:
-        """Settings with the `updates` after which they were compared last and their `score` then, the best first."""
+        """Settings with the `updates` of their last comparison and their `score` there, best first."""
         reached = (~np.isnan(self.scores)).sum(1)
         rows = [
             row | {"updates": self.rungs[number - 1] if number else 0, "score": float(scores[number - 1])}
@@ -43,12 +50,12 @@ class Halving:
         return sorted(rows, key=lambda row: (row["updates"], np.nan_to_num(row["score"])), reverse=True)
 
     def best(self) -> dict:
-        """The setting with the highest score of those that came furthest."""
+        """The setting with the highest score among those on the highest rung."""
         first = self.ranked()[0]
         return {name: first[name] for name in self.sweep.table.names}
 
-    def state(self, seed: int = 0, **setting) -> TrainState:
-        """The state of one run. Raises ValueError where no setting, or more than one, is meant."""
+    def state(self, seed: int = 0, **setting: Any) -> TrainState:
+        """The state of one run. Raises ValueError if no setting fits, or more than one."""
         if not 0 <= seed < self.sweep.num_seeds:
             raise ValueError(f"seed={seed} must be from 0 to {self.sweep.num_seeds - 1}")
         return self.states[self.sweep.table.index(**setting) * self.sweep.num_seeds + seed]
@@ -63,14 +70,21 @@ def successive_halving(
     progress: bool = True,
     make: Callable = make_ppo,
 ) -> Halving:
-    """Trains the settings of a sweep for as long as they are among the best (Li et al., 2020, in rounds of a batch).
+    """Trains the settings of a sweep as long as they are among the best (Li et al., 2020, in rounds of a batch).
 
-    A setting is compared after r, r eta, r eta^2, ... updates, `num_rungs` times, with all that came so far until then:
-    by the interquartile mean over its seeds of the mean return in the last r updates. It goes on if it is in the best
-    1 / `eta` of them. `num_places` settings (all by default) train side by side, and a place that falls free goes to
-    the setting on the highest rung that may go on by now, or else to the next that has not begun. The same call gives
-    the same result. Settings on the last rung are trained to the end of the run. Raises ValueError where settings
-    differ in static fields, or where there are too few settings or updates for the rungs.
+    After r, r eta, r eta^2, ... updates (the rungs) a setting is compared with all that have reached the rung before:
+    by the interquartile mean over its seeds of the mean return in the last r updates. It is promoted if it is in the
+    best 1 / `eta` of them. A free place goes to the setting on the highest rung that is promoted, or else to the next
+    one that has not started. Settings on the last rung train to the end of the run. The same call gives the same
+    result. Raises ValueError if settings need different programs, or if there are too few settings or updates.
+
+    Args:
+        sweep: the settings and seeds.
+        num_rungs: how often a setting is compared at most.
+        eta: the inverse of the fraction that is promoted.
+        num_places: settings that train side by side, by default all.
+        progress: whether to show a progress bar.
+        make: `make(env, config)` makes the PPO.
     """
     ladder = Ladder(_rungs(sweep, num_rungs, eta), eta, len(sweep.table))
     num_places = len(sweep.table) if num_places is None else num_places
@@ -79,12 +93,12 @@ def successive_halving(
     (group,) = sweep.groups()
     ppo = make(group.env, group.config)
     many = batched(ppo)
-    seeds, *columns = wave_arguments(sweep, ppo, list(sweep.runs().values()))
+    seeds, *columns = run_arguments(sweep, ppo, list(sweep.runs().values()))
     states = first_state(many, seed_keys(jax.random.key(sweep.seed), seeds), *columns)
     on_cpu = jax.devices()[0].platform == "cpu"
     num_threads, num_runs = num_cores() if on_cpu else 1, num_places * sweep.num_seeds
     size = best_slice_size(num_runs, num_threads, group.config) if on_cpu else num_runs
-    program = compile(many, states[:size], ladder.rungs[0], slice_size=size)
+    program = compile_training(many, states[:size], ladder.rungs[0], slice_size=size)
 
     def train(settings, length):
         nonlocal states
@@ -95,7 +109,7 @@ def successive_halving(
 
     with (
         ThreadPoolExecutor(num_threads) as pool,
-        tqdm(unit=" steps", unit_scale=True, disable=None if progress else True) as bar,
+        step_bar(progress=progress) as bar,
         noted_interrupt() as interrupt,
     ):
         while (settings := ladder.next_settings(num_places)) and not interrupt.is_set():
@@ -105,11 +119,13 @@ def successive_halving(
             length = min(left, ladder.rungs[0])
             train(ladder.finished(), length)
             left -= length
+        if interrupt.is_set():
+            bar.write(INTERRUPTED)
     return Halving(sweep, many, ladder.rungs, ladder.scores, states, int(states.num_updates.sum()))
 
 
 class Ladder:
-    """Which settings go on: the rule of asynchronous successive halving (Li et al., 2020, algorithm 2)."""
+    """Which settings are promoted: the rule of asynchronous successive halving (Li et al., 2020, algorithm 2)."""
 
     def __init__(self, rungs: tuple[int, ...], eta: int, num_settings: int):
         self.rungs, self.eta = rungs, eta
@@ -118,13 +134,13 @@ class Ladder:
         self.active: list[int] = []
 
     def next_settings(self, num_places: int) -> list[int]:
-        """Those that are under way, and in the free places whoever may go on or begin."""
-        waiting = [i for i in self._may_go_on() + list(np.flatnonzero(self.num_updates == 0)) if i not in self.active]
+        """The settings to train in this round: active ones, then promoted and new ones in the free places."""
+        waiting = [i for i in self._promoted() + list(np.flatnonzero(self.num_updates == 0)) if i not in self.active]
         self.active += [int(i) for i in waiting[: num_places - len(self.active)]]
         return list(self.active)
 
-    def climb(self, settings: list[int], scores):
-        """Counts updates as many as the first rung for settings, and their scores where they reach a rung."""
+    def climb(self, settings: Sequence[int], scores: Sequence[float]):
+        """Counts the updates of one round for some settings, and their scores if they reach a rung."""
         for setting, score in zip(settings, scores):
             self.num_updates[setting] += self.rungs[0]
             if self.num_updates[setting] in self.rungs:
@@ -135,8 +151,8 @@ class Ladder:
         """Settings on the last rung."""
         return [int(i) for i in np.flatnonzero(~np.isnan(self.scores[:, -1]))]
 
-    def _may_go_on(self) -> list[int]:
-        """Settings that rest on a rung and are among its best, from the highest rung down."""
+    def _promoted(self) -> list[int]:
+        """Settings that wait on a rung and are among its best, from the highest rung down."""
         found = []
         for rung in reversed(range(len(self.rungs) - 1)):
             order = np.argsort(-self.scores[:, rung], kind="stable")  # nan goes last
@@ -145,18 +161,28 @@ class Ladder:
         return found
 
 
-def train_runs(program: Program, states: TrainState, runs: np.ndarray, length: int, pool: ThreadPoolExecutor):
-    """States in which some runs have trained on, and the mean return of each of these meanwhile, [runs].
+def train_runs(
+    program: Program, states: TrainState, runs: np.ndarray, length: int, pool: ThreadPoolExecutor
+) -> tuple[TrainState, np.ndarray]:
+    """Trains some runs of a batch in slices of the program's size; the last slice repeats its last run.
 
-    They go through in slices of the program's size, the last filled up with its last run.
+    Args:
+        program: trains a slice.
+        states: of all runs of the batch.
+        runs: the indices of those to train.
+        length: updates to make.
+        pool: the threads that train slices side by side.
+
+    Returns:
+        The states of all runs, and the mean returns [runs] of the trained ones in these updates.
     """
     size = program.slice_size
     slices = [runs[i : i + size] for i in range(0, len(runs), size)]
-    slices = [np.append(part, np.repeat(part[-1], size - len(part))) for part in slices]
-    trained = list(pool.map(lambda part: program(states[part], length, donate=True), slices))
+    slices = [np.append(indices, np.repeat(indices[-1], size - len(indices))) for indices in slices]
+    trained = list(pool.map(lambda indices: program(states[indices], length, donate=True), slices))
     returns = []
-    for part, (new, metrics) in zip(slices, trained):
-        states = jax.tree.map(lambda all, some: all.at[part].set(some), states, new)
+    for indices, (new, metrics) in zip(slices, trained):
+        states = jax.tree.map(lambda old, some, indices=indices: old.at[indices].set(some), states, new)
         count = metrics["num_episodes"].sum(1)
         total = np.nansum(metrics["episode_return"] * metrics["num_episodes"], axis=1)
         healthy = np.isfinite(metrics["loss"]).all(1) if "loss" in metrics else True
@@ -170,13 +196,13 @@ def _rungs(sweep: Sweep, num_rungs: int, eta: int) -> tuple[int, ...]:
     groups = sweep.groups()
     if len(groups) > 1:
         raise ValueError(
-            f"the settings need {len(groups)} programs, but halving has one for all (sweep hyperparameters and "
+            f"the settings need {len(groups)} programs, but halving uses one for all (sweep hyperparameters and "
             "parameters of the environment only)"
         )
     factor, num_updates = eta ** (num_rungs - 1), groups[0].config.num_updates
     if len(sweep.table) < factor:
         raise ValueError(
-            f"num_rungs={num_rungs} needs eta^(num_rungs - 1) = {factor} settings, of which one comes to the end, but "
+            f"num_rungs={num_rungs} needs eta^(num_rungs - 1) = {factor} settings, so that one reaches the end, but "
             f"there are {len(sweep.table)} (try fewer rungs)"
         )
     if num_updates < factor:

@@ -1,7 +1,8 @@
-"""An Optuna study that is asked for whole batches of settings, each trained as one sweep."""
+"""Search by Optuna, a whole batch of settings at a time, which trains as one sweep."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -24,18 +25,32 @@ def optuna_search(
     num_seeds: int = 1,
     storage: str | None = None,
     name: str = "purejaxppo",
-    sampler=None,
+    sampler: Any = None,
     progress: bool = True,
-    **shared,
-):
-    """Asks an Optuna study for batches of settings, trains each batch in one sweep, and tells it the scores.
+    make: Callable = make_ppo,
+    **shared: Any,
+) -> Any:
+    """Asks an Optuna study for batches of settings, trains each batch as one sweep, and reports the scores.
 
-    `space` has a distribution for every field, as `sample` takes them. The score of a setting is the interquartile
-    mean over `num_seeds` seeds of the last 100 episodes; a setting all of whose runs turned nan has failed. `storage`
-    is a URL, such as `sqlite:///study.db` or one of PostgreSQL; several machines that name the same one share the
-    study `name`, and a study that is there goes on until it has `num_trials` trials. Without one it is kept in
-    `purejaxppo.db`, SQLite, here. `sampler` is Optuna's; by default its TPE, told of the trials under way. `shared` are
-    the other fields of `Sweep`, and `make`. Returns the study. Needs `pip install optuna`.
+    The score of a setting is the interquartile mean over its seeds of the last 100 episodes; if all its runs turned
+    nan, its trial has failed. Needs `pip install optuna`.
+
+    Args:
+        env: the name of the environment.
+        space: the distribution of every field, as `sample` takes them.
+        num_trials: trials of the study in the end, those of earlier calls included.
+        batch_size: settings that train together.
+        num_seeds: seeds of every setting.
+        storage: a URL such as `sqlite:///study.db` or one of PostgreSQL, by default `sqlite:///purejaxppo.db`; machines
+            with the same storage share the study.
+        name: the name of the study; an existing one continues.
+        sampler: Optuna's; by default TPE that accounts for running trials.
+        progress: whether to show a progress bar.
+        make: `make(env, config)` makes the PPO of a group.
+        shared: the other fields of `Sweep`.
+
+    Returns:
+        The `optuna.Study`.
     """
     import optuna
 
@@ -44,8 +59,7 @@ def optuna_search(
             raise ValueError(f"{field}={distribution!r} must be a distribution, such as log_uniform(1e-4, 1e-2)")
     check_whole("num_trials", num_trials)
     check_whole("batch_size", batch_size)
-    make = shared.pop("make", make_ppo)
-    distributions = {field: _to_optuna(distribution) for field, distribution in space.items()}
+    distributions: dict[str, Any] = {field: _to_optuna(distribution) for field, distribution in space.items()}
     study = optuna.create_study(
         storage=storage or "sqlite:///purejaxppo.db",
         study_name=name,
@@ -54,17 +68,19 @@ def optuna_search(
         sampler=sampler or optuna.samplers.TPESampler(seed=shared.get("seed", 0), constant_liar=True),
     )
     plan = None
-    with tqdm(total=num_trials, initial=_num_told(study), unit=" trials", disable=None if progress else True) as bar:
-        while _num_told(study) < num_trials:
+    with tqdm(
+        total=num_trials, initial=_num_finished(study), unit=" trials", disable=None if progress else True
+    ) as bar:
+        while _num_finished(study) < num_trials:
             trials = [study.ask(distributions) for _ in range(batch_size)]
             columns = {field: [_from_optuna(space[field], trial.params[field]) for trial in trials] for field in space}
             sweep = Sweep(env, paired(**columns), num_seeds, **shared)
             if plan is None or sweep.groups() != plan.sweep.groups():
                 plan = plan_sweep(sweep, make=make)
-            plan = replace(plan, sweep=sweep)  # another batch of the same shape: nothing compiles
+            plan = replace(plan, sweep=sweep)  # a batch of the same shape: nothing compiles
             scores = run_sweep(plan, progress=False).scores
-            told = aggregate(filled(scores), num_resamples=0)["value"].values
-            for trial, score, failed in zip(trials, told, scores.isnull().all("seed").values):
+            values = aggregate(filled(scores), num_resamples=0)["value"].values
+            for trial, score, failed in zip(trials, values, scores.isnull().all("seed").values):
                 state = optuna.trial.TrialState.FAIL if failed else optuna.trial.TrialState.COMPLETE
                 study.tell(trial, None if failed else float(score), state=state)
             bar.update(len(trials))
@@ -74,7 +90,7 @@ def optuna_search(
     return study
 
 
-def _num_told(study) -> int:
+def _num_finished(study) -> int:
     return sum(trial.state.is_finished() for trial in study.trials)
 
 
@@ -90,7 +106,7 @@ def _to_optuna(distribution: Distribution):
 
 
 def _from_optuna(distribution: Distribution, value):
-    """A value as it was given: Optuna stores a tuple as text."""
+    """The value as it was given: Optuna stores a tuple as text."""
     if distribution.kind != "choice":
         return value
     return next(chosen for chosen in distribution.values if to_coordinate(chosen) == value)

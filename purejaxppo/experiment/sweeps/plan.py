@@ -1,17 +1,21 @@
-"""What a sweep will cost, told before it runs: groups that share a program, slices that fit the device, memory."""
+"""The plan of a sweep before it runs: groups that share a program, slices that fit the device, memory, disk."""
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 
 from purejaxppo.batched import batched, seed_keys
 from purejaxppo.checks import check_whole
-from purejaxppo.experiment.program import SELDOM, Program, best_slice_size, compile, num_cores
-from purejaxppo.experiment.sweeps.columns import env_columns, wave_arguments
+from purejaxppo.config import Config
+from purejaxppo.experiment.program import SELDOM, Program, best_slice_size, compile_training, num_cores
+from purejaxppo.experiment.sweeps.columns import env_columns, run_arguments
+from purejaxppo.experiment.sweeps.slices import Slice, find_slices
 from purejaxppo.experiment.sweeps.sweep import CONFIG_FIELDS, Group, Sweep
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.sharded import choose_devices
@@ -21,29 +25,28 @@ SHARE_OF_MEMORY = 0.8
 
 
 @dataclass(frozen=True)
-class Part:
-    """A group of settings with its compiled programs."""
+class CompiledGroup:
+    """The settings of a group with their compiled programs. A wave is one slice on every device."""
 
     group: Group
     ppo: PPO
     """Batched, over the devices if there are several."""
     start: Callable
-    """(seeds [R], hyperparams [R], env_params [R]) -> TrainState of a wave: as many slices as there are devices."""
+    """(seeds [R], hyperparams [R], env_params [R]) -> the first state of a wave of R runs."""
     like: TrainState
-    """Shapes and places of a state of a wave."""
+    """Shapes and shardings of the state of a wave."""
     program: Program
-    """Of a wave."""
+    """Trains a wave."""
     num_runs: int
     slice_size: int
-    """Runs that stay together: a device takes one slice at a time, and so the numbers do not hang on how many devices
-    there are."""
+    """Runs of a slice. A device trains one slice at a time, so results do not depend on the number of devices."""
     num_devices: int
     num_threads: int
-    """Waves at work side by side."""
+    """Waves that train side by side."""
     device_bytes: int
-    """Of one run while it trains, by the compiler's own analysis."""
+    """Memory of one run while it trains, by the compiler's analysis."""
     stored_bytes: int
-    """Of one run on disk."""
+    """Size of one run on disk."""
     compile_seconds: float
 
     @property
@@ -54,80 +57,113 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep with everything compiled that it needs; printing it shows what it will do."""
+    """A sweep with every program that it needs, compiled; printing it shows what it will do."""
 
     sweep: Sweep
-    parts: list[Part]
+    groups: list[CompiledGroup]
+    """Those with runs that are not finished yet."""
     make: Callable
 
     @property
     def total_steps(self) -> int:
-        """Environment steps of all runs."""
-        return sum(part.num_runs * part.group.config.total_steps for part in self.parts)
+        """Environment steps of all runs of the groups."""
+        return sum(compiled.num_runs * compiled.group.config.total_steps for compiled in self.groups)
 
     @property
     def stored_bytes(self) -> int:
-        """What all runs leave on disk, about."""
-        return sum(part.num_runs * part.stored_bytes for part in self.parts)
+        """Approximate size of all results on disk."""
+        return sum(compiled.num_runs * compiled.stored_bytes for compiled in self.groups)
 
     def __str__(self) -> str:
         sweep = self.sweep
-        if not self.parts:
+        if not self.groups:
             return f"{sweep.env}: all {sweep.num_runs} runs are done"
         lines = [
             f"{sweep.env}: {len(sweep.table)} settings x {sweep.num_seeds} seeds = {sweep.num_runs} runs, "
-            f"{self.total_steps:,} steps, {len(self.parts)} compiled in "
-            f"{sum(part.compile_seconds for part in self.parts):.1f} s, "
+            f"{self.total_steps:,} steps, {len(self.groups)} compiled in "
+            f"{sum(compiled.compile_seconds for compiled in self.groups):.1f} s, "
             f"{self.stored_bytes / 2**20:,.1f} MiB of results"
         ]
         rows = [
-            _static(sweep, part)
+            _static(sweep, compiled.group)
             | {
-                "settings": len(part.group.settings),
-                "runs": part.num_runs,
-                "steps each": f"{part.group.config.total_steps:,}",
-                "slices": f"{part.num_slices} of {part.slice_size}",
-                "at a time": part.num_threads * part.num_devices,
-                "memory per run": f"{part.device_bytes / 2**20:.2f} MiB",
+                "settings": len(compiled.group.settings),
+                "runs": compiled.num_runs,
+                "steps each": f"{compiled.group.config.total_steps:,}",
+                "slices": f"{compiled.num_slices} of {compiled.slice_size}",
+                "at a time": compiled.num_threads * compiled.num_devices,
+                "memory per run": f"{compiled.device_bytes / 2**20:.2f} MiB",
             }
-            for part in self.parts
+            for compiled in self.groups
         ]
         return "\n".join([*lines, align(rows)])
 
 
 def plan_sweep(
     sweep: Sweep,
+    folder: str | Path | None = None,
     *,
-    slice_size: int | dict[Group, int] | None = None,
+    slice_size: int | None = None,
     updates_per_chunk: int | None = None,
-    devices=None,
+    devices: int | Sequence[Any] | None = None,
     make: Callable = make_ppo,
-    only: list[Group] | None = None,
 ) -> Plan:
-    """Compiles what a sweep needs, one training program for all settings that differ in nothing static.
+    """Compiles what a sweep needs: one program for all settings with the same environment and `Config`.
 
-    `slice_size` is the number of runs that a device takes at a time (chosen to fit its caches or its memory by
-    default; a dict has it for some groups). `devices`, a list or how many, are all of this process by
-    default. `make(env, config)` gives the PPO of a group, where it is not `make_ppo`. `only` are the groups to be
-    planned, where not all are. Raises ValueError, before anything compiles, for an environment or a parameter of it
-    that does not exist.
+    Raises ValueError before anything compiles, for an unknown environment or parameter of it, or a folder of another
+    sweep.
+
+    Args:
+        sweep: what to train.
+        folder: results so far; what it holds is not planned again.
+        slice_size: runs that a device trains at a time, in each group; by default as many as fit its caches or its
+            memory. In a folder with slices it is theirs, since another size would round differently.
+        updates_per_chunk: updates between two saves or interrupts; by default a fiftieth of the run.
+        devices: devices or their number; by default all of this process.
+        make: `make(env, config)` makes the PPO of a group.
     """
-    devices = jax.local_devices() if devices is None else choose_devices(devices, jax.local_devices())
+    known = jax.local_devices()
+    devices = known if devices is None else choose_devices(devices, known)
+    stored = find_slices(folder, sweep).read()
     groups = sweep.groups()
-    ppos = [make(group.env, group.config) for group in groups]
-    for group, ppo in zip(groups, ppos):
+    sizes = {group: _stored_size(sweep, group, stored, slice_size) for group in groups}
+    ppos = {group: make(group.env, group.config) for group in groups}
+    for group, ppo in ppos.items():
         env_columns(sweep, group.settings, ppo)
-    sizes = slice_size if isinstance(slice_size, dict) else dict.fromkeys(groups, slice_size)
-    parts = [
-        _plan_group(sweep, group, ppo, devices, sizes.get(group), updates_per_chunk)
-        for group, ppo in zip(groups, ppos)
-        if only is None or group in only
-    ]
-    return Plan(sweep, parts, make)
+    missing = [group for group in groups if pending_slices(sweep, group, stored, 1)]
+    compiled = [_compile(sweep, group, ppos[group], devices, sizes[group], updates_per_chunk) for group in missing]
+    return Plan(sweep, compiled, make)
 
 
-def _plan_group(sweep, group: Group, ppo: PPO, devices, slice_size, updates_per_chunk) -> Part:
-    begun = time.perf_counter()
+def pending_slices(sweep: Sweep, group: Group, stored: Sequence[Slice], slice_size: int) -> list[Slice]:
+    """The slices of a group that are still to train: unfinished ones, then those of runs that have none yet."""
+    names = sweep.runs(group.settings)
+    of_group = [slice_ for slice_ in stored if slice_.runs[0] in names]
+    unfinished = [slice_ for slice_ in of_group if slice_.num_updates < group.config.num_updates]
+    covered = {name for slice_ in of_group for name in slice_.runs}
+    missing = [name for name in names if name not in covered]
+    batches = [missing[i : i + slice_size] for i in range(0, len(missing), slice_size)]
+    return unfinished + [Slice((*runs, *runs[-1:] * (slice_size - len(runs))), {}, {}) for runs in batches]
+
+
+def _stored_size(sweep: Sweep, group: Group, stored: Sequence[Slice], wanted: int | None) -> int | None:
+    """The size of a group's slices in the folder, or the one that is wanted."""
+    names = sweep.runs(group.settings)
+    size = next((len(slice_.runs) for slice_ in stored if slice_.runs[0] in names), wanted)
+    if wanted not in (None, size):
+        raise ValueError(f"slice_size={wanted} differs from the {size} of the slices in the folder (leave it out)")
+    return size
+
+
+def _compile(
+    sweep: Sweep,
+    group: Group,
+    ppo: PPO,
+    devices: Sequence[Any],
+    slice_size: int | None,
+    updates_per_chunk: int | None,
+) -> CompiledGroup:
+    started = time.perf_counter()
     num_runs = len(group.settings) * sweep.num_seeds
     on_cpu = devices[0].platform == "cpu"
     num_threads = num_cores() if on_cpu and len(devices) == 1 else 1
@@ -139,13 +175,13 @@ def _plan_group(sweep, group: Group, ppo: PPO, devices, slice_size, updates_per_
     if slice_size is not None:
         check_whole("slice_size", slice_size, at_most=num_runs, of="the runs of its group")
 
-    def compile_slices(size):
+    def compile_slices(size: int):
         runs = [(group.settings[0], 0)] * (size * len(devices))
-        arguments = wave_arguments(sweep, ppo, runs)
+        arguments = run_arguments(sweep, ppo, runs)
         with jax.default_device(devices[0]):
             start = jax.jit(partial(_start, many, sweep.seed), compiler_options=SELDOM).lower(*arguments).compile()
             state = start(*arguments)
-            return start, state, compile(many, state, chunk, slice_size=len(runs))
+            return start, state, compile_training(many, state, chunk, slice_size=len(runs))
 
     size = slice_size or _slice_size(num_runs, num_threads * len(devices), group.config, on_cpu)
     start, state, program = compile_slices(size)
@@ -154,7 +190,7 @@ def _plan_group(sweep, group: Group, ppo: PPO, devices, slice_size, updates_per_
         size = -(-num_runs // -(-num_runs // most))
         start, state, program = compile_slices(size)
     num_metrics = len(jax.eval_shape(many.step, state)[1])
-    return Part(
+    return CompiledGroup(
         group=group,
         ppo=many,
         start=start,
@@ -166,7 +202,7 @@ def _plan_group(sweep, group: Group, ppo: PPO, devices, slice_size, updates_per_
         num_threads=min(num_threads, -(-num_runs // size)),
         device_bytes=_bytes_of(program) // size,
         stored_bytes=_size_of(state) // (size * len(devices)) + 4 * num_metrics * group.config.num_updates,
-        compile_seconds=time.perf_counter() - begun,
+        compile_seconds=time.perf_counter() - started,
     )
 
 
@@ -174,17 +210,18 @@ def _start(ppo: PPO, seed: int, seeds, hyperparams, env_params) -> TrainState:
     return ppo.init(seed_keys(jax.random.key(seed), seeds), hyperparams, env_params)
 
 
-def _slice_size(num_runs: int, at_once: int, config, on_cpu: bool) -> int:
+def _slice_size(num_runs: int, at_once: int, config: Config, on_cpu: bool) -> int:
     return best_slice_size(num_runs, at_once, config) if on_cpu else -(-num_runs // at_once)
 
 
-def _static(sweep: Sweep, part: Part) -> dict:
-    row = sweep.table.rows()[part.group.settings[0]]
+def _static(sweep: Sweep, group: Group) -> dict[str, str]:
+    """The swept fields that make a group, as text."""
+    row = sweep.table.rows()[group.settings[0]]
     return {name: show(value) for name, value in row.items() if name == "env" or name in CONFIG_FIELDS}
 
 
 def _bytes_of(program: Program) -> int:
-    """Memory of a compiled program on one device: what goes in, what comes out in other places, what is between."""
+    """Memory of a compiled program on one device: inputs, outputs that do not reuse them, and temporaries."""
     analysis = program.executable.memory_analysis()
     if analysis is None:
         return 0
@@ -192,12 +229,12 @@ def _bytes_of(program: Program) -> int:
     return held + analysis.temp_size_in_bytes
 
 
-def _size_of(state) -> int:
+def _size_of(state: Any) -> int:
     return sum(x.size * (x.dtype.itemsize if hasattr(x.dtype, "itemsize") else 8) for x in jax.tree.leaves(state))
 
 
-def _memory_of(device) -> int:
-    """Bytes that a device has; of a CPU those of the machine."""
+def _memory_of(device: Any) -> int:
+    """Bytes of memory of a device; for a CPU that of the machine."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"]

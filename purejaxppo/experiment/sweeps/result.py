@@ -1,21 +1,22 @@
-"""The result of a sweep: labelled metrics, the best setting, and any run's policy out of the batch."""
+"""The result of a sweep: labelled metrics, the best setting, the state and the policy of any run."""
 
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+import pandas
 import xarray
 
-from purejaxppo.experiment.files import from_arrays
-from purejaxppo.experiment.report.metrics import label_metric
+from purejaxppo.experiment.files import from_arrays, save_dataset
+from purejaxppo.experiment.report.metrics import label_metric, to_dataframe
 from purejaxppo.experiment.report.ranking import best, rank
 from purejaxppo.experiment.report.statistics import final_scores
-from purejaxppo.experiment.sweeps.slices import Slice, Slices, load_sweep_of
+from purejaxppo.experiment.sweeps.slices import Slice, Slices, read_sweep
 from purejaxppo.experiment.sweeps.sweep import Sweep, name_run
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.rollout import Policy
@@ -23,27 +24,27 @@ from purejaxppo.text import show_setting, to_coordinate
 
 
 @dataclass(frozen=True)
-class Result:
-    """What a sweep has come to; a run that is not done has nan from there on."""
+class SweepResult:
+    """The result of a sweep so far; the metrics of an unfinished run are nan from there on."""
 
     sweep: Sweep
     metrics: xarray.Dataset
-    """A dimension for every swept field (`setting` where several are paired or sampled), then `seed` and `update`;
-    `step` counts the environment steps of one run. `failed_update` is the update in which a run turned nan, 0 if
-    none."""
+    """A dimension for every swept field (`setting` for fields that are paired or sampled), then `seed` and `updates`;
+    the coordinate `step` counts the environment steps of one run. `failed_update` is the update in which a run turned
+    nan, or 0."""
     slices: Slices
     make: Callable = make_ppo
     steps: int = 0
-    """Environment steps that this call made, of all runs."""
+    """Environment steps of all runs that this call made."""
     run_seconds: float = 0.0
 
     @cached_property
     def scores(self) -> xarray.DataArray:
-        """Mean return of the last 100 training episodes of every run; nan for those that turned nan."""
+        """Mean return of the last 100 training episodes of every run; nan for runs that turned nan."""
         return final_scores(self.metrics)
 
     def ranked(self) -> xarray.Dataset:
-        """Settings, best interquartile mean of `scores` first (see `ranking.rank`)."""
+        """The settings by the interquartile mean of `scores`, best first (see `ranking.rank`)."""
         return rank(self.scores)
 
     def best(self) -> dict:
@@ -55,71 +56,83 @@ class Result:
         """A sentence for every run that turned nan."""
         rows = self.sweep.table.rows()
         updates = self.metrics["failed_update"].values.reshape(len(rows), self.sweep.num_seeds)
-        where = "{} seed={} turned nan in update {}; frozen as before it".format
+        sentence = "{} seed={} turned nan in update {} and is frozen as it was before".format
         return [
-            where(show_setting(rows[setting]), seed, updates[setting, seed])
+            sentence(show_setting(rows[setting]), seed, updates[setting, seed])
             for setting, seed in self.sweep.runs().values()
             if updates[setting, seed]
         ]
 
-    def ppo(self, **setting) -> PPO:
-        """The PPO of a run under a setting, field=value for as many fields as tell it apart."""
+    def ppo(self, **setting: Any) -> PPO:
+        """The PPO of one setting, which is given by the values of as many fields as single it out."""
         row = self.sweep.table.rows()[self.sweep.table.index(**setting)]
         return self.make(self.sweep.env_of(row), self.sweep.config_of(row))
 
-    def state(self, seed: int = 0, **setting) -> TrainState:
-        """The whole state of one run, ready to be trained on. Raises ValueError where it is not there."""
+    def state(self, seed: int = 0, **setting: Any) -> TrainState:
+        """The whole state of one run, ready to train further. Raises ValueError if it has not been trained."""
         row = self.sweep.table.rows()[self.sweep.table.index(**setting)]
         if not 0 <= seed < self.sweep.num_seeds:
             raise ValueError(f"seed={seed} must be from 0 to {self.sweep.num_seeds - 1}")
         name = name_run(row, seed)
-        part = next((part for part in self.slices.read() if name in part.runs), None)
-        if part is None:
+        slice_ = next((slice_ for slice_ in self.slices.read() if name in slice_.runs), None)
+        if slice_ is None:
             raise ValueError(f"{show_setting(row)} seed={seed} has not been trained yet (run the sweep again)")
-        states = self.slices.load(part.name).state
-        i = part.runs.index(name)
+        states = self.slices.load(slice_.name).state
+        i = slice_.runs.index(name)
         keys = jax.eval_shape(partial(jax.random.split, num=1), jax.random.key(0))
         init = partial(self.ppo(**row).init, hyperparams=self.sweep.hyperparams_of(row))
         like = jax.eval_shape(jax.vmap(init), keys)
         return from_arrays({name: x[i : i + 1] for name, x in states.items()}, like)[0]
 
-    def policy(self, seed: int = 0, **setting) -> Policy:
-        """The policy of one run, which the `act` and `evaluate` of `ppo(**setting)` take."""
+    def policy(self, seed: int = 0, **setting: Any) -> Policy:
+        """The policy of one run, for `act` and `evaluate` of `ppo(**setting)`."""
         return self.state(seed, **setting).policy
 
+    def to_dataframe(self) -> pandas.DataFrame:
+        """The metrics as a table, one row per run and update, with a column for every swept field."""
+        return to_dataframe(self.metrics)
 
-def make_result(sweep: Sweep, slices: Slices, make: Callable, steps: int, run_seconds: float) -> Result:
-    """The result of what is there of a sweep; in its folder the metrics are written too."""
-    metrics = label_sweep(sweep, slices.read(), slices.machine())
+
+def make_result(
+    sweep: Sweep, slices: Slices, stored: Sequence[Slice], make: Callable, *, steps: int = 0, run_seconds: float = 0.0
+) -> SweepResult:
+    """The result of the stored slices of a sweep, whose metrics are also written to its folder.
+
+    Args:
+        sweep: what was trained.
+        slices: where the slices are kept.
+        stored: the slices, as `slices.read()` gives them.
+        make: `make(env, config)` makes the PPO of a group.
+        steps: environment steps that this call made.
+        run_seconds: the time that it took.
+    """
+    metrics = label_sweep(sweep, stored, slices.machine())
     if slices.folder and jax.process_index() == 0:
-        half = slices.folder / "results.nc.half"
-        metrics.to_netcdf(half, engine="scipy")
-        os.replace(half, slices.folder / "results.nc")
-    return Result(sweep, metrics, slices, make, steps, run_seconds)
+        save_dataset(slices.folder / "results.nc", metrics)
+    return SweepResult(sweep, metrics, slices, make, steps, run_seconds)
 
 
-def load_sweep(folder, make: Callable = make_ppo) -> Result:
+def load_sweep(folder: str | Path, make: Callable = make_ppo) -> SweepResult:
     """Reads a sweep back from its folder, whether it is finished or not.
 
-    Raises ValueError where there is none.
+    `make(env, config)` makes the PPO of a group. Raises ValueError if the folder holds no sweep.
     """
-    folder = Path(folder)
-    sweep, slices = load_sweep_of(folder), Slices(folder)
-    return Result(sweep, label_sweep(sweep, slices.read(), slices.machine()), slices, make)
+    sweep, slices = read_sweep(folder), Slices(Path(folder))
+    return SweepResult(sweep, label_sweep(sweep, slices.read(), slices.machine()), slices, make)
 
 
-def label_sweep(sweep: Sweep, slices: list[Slice], machine: dict) -> xarray.Dataset:
-    """The metrics of all runs with names to their axes; nan, and no episodes, where nothing is known.
+def label_sweep(sweep: Sweep, slices: Sequence[Slice], machine: Mapping) -> xarray.Dataset:
+    """The metrics of all runs with names to their axes; nan, and 0 episodes, for updates that are not done.
 
-    `machine` says where they were made.
+    `machine` is where they were made (see `describe_machine`). Raises ValueError without any slice.
     """
     if not slices:
-        raise ValueError("nothing of this sweep is done yet")
+        raise ValueError("no run of this sweep has been trained yet (run the sweep first)")
     rows = sweep.table.rows()
     runs = sweep.runs()
     configs = [sweep.config_of(row) for row in rows]
     num_updates = max(config.num_updates for config in configs)
-    like = {name: x for part in slices for name, x in part.metrics.items()}  # environments may report others
+    like = {name: x for slice_ in slices for name, x in slice_.metrics.items()}  # groups report others
     arrays = {
         name: np.full(
             (len(rows), sweep.num_seeds, num_updates, *_longest(slices, name)),
@@ -129,37 +142,38 @@ def label_sweep(sweep: Sweep, slices: list[Slice], machine: dict) -> xarray.Data
         for name, x in like.items()
     }
     failed = np.zeros((len(rows), sweep.num_seeds), np.int32)
-    for part in slices:
-        for i, name in enumerate(part.runs):
+    for slice_ in slices:
+        for i, name in enumerate(slice_.runs):
             if name in runs:
-                for metric, x in part.metrics.items():
+                for metric, x in slice_.metrics.items():
                     arrays[metric][runs[name]][tuple(map(slice, x.shape[1:]))] = x[i]
-                done = part.state["num_updates"][i]
-                failed[runs[name]] = done + 1 if done < part.num_updates else 0
+                done = slice_.state["num_updates"][i]
+                failed[runs[name]] = done + 1 if done < slice_.num_updates else 0
     dims, shape, coords = _axes(sweep)
     update = np.arange(1, num_updates + 1)
     steps = np.stack([np.where(update <= c.num_updates, update * float(c.steps_per_update), np.nan) for c in configs])
-    # What the schedule makes of a swept field is a metric of the same name.
+    # The current value of a swept and scheduled field is a metric of the same name.
     names = {name: f"current_{name}" if name in sweep.table.names else name for name in arrays}
     variables = {
-        names[n]: label_metric(n, (*dims, "seed", "update"), x.reshape(*shape, *x.shape[1:])) for n, x in arrays.items()
+        names[n]: label_metric(n, (*dims, "seed", "updates"), x.reshape(*shape, *x.shape[1:]))
+        for n, x in arrays.items()
     }
     variables["failed_update"] = (*dims, "seed"), failed.reshape(*shape, -1)
     coords |= {
         "seed": np.arange(sweep.num_seeds, dtype=np.int32),
-        "update": update.astype(np.int32),
+        "updates": update.astype(np.int32),
         "step": _where_it_varies(dims, steps.reshape(*shape, -1)),
     }
     return xarray.Dataset(variables, coords, _attributes(sweep, machine))
 
 
-def _longest(slices: list[Slice], name: str) -> tuple[int, ...]:
-    """The shape of a metric in one update; of vectors, whose length may differ from group to group, the longest."""
-    return max(part.metrics[name].shape[2:] for part in slices if name in part.metrics)
+def _longest(slices: Sequence[Slice], name: str) -> tuple[int, ...]:
+    """The shape of a metric in one update; if groups report vectors of different lengths, the longest."""
+    return max(slice_.metrics[name].shape[2:] for slice_ in slices if name in slice_.metrics)
 
 
-def _attributes(sweep: Sweep, machine: dict) -> dict:
-    """Where the metrics come from: plain text, and JSON under `sweep` and `machine`."""
+def _attributes(sweep: Sweep, machine: Mapping) -> dict:
+    """The origin of the metrics: plain text, and JSON under `sweep` and `machine`."""
     return {
         "env": sweep.env,
         "purejaxppo": machine["versions"]["purejaxppo"],
@@ -188,10 +202,10 @@ def _axes(sweep: Sweep):
     return dims, shape, coords
 
 
-def _where_it_varies(dims, steps: np.ndarray):
-    """Steps [*settings, update] along the dimensions in which they differ."""
+def _where_it_varies(dims: list[str], steps: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
+    """Steps [*settings, updates] along the dimensions in which they differ."""
     for axis in reversed(range(len(dims))):
         first = np.take(steps, [0], axis)
         if np.array_equal(np.broadcast_to(first, steps.shape), steps, equal_nan=True):
             steps, dims = np.take(steps, 0, axis), dims[:axis] + dims[axis + 1 :]
-    return (*dims, "update"), steps
+    return (*dims, "updates"), steps

@@ -1,7 +1,8 @@
-"""A sweep as data: what is trained, under which settings, with how many seeds."""
+"""A sweep as data: an environment, a table of settings, and a number of seeds."""
 
 import difflib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import NamedTuple
 
@@ -26,26 +27,27 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Sweep:
-    """Every setting of a table times `num_seeds` seeds, on top of settings that all share; seeds vary fastest.
+    """A sweep: every setting of a table times `num_seeds` seeds; seeds vary fastest.
 
-    A field of the table is one of `Config`, of `Hyperparams` (`extra.NAME` for a custom coefficient), `env` (the
-    environment's name), or `env.NAME` for a parameter of the environment. `config` and `hyperparams` are those of the
-    environment's preset where none are given. Settings with another rollout (`num_envs`, `num_steps`) are given as many
-    updates as keep the number of steps, unless `num_updates` is swept too. Raises ValueError, in one sentence, for a
-    field or a value that cannot be.
+    A field of the table is a field of `Config` or of `Hyperparams` (`extra.NAME` for a custom coefficient), `env` (the
+    name of the environment), or `env.NAME` (a parameter of the environment). Settings that change the size of a
+    rollout (`num_envs`, `num_steps`) get as many updates as keep the number of environment steps, unless `num_updates`
+    is swept too. Raises ValueError for an unknown field or a value out of range.
     """
 
     env: str
     table: Table = Table()
     num_seeds: int = 1
-    config: Config | None = None
-    hyperparams: Hyperparams | None = None
+    config: Config = None  # pyright: ignore[reportAssignmentType]
+    """Shared by all settings; by default that of the environment's preset."""
+    hyperparams: Hyperparams = None  # pyright: ignore[reportAssignmentType]
+    """Shared by all settings; by default those of the environment's preset."""
     seed: int = 0
-    """Where the random keys come from; seed i of every setting draws the same."""
+    """Random seed; agent i of every setting gets the same key from it."""
 
     def __post_init__(self):
         if not isinstance(self.env, str):
-            raise ValueError(f"env={self.env!r} must be a name (another environment comes with make=, see plan_sweep)")
+            raise ValueError(f"env={self.env!r} must be a name (for a custom environment see make= of plan_sweep)")
         if not isinstance(self.table, Table):
             raise ValueError(f"table={self.table!r} must be a Table, such as grid(learning_rate=[1e-4, 1e-3])")
         check_whole("num_seeds", self.num_seeds, at_most=2**31 - 1)
@@ -102,21 +104,20 @@ class Sweep:
         return self.hyperparams.set(changed)
 
     def groups(self) -> list[Group]:
-        """Settings that differ in nothing static belong together."""
-        groups = {}
+        """The settings by environment and config: each group shares one compiled program."""
+        groups: dict[tuple[str, Config], list[int]] = {}
         for i, row in enumerate(self.table.rows()):
-            kind = self.env_of(row), self.config_of(row)
-            groups.setdefault(kind, []).append(i)
-        return [Group(*kind, tuple(settings)) for kind, settings in groups.items()]
+            groups.setdefault((self.env_of(row), self.config_of(row)), []).append(i)
+        return [Group(env, config, tuple(settings)) for (env, config), settings in groups.items()]
 
-    def runs(self, settings=None) -> dict[str, tuple[int, int]]:
-        """All runs, or those of some settings: the name on disk -> (setting, seed)."""
+    def runs(self, settings: Iterable[int] | None = None) -> dict[str, tuple[int, int]]:
+        """All runs, or those of some settings: name on disk -> (setting, seed)."""
         rows = self.table.rows()
         settings = range(len(rows)) if settings is None else settings
         return {name_run(rows[i], seed): (i, seed) for i in settings for seed in range(self.num_seeds)}
 
     def to_json(self) -> dict:
-        """Plain data that `from_json` takes back."""
+        """Plain data that `from_json` reads back."""
         hyperparams = {name: _to_number(self.hyperparams.get(name)) for name in self.hyperparams.names}
         axes = self.table.axes
         return {
@@ -156,16 +157,16 @@ def _check_known(name: str):
     if name.startswith(EXTRA):
         raise ValueError(f"{name} must be {EXTRA}NAME with a name such as beta")
     if name in ("seed", "num_seeds"):
-        raise ValueError(f"{name} is no field to sweep: num_seeds says how many seeds every setting gets")
+        raise ValueError(f"{name} cannot be swept: num_seeds says how many seeds every setting gets")
     near = difflib.get_close_matches(name, CONFIG_FIELDS + HYPERPARAM_FIELDS + ("env",), n=1, cutoff=0)
     raise ValueError(
-        f"{name} is no field of a sweep (did you mean {near[0]}? Environment parameters are env.NAME, custom "
+        f"{name} is not a field of a sweep (did you mean {near[0]}? Environment parameters are env.NAME, custom "
         "coefficients extra.NAME)"
     )
 
 
 def _to_number(value):
-    """A value as JSON can hold it: what is infinite as a word."""
+    """A value as JSON can hold it: infinities as words."""
     return str(value) if isinstance(value, float) and abs(value) == float("inf") else value
 
 

@@ -52,7 +52,7 @@ def prepare(work: Work) -> Program:
         return jax.block_until_ready(pjp.first_state(ppo, *arguments))
 
     begin = time.perf_counter()
-    program = pjp.compile(ppo, start(0))
+    program = pjp.compile_training(ppo, start(0))
     compile_seconds = time.perf_counter() - begin  # with that of the first state, as the peers have it
 
     def run(seed):

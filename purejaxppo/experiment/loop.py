@@ -1,0 +1,87 @@
+"""What the loops of the host share: chunks of compiled updates, a progress bar, interrupts, saving at intervals."""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from purejaxppo.experiment.program import Program
+
+INTERRUPTED = "interrupted: the result holds everything up to here"
+
+
+def chunks(
+    program: Program, state: Any, done: int, last: int, *, stop_every: int | None = None, donate: bool = False
+) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
+    """States and metrics [(R,) updates of the chunk, ...] after every chunk.
+
+    Args:
+        program: trains a chunk.
+        state: the state to start from.
+        done: the updates that it has done.
+        last: the updates to end at.
+        stop_every: a chunk also ends where this divides the number of updates.
+        donate: whether the memory of `state` may be reused; if not, it stays usable.
+    """
+    while done < last:
+        length = min(program.num_updates, last - done, stop_every - done % stop_every if stop_every else last)
+        state, metrics = program(state, length, donate=donate)
+        yield state, metrics
+        done, donate = done + length, True
+
+
+def step_bar(*, total: int | None = None, initial: int = 0, description: str = "", progress: bool = True) -> tqdm:
+    """A progress bar that counts environment steps; it stays silent without a terminal, or if `progress` is off."""
+    return tqdm(
+        total=total, initial=initial, desc=description or None, unit=" steps", unit_scale=True, mininterval=0.2,
+        disable=None if progress else True,
+    )  # fmt: skip
+
+
+class Timer:
+    """Says when to save: every `seconds`."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self.restart()
+
+    def restart(self):
+        """Starts a new interval."""
+        self._started = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether the interval is over."""
+        return time.monotonic() - self._started >= self.seconds
+
+
+@contextlib.contextmanager
+def noted_interrupt() -> Iterator[threading.Event]:
+    """Sets an event on the first Ctrl-C or SIGTERM, so that the current chunk can finish.
+
+    A second signal acts as usual. Outside the main thread, where Python delivers no signals, the event is never set.
+    """
+    interrupt = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupt
+        return
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(*_):
+        interrupt.set()
+        restore()
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield interrupt
+    finally:
+        restore()

@@ -1,0 +1,84 @@
+"""Runs that can be rebuilt from their folder alone: those that `purejaxppo train` starts."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import jax
+
+from purejaxppo.batched import runs
+from purejaxppo.config import Hyperparams
+from purejaxppo.experiment.program import first_state
+from purejaxppo.experiment.runs.fit import Fit, fit
+from purejaxppo.experiment.runs.saved import remake
+from purejaxppo.experiment.runs.settings import RunSettings, read_settings
+from purejaxppo.experiment.runs.sinks import make_sink
+from purejaxppo.ppo import PPO
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a run is started, besides its environment, `Config` and `Hyperparams`; kept in the notes of its settings."""
+
+    num_seeds: int = 1
+    """Agents that train side by side."""
+    seed: int = 0
+    """Random seed; agent i gets a key of its own from it."""
+    num_devices: int = 1
+    """Devices that share the environments of every agent."""
+    save_every: float = 60.0
+    """Seconds between two checkpoints."""
+    keep: int = 2
+    """Newest checkpoints to keep."""
+    evaluate_every: int | None = None
+    """Updates between two evaluations; None for none."""
+    log: tuple[str, ...] = ()
+    """Names of sinks, see `make_sink`."""
+
+
+def launch_run(ppo: PPO, hyperparams: Hyperparams, launch: Launch, folder: str | Path, *, progress: bool = True) -> Fit:
+    """Trains a batched PPO in a folder, from its newest checkpoint if it has one.
+
+    Args:
+        ppo: batched, over the agents.
+        hyperparams: shared by all agents.
+        launch: how many agents, from which seed, saved and logged how.
+        folder: where everything is written, see `fit`.
+        progress: whether to show a progress bar.
+    """
+    folder = Path(folder)
+    keys, hyperparams = runs(jax.random.key(launch.seed), num_seeds=launch.num_seeds, hyperparams=hyperparams)
+    return fit(
+        ppo,
+        first_state(ppo, keys, hyperparams),
+        folder=folder,
+        save_every=launch.save_every,
+        keep=launch.keep,
+        evaluate_every=launch.evaluate_every,
+        sinks=[make_sink(name, folder) for name in launch.log],
+        notes={"launch": asdict(launch)},
+        progress=progress,
+    )
+
+
+def resume(folder: str | Path, *, num_updates: int | None = None, progress: bool = True) -> Fit:
+    """Resumes the run that `purejaxppo train` started in a folder; the result is that of an uninterrupted run.
+
+    With `num_updates`, the updates of the whole run, it is extended: its schedules then end there, as a warning says.
+    Raises ValueError if the folder holds no run, one that was started in Python (call `fit` again to continue it),
+    or if all its checkpoints are damaged.
+    """
+    settings = read_settings(folder)
+    launch, config = read_launch(settings, folder), settings.config
+    if num_updates is not None:
+        if num_updates < config.num_updates:
+            raise ValueError(f"num_updates={num_updates} must be at least the {config.num_updates} of the run")
+        config = replace(config, num_updates=num_updates)
+    ppo = remake(settings, launch.num_devices, config)
+    return launch_run(ppo, settings.to_hyperparams(), launch, folder, progress=progress)
+
+
+def read_launch(settings: RunSettings, folder: str | Path) -> Launch:
+    """How a run was started. Raises ValueError if it was started in Python."""
+    if "launch" not in settings.notes:
+        raise ValueError(f"the run in {folder} was started in Python: call fit(..., folder=...) again to continue it")
+    return Launch(**settings.notes["launch"] | {"log": tuple(settings.notes["launch"]["log"])})

@@ -1,0 +1,118 @@
+"""What a run is and what made it, as settings.json holds it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from purejaxppo.config import Config, Hyperparams
+from purejaxppo.experiment.files import SETTINGS, kind_of, name_leaf, save_json, to_arrays
+from purejaxppo.experiment.provenance import as_json, describe_machine
+from purejaxppo.ppo import PPO
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run is, the sessions that trained it, and how far it came; every field is plain JSON data but `config`."""
+
+    env: str
+    """The name of the environment."""
+    config: Config
+    hyperparams: dict[str, Any]
+    """Name -> a number, or a list of one per agent if they differ; of a schedule its numbers."""
+    env_params: dict[str, Any]
+    """The environment's parameters by their paths in the pytree."""
+    num_runs: int | None
+    """Agents of a batch; None for a run without a batch axis."""
+    first_key: list
+    """The random key of the first state, as its data."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What the caller of `fit` wanted to keep; `launch` holds the options of `purejaxppo train`."""
+    slice_size: int | None = None
+    """Agents that train together in one program: another size would round differently."""
+    sessions: tuple[dict, ...] = ()
+    """Versions, code, device, command and time of every process that trained the run (see `describe_machine`)."""
+    num_updates_done: int | None = None
+    """Updates at the end of the last session that ended; None before."""
+    compile_seconds: float | None = None
+    run_seconds: float | None = None
+    steps_per_second: float | None = None
+    """Environment steps of all agents per second of the last session."""
+
+    def to_json(self) -> dict:
+        """Plain data that `from_json` reads back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "RunSettings":
+        """The settings that `to_json` wrote. Raises KeyError or TypeError if a field is missing or not known."""
+        known = {f.name for f in fields(cls)}
+        for name in ("env", "config", "hyperparams", "env_params", "num_runs", "first_key"):
+            data[name]
+        return cls(
+            **{name: value for name, value in data.items() if name in known - {"config", "sessions"}},
+            config=Config(**data["config"]),
+            sessions=tuple(data.get("sessions", ())),
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change when a run resumes, flat: name -> value."""
+        config = {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(self.config).items()}
+        env_params = {f"env.{name}": value for name, value in self.env_params.items()}
+        return {"env": self.env} | config | self.hyperparams | env_params | {"first_key": self.first_key}
+
+    def to_hyperparams(self) -> Hyperparams:
+        """The hyperparameters, as arrays if agents differ in them."""
+        values = self.hyperparams.items()
+        return Hyperparams().set({n: np.asarray(x, np.float32) if isinstance(x, list) else float(x) for n, x in values})
+
+    def to_env_params(self, like: Any) -> Any:
+        """The environment's parameters as a pytree with the structure and the shapes of `like`."""
+
+        def read(path, x):
+            return jnp.broadcast_to(jnp.asarray(np.asarray(self.env_params[name_leaf(path)], x.dtype)), x.shape)
+
+        return jax.tree_util.tree_map_with_path(read, like)
+
+
+def describe_run(ppo: PPO, state: Any, notes: Mapping[str, Any] | None = None) -> RunSettings:
+    """The settings of a run that starts from `state`, with this process as its session."""
+    runs = getattr(state, "runs", state)  # those of a population
+    hyperparams = runs.hyperparams
+    return RunSettings(
+        env=ppo.env.name,
+        config=ppo.config,
+        hyperparams={name: as_json(hyperparams.get(name)) for name in hyperparams.names},
+        env_params={name: as_json(x) for name, x in to_arrays(runs.env_params).items()},
+        num_runs=state.num_updates.size if state.num_updates.ndim else None,
+        first_key=np.asarray(jax.random.key_data(state.key)).tolist(),
+        notes=dict(notes or {}),
+        sessions=(describe_machine(),),
+    )
+
+
+def read_settings(folder: str | Path) -> RunSettings:
+    """The settings of the run in a folder. Raises ValueError if it holds no run, or damaged settings."""
+    path = Path(folder) / SETTINGS
+    kind = kind_of(folder)
+    if kind == "sweep":
+        raise ValueError(f"{folder} holds a sweep: run the command or the call that started it again to continue it")
+    if kind is None:
+        raise ValueError(f"{folder} holds no run: it has no {SETTINGS}")
+    try:
+        data = json.loads(path.read_text())
+        return RunSettings.from_json(data)
+    except KeyError as error:
+        raise ValueError(f"{path} does not describe a run: missing key {error}") from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error} (every checkpoint has a copy of it)") from None
+
+
+def write_settings(folder: Path, settings: RunSettings):
+    """Writes settings.json, whole at any moment."""
+    save_json(folder / SETTINGS, settings.to_json())
