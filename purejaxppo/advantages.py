@@ -131,7 +131,7 @@ def state_values(
         config: of the PPO.
     """
     memory = jax.tree.map(lambda x, last: jnp.concatenate([x, last[None]]), rollout.memory, last_memory)
-    first_memory, memory_after = (jax.tree.map(lambda x: x[steps], memory) for steps in (0, slice(1, None)))
+    first_memory, memory_after = jax.tree.map(lambda x: x[0], memory), jax.tree.map(lambda x: x[1:], memory)
     _, _, value = apply_policy(policy, first_memory, rollout.obs, rollout.first, network=network, config=config)
     next_value = jnp.where(terminated, 0, jnp.concatenate([value[1:], value[-1:]]))
     last = (jnp.arange(config.num_steps) == config.num_steps - 1)[:, None]

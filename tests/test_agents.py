@@ -156,7 +156,7 @@ def test_resume_finds_nothing_to_do_extends_and_warns(folder, tmp_path, capsys):
 
 REFUSALS = [
     (["resume", "{}/nothing"], "holds no run"),
-    (["resume", "{}", "--total-steps", "64"], "total_steps=64 must be at least the 384"),
+    (["resume", "{}", "--total-steps", "64"], "--total-steps=64 must be at least the 384"),
     (["evaluate", "{}/nothing"], "holds no run"),
     (["evaluate", "{}", "--episodes", "0"], "episodes=0 must be"),
     (["export", "{}", "--agent", "2"], "--agent=2 must be from 0 to 1"),

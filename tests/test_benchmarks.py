@@ -47,7 +47,7 @@ def test_bench_takes_every_kind_of_action_observation_and_memory(env):
         (["--seconds", "-1"], "seconds=-1.0 must be a positive number"),
         (["--num-seeds", "1", "99999999999"], "--num-seeds=99999999999 must be at most"),
         (["--out", "/nowhere/at/all.json"], "out=/nowhere/at/all.json cannot be written: No such file or directory"),
-        (["--target-kl", "0.01"], "target_kl=0.01 and stop_on_kl=False have no effect"),
+        (["--target-kl", "0.01"], "--target-kl=0.01 and --no-stop-on-kl have no effect"),
         (["--compile-cache", __file__], "cannot be a folder: File exists"),
     ],
 )

@@ -23,6 +23,7 @@ from purejaxppo import batched, fit, load, make_ppo, runs
 from purejaxppo.experiment.files import to_arrays
 from purejaxppo.experiment.runs.checkpoints import Checkpoints
 from purejaxppo.experiment.runs.launch import resume
+from purejaxppo.experiment.runs.saved import SavedRun
 from purejaxppo.experiment.runs.settings import RunSettings
 from purejaxppo.experiment.runs.sinks import csv_file, json_lines
 
@@ -78,12 +79,25 @@ def test_a_run_in_parts_is_the_run_in_one_to_the_bit(whole, copy):
     same(again.state, whole.state)
 
 
+def test_a_saved_run_has_its_whole_state(kept, whole):
+    saved = load(kept, begin()[0])
+    assert isinstance(saved, SavedRun) and saved.settings.config.num_updates == 9
+    same(fit(saved.ppo, saved.state(), progress=False).state, whole.state)
+
+
+def test_metrics_are_a_table_with_a_row_per_run_and_update(whole):
+    table = whole.to_dataframe()
+    assert len(table) == 2 * 9 and table["updates"].unique().tolist() == list(range(1, 10))
+    first = table[(table["run"] == 1) & (table["updates"] == 4)]
+    assert first["loss"].item() == whole.metrics["loss"].sel(run=1, updates=4).item()
+
+
 def test_a_run_killed_before_its_last_files_is_completed(copy):
     fit(*begin(), folder=copy, progress=False)
     for name in ("policy.npz", "metrics.nc"):
         (copy / name).unlink()
     ppo, state = begin()
-    with pytest.raises(ValueError, match="has not come to its end"):
+    with pytest.raises(ValueError, match="is not finished"):
         load(copy, ppo)
     assert fit(ppo, state, folder=copy, progress=False).num_updates == 0
     assert load(copy, ppo).metrics.sizes["updates"] == 9
@@ -192,7 +206,7 @@ def test_a_run_of_other_settings_is_refused_with_the_fields_that_differ(kept, ot
 
 def test_a_run_is_extended_with_a_word_on_its_schedules(copy):
     fit(*begin(), folder=copy, progress=False)
-    with pytest.warns(UserWarning, match="extended from num_updates=9 to 12; schedules end there now"):
+    with pytest.warns(UserWarning, match="extended from num_updates=9 to 12; its schedules now end"):
         result = fit(*begin(dataclasses.replace(CONFIG, num_updates=12)), folder=copy, progress=False)
     assert result.num_updates == 3 and result.metrics.sizes["updates"] == 12
     rate = result.metrics["learning_rate"].values[0] / result.metrics["learning_rate"].values[0, 0]
@@ -215,7 +229,7 @@ def test_a_disk_that_fails_is_a_warning_and_the_run_goes_on(tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Checkpoints, "save", full)
-    with pytest.warns(UserWarning, match="no checkpoint could be saved .*No space left"):
+    with pytest.warns(UserWarning, match="no checkpoint was saved .*No space left"):
         result = fit(*begin(), folder=tmp_path / "run", progress=False)
     same(result.state, whole.state)
 

@@ -150,7 +150,7 @@ def test_a_run_on_two_devices_loads_as_any_other(tmp_path):
         assert saved.settings.notes["launch"]["num_devices"] == 2 and saved.metrics.sizes == {"seed": 1, "updates": 6}
     done = subprocess.run([*command, "999"], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "num_devices=999 must be at most " in done.stderr
+    assert "--num-devices=999 must be at most " in done.stderr
 
 
 def test_a_run_on_one_thread_comes_to_the_same_numbers(tmp_path):
@@ -172,7 +172,7 @@ def test_one_thread_asked_for_too_late_is_one_sentence_and_status_2(capsys, monk
 def test_a_run_does_not_spill_into_the_current_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, _, error = run(capsys, "train", "CartPole-v1", *TINY, "--out", "")
-    assert status == 2 and "name a folder for this run" in error
+    assert status == 2 and "name a folder for the results" in error
     assert not list(tmp_path.iterdir())
 
 

@@ -107,6 +107,14 @@ def test_a_run_of_the_sweep_equals_that_run_alone(result):
         np.testing.assert_allclose(first[name], alone[name], rtol=1e-5, atol=1e-5)
 
 
+def test_a_sweep_is_a_table_with_its_fields_as_columns(result):
+    table = result.to_dataframe()
+    assert len(table) == 2 * 2 * 2 * 3
+    rows = table[(table["learning_rate"] == 1e-2) & (table["discount"] == 0.9) & (table["seed"] == 1)]
+    expected = result.metrics["loss"].sel(learning_rate=1e-2, discount=0.9, seed=1)
+    np.testing.assert_array_equal(rows["loss"], expected)
+
+
 def test_a_policy_comes_out_of_the_batch_ready_to_act_and_to_be_trained_on(result):
     setting = {"learning_rate": 1e-2, "discount": 0.99}
     ppo, state = result.ppo(**setting), result.state(seed=1, **setting)
@@ -120,7 +128,7 @@ def test_a_policy_comes_out_of_the_batch_ready_to_act_and_to_be_trained_on(resul
 def test_the_folder_gives_the_same_result_back_in_open_formats(result, folder):
     again = pjp.load(folder)
     xarray.testing.assert_equal(again.metrics, result.metrics)
-    assert again.sweep == result.sweep and again.best() == result.best()
+    assert isinstance(again, pjp.SweepResult) and again.sweep == result.sweep and again.best() == result.best()
     on_disk = xarray.load_dataset(folder / "results.nc", engine="scipy")
     xarray.testing.assert_equal(on_disk, result.metrics)
     assert {"purejaxppo", "jax", "device", "matmul_precision", "sweep", "machine"} <= on_disk.attrs.keys()

@@ -35,7 +35,7 @@ def test_the_numbers_of_a_vector_are_columns_of_their_own(metrics, tmp_path, cap
         (0, 1), (6, 7), (2, 3), (8, 9), (4, 5), (10, 11),
     ]  # fmt: skip
     csv_file(tmp_path / "log.csv")(metrics)
-    assert (tmp_path / "log.csv").read_text().startswith("update,step,run,learning_rate,parts_0,parts_1\n")
+    assert (tmp_path / "log.csv").read_text().startswith("updates,step,run,learning_rate,parts_0,parts_1\n")
     console(names=("parts_1",))(metrics)
     assert "parts_1=8" in capsys.readouterr().out
 

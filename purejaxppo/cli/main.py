@@ -54,10 +54,13 @@ def _name_flags(sentence: str, arguments: list[str]) -> str:
     written = {"env", *re.findall(r"(?<!-)\b(\w+)=", " ".join(a for a in arguments if not a.startswith("--")))}
 
     def flag(match: re.Match) -> str:
-        name = str(match[1])
-        return f"{name}=" if name in written else f"--{FLAGS.get(name, name).replace('_', '-')}="
+        name, value = match.groups()
+        if name in written:
+            return str(match[0])
+        kebab = FLAGS.get(name, name).replace("_", "-")
+        return {"True": f"--{kebab}", "False": f"--no-{kebab}"}.get(value, f"--{kebab}={value}")
 
-    return re.sub(r"(?<![\w.{'\"-])([a-z]\w*)=(?=[^\s=])", flag, sentence)
+    return re.sub(r"(?<![\w.{'\"-])([a-z]\w*)=(True\b|False\b|[^\s=])", flag, sentence)
 
 
 def _refuse(sentence: str, status: int = 2) -> int:

@@ -89,7 +89,7 @@ def train(arguments: list[str]) -> int:
     ppo = make(options)
     if options.num_devices > jax.device_count():
         raise ValueError(
-            f"num_devices={options.num_devices} must be at most {jax.device_count()}, the number of devices (on a CPU "
+            f"num_devices={options.num_devices} must be at most {jax.device_count()}, the number of devices (on a CPU: "
             "of cores)"
         )
     ppo = batched(sharded(ppo, options.num_devices) if options.num_devices > 1 else ppo)

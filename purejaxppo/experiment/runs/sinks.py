@@ -52,6 +52,7 @@ class TextFile:
 
     @property
     def __name__(self) -> str:
+        """The name in a warning."""
         return str(self.path)
 
     def __call__(self, metrics: xarray.Dataset):

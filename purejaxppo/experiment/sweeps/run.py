@@ -113,10 +113,10 @@ class Session:
             return
         try:
             done, config = wave[0].num_updates, compiled.group.config
-            state, metrics = self.load_wave(compiled, wave)
+            first_state, metrics = self.load_wave(compiled, wave)
             num_runs = len({name for slice_ in wave for name in slice_.runs})
             timer = Timer(self.save_every)
-            for state, new in chunks(compiled.program, state, done, config.num_updates, donate=True):
+            for state, new in chunks(compiled.program, first_state, done, config.num_updates, donate=True):
                 metrics.append(new)
                 with self.lock:
                     length = next(iter(new.values())).shape[1]
