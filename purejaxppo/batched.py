@@ -1,8 +1,9 @@
-"""Many runs in one program: the same functions and the same pytrees with one more axis R in front."""
+"""Many runs in one program: the same functions and pytrees, with a leading axis R."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial, wraps
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,25 +20,34 @@ AXIS = "runs"
 GIVEN = ("key", "hyperparams", "env_params", "actors")  # of a state; all else is learned
 
 
-def batched(ppo: PPO, devices=None) -> PPO:
+def batched(ppo: PPO, devices: int | Sequence[Any] | None = None) -> PPO:
     """The same PPO over R runs: again a PPO, whose keys, states, policies and metrics have a leading axis R.
 
-    In `init`, hyperparameters and environment parameters without that axis are shared by all runs. A run that would
-    turn nan or infinite is frozen: its state stays as it was before that update, in which `num_updates` tells when it
-    was, and from there on it reports nan and no episodes. `devices`, a list or how many, share the runs out among
-    them, R / D to each, with no communication.
+        >>> ppo = pjp.make_ppo("CartPole-v1", pjp.Config(num_envs=8, num_updates=2))
+        >>> many = pjp.batched(ppo)
+        >>> state = jax.jit(many.init)(jax.random.split(jax.random.key(0), 3))
+        >>> state, metrics = jax.eval_shape(many.train, state)  # shapes alone; jax.jit(many.train) trains
+        >>> metrics["loss"].shape
+        (3, 2)
+
+    In `init`, hyperparameters and environment parameters without the axis R are shared by all runs. A run that would
+    become nan or infinite is frozen: its state stays as it was before that update, so `num_updates` of the state says
+    how many succeeded, and from then on the run reports nan and no episodes.
+
+    `devices`, a list or a number of them, distributes the runs across D devices, R / D on each, without communication.
+    Raises ValueError if there are fewer devices, or if `ppo` is sharded already.
     """
     mesh = _mesh(ppo, devices)
     on_devices = partial(_on_devices, mesh)
 
     @wraps(ppo.init)
-    def init(key, hyperparams=Hyperparams(), env_params=None):
+    def init(key: jax.Array, hyperparams: Hyperparams = Hyperparams(), env_params: Any = None):
         if key.ndim != 1:
-            raise ValueError(f"keys must be one for each run, [R], not of shape {key.shape} (see `runs`)")
+            raise ValueError(f"key must hold one key per run, [R], not shape {key.shape} (see `runs`)")
         if "rbg" in str(jax.random.key_impl(key)):
             raise ValueError(
-                f"keys of the generator {jax.random.key_impl(key)!r} draw other numbers in other batches: "
-                "take those of 'threefry2x32', or train one run at a time"
+                f"keys of the generator {jax.random.key_impl(key)!r} draw numbers that depend on the size of the batch "
+                "(use keys of 'threefry2x32', or train one run at a time)"
             )
         num_runs = key.shape[0]
         env_params = ppo.env.params if env_params is None else env_params
@@ -45,18 +55,18 @@ def batched(ppo: PPO, devices=None) -> PPO:
         return on_devices(jax.vmap(ppo.init))(key, hyperparams, _per_run(env_params, ppo.env.params, num_runs))
 
     @wraps(ppo.evaluate)
-    def evaluate(key, policy, env_params=None, **options):
+    def evaluate(key: jax.Array, policy: Any, env_params: Any = None, **options: Any):
         env_params = ppo.env.params if env_params is None else env_params
         env_params = _per_run(env_params, ppo.env.params, key.shape[0])
         return jax.vmap(lambda *args: ppo.evaluate(*args, **options))(key, policy, env_params)
 
     @wraps(ppo.act)
-    def act(policy, obs, key=None, memory=None, env_params=None):
+    def act(policy: Any, obs: Any, key: jax.Array | None = None, memory: Any = None, env_params: Any = None):
         if env_params is not None:
             env_params = _per_run(env_params, ppo.env.params, len(jax.tree.leaves(policy)[0]))
         return jax.vmap(ppo.act)(policy, obs, key, memory, env_params)
 
-    def over_runs(function):
+    def over_runs(function: Callable) -> Callable:
         return wraps(function)(on_devices(partial(_over_runs, function)))
 
     one = replace_step(ppo, wraps(ppo.step)(lambda state: freeze(state, *ppo.step(state))))
@@ -67,43 +77,51 @@ def batched(ppo: PPO, devices=None) -> PPO:
     )  # fmt: skip
 
 
-def _over_runs(function, state, *args):
-    """A function of one state for a batch of R; a single run goes through without its axis, which is faster."""
+def _over_runs(function: Callable, state: TrainState, *args: Any) -> Any:
+    """Applies a function of one state to a batch of R; a single run is passed without its axis, which is faster."""
     if state.num_updates.ndim == 0:
-        raise ValueError("a batch of runs takes states with a leading axis R, from its own init with keys [R]")
+        raise ValueError(
+            "a batch of runs takes states with a leading axis R (make them by its own init, with keys [R])"
+        )
     if len(state.num_updates) > 1:
         return jax.vmap(function)(state, *args)
     return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], (state, *args))))
 
 
 def freeze(state: TrainState, new: TrainState, metrics: dict) -> tuple[TrainState, dict]:
-    """The state after a whole step and its metrics, or the state before and nan if what it learned is not finite."""
+    """The state and metrics after a step; if a learned number is not finite, the state before it and nan as metrics.
+
+    Args:
+        state: before the step.
+        new: after the step.
+        metrics: of the step; a loss that is not finite freezes the run too.
+    """
     learned = [getattr(new, field.name) for field in fields(new) if field.name not in GIVEN]
     numbers = [x for x in jax.tree.leaves((learned, metrics.get("loss", 0.0))) if jnp.issubdtype(x, jnp.inexact)]
     finite = jnp.stack([jnp.isfinite(x).all() for x in numbers]).all()
-    # The same state has the same key, and so the same step before it: once frozen it stays so.
+    # A frozen state keeps its key, so its next step is the same and fails again: once frozen, a run stays frozen.
     state = jax.tree.map(lambda old, new: jnp.where(finite, new, old), state, new)
     return state, {name: jnp.where(finite, x, _nothing(x)) for name, x in metrics.items()}
 
 
-def _nothing(metric):
+def _nothing(metric: jax.Array) -> jax.Array:
     return jnp.asarray(jnp.nan if jnp.issubdtype(metric.dtype, jnp.floating) else 0, metric.dtype)
 
 
-def _mesh(ppo: PPO, devices):
+def _mesh(ppo: PPO, devices: int | Sequence[Any] | None) -> Mesh | None:
     if devices is None:
         return None
     if ppo.mesh is not None:
-        raise ValueError(f"this PPO shares its environments out to {ppo.mesh.size} devices (leave devices=None)")
+        raise ValueError(f"this PPO is sharded already, over {ppo.mesh.size} devices (leave devices=None)")
     return Mesh(np.array(choose_devices(devices)), AXIS)
 
 
-def _on_devices(mesh, function):
-    """A function of arrays with a leading axis R, each device of a mesh with a share of the runs."""
+def _on_devices(mesh: Mesh | None, function: Callable) -> Callable:
+    """A function of arrays with a leading axis R that is distributed across the devices of a mesh."""
     if mesh is None:
         return function
 
-    def run(*args):
+    def run(*args: Any):
         num_runs = len(jax.tree.leaves(args)[0])
         if num_runs % mesh.size:
             raise ValueError(
@@ -117,16 +135,32 @@ def _on_devices(mesh, function):
 
 
 def concatenate(*states: TrainState) -> TrainState:
-    """The runs of several batches as one batch, in their order."""
+    """The runs of several batches as one batch, in the order given."""
     return jax.tree.map(lambda *xs: jnp.concatenate(xs), *states)
 
 
-def runs(key, values: Table | Mapping | None = None, num_seeds: int = 1, hyperparams: Hyperparams = Hyperparams()):
-    """Keys [R] and Hyperparams [R] for every setting of a table times `num_seeds` seeds; seeds vary fastest.
+def runs(
+    key: jax.Array,
+    values: Table | Mapping[str, Any] | None = None,
+    num_seeds: int = 1,
+    hyperparams: Hyperparams = Hyperparams(),
+) -> tuple[jax.Array, Hyperparams]:
+    """Keys [R] and hyperparameters [R] for every setting of a table times `num_seeds` seeds; seeds vary fastest.
 
-    `values` is a table of hyperparameters (`grid`, `paired`, `sample`) or a dict of columns. Seed i has the same key
-    under every setting and whatever `num_seeds` is, so settings are compared on the same draws. Raises ValueError for
-    a name that is no hyperparameter: `Sweep` takes those of every kind.
+        >>> keys, hyperparams = pjp.runs(jax.random.key(0), pjp.grid(clip=[0.1, 0.2]), num_seeds=2)
+        >>> hyperparams.clip
+        Array([0.1, 0.1, 0.2, 0.2], dtype=float32)
+
+    Seed i has the same key under every setting and for every `num_seeds`, so settings are compared on the same draws.
+
+    Args:
+        key: of the whole batch.
+        values: a table of hyperparameters (`grid`, `paired`, `sample`), or a dict of columns; None for one setting.
+        num_seeds: seeds of every setting.
+        hyperparams: the values that the table leaves as they are.
+
+    Raises:
+        ValueError: for columns of unequal lengths, or a name that is not a hyperparameter (`Sweep` takes other fields).
     """
     values = values.columns() if isinstance(values, Table) else values or {}
     for name in values:
@@ -144,13 +178,13 @@ def runs(key, values: Table | Mapping | None = None, num_seeds: int = 1, hyperpa
     return keys, _per_run(swept, jax.tree.map(lambda _: 0.0, swept), keys.shape[0])
 
 
-def seed_keys(key, seeds):
-    """The keys [R] of the seeds with numbers [R]."""
+def seed_keys(key: jax.Array, seeds: jax.Array) -> jax.Array:
+    """The keys [R] of seeds, given by their numbers [R]."""
     return jax.vmap(partial(jax.random.fold_in, key))(seeds)
 
 
-def _per_run(tree, like, num_runs: int):
-    """Every leaf with a leading axis R: as it is where it has one axis more than in `like`, else shared by all runs."""
+def _per_run(tree: Any, like: Any, num_runs: int) -> Any:
+    """Every leaf with a leading axis R: unchanged if it has one axis more than in `like`, else repeated R times."""
 
     def spread(x, one):
         x = jnp.asarray(x)

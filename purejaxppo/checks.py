@@ -1,13 +1,22 @@
-"""What a number or a word given by a person must be; each refusal is a ValueError of one sentence."""
+"""Checks of the numbers and words that a user gives; each raises a ValueError of one sentence."""
 
+from dataclasses import Field
 from typing import Any, Literal
 
-import jax
 import numpy as np
+from jax.core import Tracer
 
 
-def check_whole(name: str, value: Any, at_least: int = 1, at_most: int | None = None, of: str = ""):
-    """Refuses what is no whole number, too small or too large; `of` says what there are `at_most` of."""
+def check_whole(name: str, value: Any, at_least: int = 1, at_most: int | None = None, of: str = "") -> None:
+    """Raises ValueError unless a value is a whole number in [`at_least`, `at_most`].
+
+    Args:
+        name: of the argument, for the message.
+        value: any object; True and False are not whole numbers.
+        at_least: the lowest number allowed.
+        at_most: the highest number allowed, None for no bound.
+        of: what there are `at_most` of, for the message.
+    """
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         raise ValueError(f"{name}={value!r} must be a whole number")
     if value < at_least:
@@ -16,8 +25,8 @@ def check_whole(name: str, value: Any, at_least: int = 1, at_most: int | None = 
         raise ValueError(f"{name}={value} must be at most {at_most}{of and f', {of}'}")
 
 
-def check_choice(field, value: Any):
-    """Refuses what the type of a dataclass's field, a Literal or a bool, does not allow."""
+def check_choice(field: Field, value: Any) -> None:
+    """Raises ValueError for a value that the type of a dataclass's field, a Literal or a bool, does not allow."""
     choices = getattr(field.type, "__args__", ()) if getattr(field.type, "__origin__", None) is Literal else ()
     if choices and value not in choices:
         raise ValueError(f"{field.name}={value!r} must be one of {', '.join(map(repr, choices))}")
@@ -25,9 +34,20 @@ def check_choice(field, value: Any):
         raise ValueError(f"{field.name}={value!r} must be True or False")
 
 
-def check_range(name: str, value: Any, low: float, high: float, open_low: bool = False, open_high: bool = False):
-    """Refuses numbers, one or many, outside an interval; what is traced passes."""
-    if isinstance(value, jax.core.Tracer):
+def check_range(
+    name: str, value: Any, low: float, high: float, open_low: bool = False, open_high: bool = False
+) -> None:
+    """Raises ValueError for numbers outside an interval; traced numbers pass.
+
+    Args:
+        name: of the argument, for the message.
+        value: a number, or an array of numbers.
+        low: the lower end of the interval.
+        high: the upper end of the interval.
+        open_low: whether `low` itself is excluded.
+        open_high: whether `high` itself is excluded.
+    """
+    if isinstance(value, Tracer):
         return
     try:
         values = np.asarray(value, np.float64)
@@ -41,7 +61,7 @@ def check_range(name: str, value: Any, low: float, high: float, open_low: bool =
 
 
 def nearest_divisors(number: int, wanted: int) -> str:
-    """The divisors of a number next to the one that was wanted, as a remedy."""
+    """The remedy of an error message: the divisors of a number just below and above the one wanted."""
     divisors = [d for d in range(1, number + 1) if number % d == 0]
     below = [d for d in divisors if d < wanted][-1:]
     above = [d for d in divisors if d > wanted][:1]

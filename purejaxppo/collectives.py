@@ -1,21 +1,23 @@
-"""What the shards of a run tell each other over a mesh axis; where `axis_name` is (), a run is one shard, and silent.
+"""Collectives across the shards of a run, over the mesh axis `axis_name`; with () a run is one shard.
 
-Each call is one message: shards wait for each other at every one, which costs more than what it carries.
+Each call is one message. Shards wait for each other at every message, which costs more than sending its data.
 """
+
+from typing import Any
 
 import jax
 from jax.flatten_util import ravel_pytree
 
 
-def gather_shards(tree, axis_name=()):
-    """What all D shards hold, leaves [D, ...]; D = 1 where no axis is named."""
+def gather_shards(tree: Any, axis_name: str | tuple = ()) -> Any:
+    """The values of all D shards, leaves [D, ...]; D = 1 for `axis_name=()`."""
     if not axis_name:
         return jax.tree.map(lambda x: x[None], tree)
     vector, unravel = ravel_pytree(tree)
     return jax.vmap(unravel)(jax.lax.all_gather(vector, axis_name))
 
 
-def mean_over_shards(tree, axis_name=()):
+def mean_over_shards(tree: Any, axis_name: str | tuple = ()) -> Any:
     """The mean of every leaf over the shards."""
     if not axis_name:
         return tree
@@ -23,6 +25,6 @@ def mean_over_shards(tree, axis_name=()):
     return unravel(jax.lax.pmean(vector, axis_name))
 
 
-def key_of_shard(key: jax.Array, axis_name=()) -> jax.Array:
-    """The key itself, or one for each shard of a mesh axis: what lies in a shard is drawn and shuffled there."""
+def key_of_shard(key: jax.Array, axis_name: str | tuple = ()) -> jax.Array:
+    """A different key in each shard of a mesh axis, so that each draws and shuffles its own data; the key for ()."""
     return jax.random.fold_in(key, jax.lax.axis_index(axis_name)) if axis_name else key

@@ -1,9 +1,14 @@
-"""Playing whole episodes with a policy that does not learn."""
+"""Evaluation: whole episodes with a policy that does not learn."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from purejaxppo.config import Config
+from purejaxppo.envs.base import Env
+from purejaxppo.networks.network import Network
 from purejaxppo.rollout import Policy, add_time, apply_policy, start, step_envs
 
 EVALUATION = 2**31
@@ -14,19 +19,38 @@ class Evaluation(struct.PyTreeNode):
 
     episode_return: jax.Array  # [E], raw rewards
     episode_length: jax.Array  # [E] int32, steps
-    finished: jax.Array  # [E] bool, whether the episode ended within the bound on steps
+    finished: jax.Array  # [E] bool, whether the episode ended within `max_steps`
 
 
 def evaluate(
-    key, policy: Policy, env_params=None, *, env, network, config, num_episodes=128, greedy=False, max_steps=10_000
-):
-    """Plays E = `num_episodes` episodes side by side, each to its end, and counts the first of each environment.
+    key: jax.Array,
+    policy: Policy,
+    env_params: Any = None,
+    *,
+    env: Env,
+    network: Network,
+    config: Config,
+    num_episodes: int = 128,
+    greedy: bool = False,
+    max_steps: int = 10_000,
+) -> Evaluation:
+    """Plays E episodes side by side and counts the first one of each environment.
 
-    Counting whatever ends first would favour short episodes. `greedy` takes the mode instead of a sample. Episodes
-    still running after `max_steps` steps are cut off there and marked as not `finished`.
+    Counting whatever ends first would favour short episodes.
+
+    Args:
+        key: of the evaluation.
+        policy: for example `state.policy`.
+        env_params: by default those of the environment.
+        env: where to play.
+        network: applies the policy.
+        config: says how actions are bounded.
+        num_episodes: E.
+        greedy: whether to take the mode instead of a sample.
+        max_steps: steps after which running episodes stop; they are not `finished`.
     """
     env_params = env.params if env_params is None else env_params
-    # A key of its own branch: the one given may be that of the run, whose other branches are used up.
+    # A separate branch: the given key may be that of the run, whose other branches are used already.
     start_key, play_key = jax.random.split(jax.random.fold_in(key, EVALUATION))
 
     def running(carry):

@@ -1,10 +1,11 @@
-"""Population-based training inside the program: runs that do badly go on from runs that do well, slightly changed."""
+"""Population-based training inside the program: poor runs continue from copies of good ones, slightly changed."""
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial, wraps
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,24 +17,24 @@ from purejaxppo.checks import check_whole
 from purejaxppo.config import Hyperparams, spec_of
 from purejaxppo.ppo import PPO, TrainState, replace_step
 
-KEPT = ("key", "env_params", "actors")  # by a run that is replaced; all else of a state was learned
+KEPT = ("key", "env_params", "actors")  # by a run that is replaced; the other fields of a state were learned
 
 
 class Population(struct.PyTreeNode):
-    """R runs that learn side by side and are compared now and then: everything that the next step needs."""
+    """The state of R runs that train together and are compared at intervals: everything that the next step needs."""
 
     runs: TrainState  # [R, ...]
-    key: jax.Array  # [] of the evolution; every run has its own besides
-    fitness: jax.Array  # [R] mean return of the episodes since the last evolution, or before it while none has ended
+    key: jax.Array  # [], of the evolution; every run has its own too
+    fitness: jax.Array  # [R], mean return since the last evolution; the one before it until an episode ends
     num_episodes: jax.Array  # [R] int32, ended since the last evolution
 
     @property
-    def num_updates(self):
-        """Updates that every run has done, [R] int32."""
+    def num_updates(self) -> jax.Array:
+        """Updates that each run has done, [R] int32."""
         return self.runs.num_updates
 
     @property
-    def policy(self):
+    def policy(self) -> Any:
         """The policies of all runs, [R, ...]."""
         return self.runs.policy
 
@@ -42,33 +43,52 @@ def evolving(
     ppo: PPO,
     *,
     every: int,
-    explore=("learning_rate", "entropy_coefficient"),
+    explore: str | Sequence[str] | Mapping[str, tuple[float, float]] = ("learning_rate", "entropy_coefficient"),
     fraction: float = 0.25,
-    factors=(0.8, 1.25),
+    factors: Sequence[float] = (0.8, 1.25),
 ) -> PPO:
     """The same PPO over R runs that evolve after every `every` updates: again a PPO, whose state is a `Population`.
 
-    A run's fitness is the mean return of the episodes that ended since the last evolution, and what it was before
-    where none has, so an interval should span several episodes. An episode during which a run was replaced counts
-    whole. A run that `batched` froze has no fitness, and so is replaced before others. `evolve` tells the rest.
+        >>> ppo = pjp.make_ppo("CartPole-v1", pjp.Config(num_envs=8, num_updates=2))
+        >>> many = pjp.evolving(ppo, every=1)
+        >>> population = jax.jit(many.init)(jax.random.split(jax.random.key(0), 4))
+        >>> population, metrics = jax.eval_shape(many.train, population)  # shapes alone; jax.jit(many.train) trains
+        >>> metrics["parent"].shape
+        (4, 2)
 
-    Metrics have besides those of `batched` `parent`, [R] int32, the run from which each run goes on after this update
-    (itself, where nothing was copied), and the fields in `explore` as this update had them; what it made of such a
-    field, by a schedule or annealing, is `current_<field>`. Raises ValueError before anything compiles.
+    A run's fitness is the mean return of the episodes that ended since the last evolution. If none has ended, it keeps
+    its fitness from before, so an interval should span several episodes. An episode during which a run was replaced
+    counts in full. A run that `batched` froze has no fitness, so it is replaced before others. See `evolve` for how.
+
+    The metrics are those of `batched`, and: `parent`, [R] int32, the run from which each run continues after this
+    update (itself if nothing was copied); each field in `explore` as it was in this update; and, if a schedule or
+    annealing changes such a field, its value after that as `current_<field>`.
+
+    Args:
+        ppo: the PPO of one run.
+        every: updates between two evolutions.
+        explore: hyperparameters to change, by name, or with their ranges as {name: (lowest, highest)}.
+        fraction: of the runs, at most replaced by one evolution, in (0, 0.5].
+        factors: positive numbers, one of which multiplies an explored hyperparameter.
+
+    Raises:
+        ValueError: before anything compiles.
     """
     check_whole("every", every)
     ranges = explored_ranges(explore, factors)
     _check_fraction(fraction)
     many = batched(ppo)
+    freeze = many.freeze
+    assert freeze is not None
     select = partial(evolve, explore=explore, fraction=fraction, factors=factors)
 
     @wraps(many.init)
-    def init(key, hyperparams=Hyperparams(), env_params=None):
+    def init(key: jax.Array, hyperparams: Hyperparams = Hyperparams(), env_params: Any = None):
         num_replaced(fraction, key.size)
         _check_plain(hyperparams, ranges)
         return Population(
             runs=many.init(key, hyperparams, env_params),
-            key=jax.random.fold_in(key[0], 2**32 - 1),  # none of the few keys that the run splits this one into
+            key=jax.random.fold_in(key[0], 2**32 - 1),  # differs from the keys that the run splits from it
             fitness=jnp.full(key.shape, jnp.nan, jnp.float32),
             num_episodes=jnp.zeros(key.shape, jnp.int32),
         )
@@ -79,16 +99,16 @@ def evolving(
         return state.replace(runs=runs), rollout
 
     @wraps(many.learn)
-    def learn(state: Population, rollout):
-        # A run that turned nan must not be compared: a population freezes it here, before it evolves.
-        return finish(state, *many.freeze(state.runs, *many.learn(state.runs, rollout)))
+    def learn(state: Population, rollout: Any):
+        # A run that became nan must not be compared, so it is frozen here, before the population evolves.
+        return finish(state, *freeze(state.runs, *many.learn(state.runs, rollout)))
 
     @wraps(many.step)
     def step(state: Population):
         return finish(state, *many.step(state.runs))
 
     def finish(state: Population, runs: TrainState, metrics: dict):
-        """The population after an update of its runs, evolved if it is due."""
+        """The population after an update of its runs, evolved if an evolution is due."""
         key, evolve_key = jax.random.split(state.key)
         metrics |= {f"current_{name}": metrics[name] for name in ranges if name in metrics}
         metrics |= {name: runs.hyperparams.get(name) for name in ranges}
@@ -97,15 +117,15 @@ def evolving(
         frozen = runs.num_updates == state.num_updates
         # Without any fitness nothing is copied.
         runs, parent = select(evolve_key, runs, jnp.where(due & ~frozen, fitness, jnp.nan))
-        fitness = fitness[parent]  # a copy counts as fit as its parent until its own episodes end
+        fitness = fitness[parent]  # a copy has the fitness of its parent until its own episodes end
         num_episodes = jnp.where(due, 0, num_episodes)
         return Population(runs=runs, key=key, fitness=fitness, num_episodes=num_episodes), metrics | {"parent": parent}
 
     return replace_step(many, step)._replace(init=init, collect=collect, learn=learn, freeze=None)
 
 
-def count_episodes(state: Population, metrics: dict):
-    """Fitness and episodes since the last evolution, [R] each, with those of one more update counted in."""
+def count_episodes(state: Population, metrics: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Fitness and number of episodes since the last evolution, [R] each, after one more update with these metrics."""
     ended = metrics["num_episodes"]
     num_episodes = state.num_episodes + ended
     share = ended / jnp.maximum(num_episodes, 1)
@@ -115,26 +135,39 @@ def count_episodes(state: Population, metrics: dict):
 
 
 def evolve(
-    key,
+    key: jax.Array,
     state: TrainState,
-    fitness,
+    fitness: jax.Array,
     *,
-    explore=("learning_rate", "entropy_coefficient"),
+    explore: str | Sequence[str] | Mapping[str, tuple[float, float]] = ("learning_rate", "entropy_coefficient"),
     fraction: float = 0.25,
-    factors=(0.8, 1.25),
-):
-    """Exploit and explore once (Jaderberg et al., 2017): R runs after it, and whom each goes on from, [R] int32.
+    factors: Sequence[float] = (0.8, 1.25),
+) -> tuple[TrainState, jax.Array]:
+    """Exploits and explores once (Jaderberg et al., 2017): the least fit runs become changed copies of the fittest.
 
-    Each of the `fraction` of the runs with the lowest fitness [R] draws one of the `fraction` with the highest, and
-    goes on from it if that one is truly fitter; nan, no fitness, is below any other. It takes over what was learned
-    (parameters, normalisers, the optimizer's state, fields of a subclass of the state), how far its schedules are, and
-    the hyperparameters. Of these, each one in `explore`, names or {name: (lowest, highest)}, is multiplied by one of
-    `factors`, a decay such as the discount in 1 - x, and clipped to its range. So a coefficient of 0 and a discount of
-    1 stay what they are.
+    Each of the `fraction` of the runs with the lowest fitness draws one of the `fraction` with the highest, and
+    continues from it if that one is strictly fitter. It copies what was learned (parameters, normalisers, the
+    optimizer's state, fields of a subclass of the state), the number of updates, which schedules depend on, and the
+    hyperparameters. Each hyperparameter in `explore` is then multiplied by one of `factors` and clipped to its range;
+    for a decay x such as the discount, 1 - x is multiplied. So a coefficient of 0 and a discount of 1 do not change.
 
-    A run that is replaced keeps its key and its environments, with the episodes under way. But what the old network
-    remembered means nothing to the new one, so its memory begins anew; so does the discounted return, a sum under
-    another discount, which would leave its mark in the moments that scale rewards. Raises ValueError at tracing.
+    A replaced run keeps its key and its environments, with their unfinished episodes. Its memory is reset, because it
+    came from the old network. So is its discounted return, because it is a sum under the old discount and would distort
+    the moments that scale rewards.
+
+    Args:
+        key: of this evolution.
+        state: R runs.
+        fitness: [R], higher is better; nan, no fitness, is below any number.
+        explore: hyperparameters to change, by name, or with their ranges as {name: (lowest, highest)}.
+        fraction: of the runs, at most replaced, in (0, 0.5].
+        factors: positive numbers, one of which multiplies an explored hyperparameter.
+
+    Returns:
+        The R runs after it, and the parent from which each continues, [R] int32.
+
+    Raises:
+        ValueError: at tracing.
     """
     ranges = explored_ranges(explore, factors)
     _check_plain(state.hyperparams, ranges)
@@ -149,17 +182,22 @@ def evolve(
     explored = {}
     for (name, (low, high)), factor in zip(ranges.items(), chosen):
         value = hyperparams.get(name)
-        moved = 1 - factor * (1 - value) if spec_of(name).decay else factor * value
+        spec = spec_of(name)
+        moved = 1 - factor * (1 - value) if spec and spec.decay else factor * value
         explored[name] = jnp.where(copied, jnp.clip(moved, low, high), value)
     actors = state.actors.replace(
-        first=state.actors.first | copied[:, None],  # all that it does is to empty the memory
+        first=state.actors.first | copied[:, None],  # its only effect is to reset the memory
         discounted_return=jnp.where(copied[:, None], 0, state.actors.discounted_return),
     )
     return state.replace(**learned | {"hyperparams": hyperparams.set(explored), "actors": actors}), parent
 
 
-def choose_parents(key, fitness, num_copies: int):
-    """Whom each run goes on from, [R] int32: itself, but for the lowest `num_copies`, which draw among the highest."""
+def choose_parents(key: jax.Array, fitness: jax.Array, num_copies: int) -> jax.Array:
+    """The run from which each of R runs continues, [R] int32.
+
+    The `num_copies` with the lowest fitness [R] draw among as many with the highest; all others continue from
+    themselves.
+    """
     order = jnp.argsort(-fitness).astype(jnp.int32)  # the fittest first, nan last
     worst = order[-num_copies:]
     num_highest = jnp.clip((~jnp.isnan(fitness)).sum(), 1, num_copies)
@@ -169,18 +207,24 @@ def choose_parents(key, fitness, num_copies: int):
 
 
 def num_replaced(fraction: float, num_runs: int) -> int:
-    """How many of R runs an evolution replaces at most. Raises ValueError where that would be none."""
+    """The largest number of runs that an evolution replaces. Raises ValueError if it is 0."""
     _check_fraction(fraction)
     number = math.floor(fraction * num_runs + 1e-6)
     if number < 1:
         enough = f"try {math.ceil(1 / fraction)} runs"
         enough += f", or fraction={math.ceil(100 / num_runs) / 100}" if 2 <= num_runs <= 100 else ""
-        raise ValueError(f"fraction={fraction} of a population of {num_runs} is no run to replace ({enough})")
+        raise ValueError(f"fraction={fraction} of {num_runs} runs rounds down to 0 runs to replace ({enough})")
     return number
 
 
-def explored_ranges(explore, factors) -> dict:
-    """The lowest and the highest value of every field to explore. Raises ValueError for what cannot be explored."""
+def explored_ranges(
+    explore: str | Sequence[str] | Mapping[str, tuple[float, float]], factors: Sequence[float]
+) -> dict[str, tuple[float, float]]:
+    """The lowest and the highest value of every field to explore, by name.
+
+    Raises ValueError for a name that is not a hyperparameter, a range outside the values that it may have, or factors
+    that are not positive.
+    """
     if not len(factors) or not all(0 < factor < math.inf for factor in factors):
         raise ValueError(f"factors={factors} must be numbers above 0, such as (0.8, 1.25)")
     names = (explore,) if isinstance(explore, str) else tuple(explore)
@@ -190,7 +234,7 @@ def explored_ranges(explore, factors) -> dict:
         spec = spec_of(str(name))
         if spec is None:
             near = difflib.get_close_matches(str(name), Hyperparams().names, n=1, cutoff=0)
-            raise ValueError(f"explore names {name!r}, which is no hyperparameter (did you mean {near[0]!r}?)")
+            raise ValueError(f"explore names {name!r}, which is not a hyperparameter (did you mean {near[0]!r}?)")
         low, high = wanted.get(name, (spec.low, spec.high))
         if not spec.low <= low <= high <= spec.high:
             raise ValueError(f"explore={{{name!r}: ({low}, {high})}} must ascend within [{spec.low:g}, {spec.high:g}]")
@@ -200,14 +244,15 @@ def explored_ranges(explore, factors) -> dict:
     return ranges
 
 
-def _check_fraction(fraction: float):
+def _check_fraction(fraction: float) -> None:
     if not 0 < fraction <= 0.5:
         raise ValueError(f"fraction={fraction} must be in (0, 0.5], so that no run is both replaced and copied")
 
 
-def _check_plain(hyperparams: Hyperparams, ranges: dict):
+def _check_plain(hyperparams: Hyperparams, ranges: Mapping[str, Any]) -> None:
+    """Refuses to explore hyperparameters that have no value, or a schedule."""
     for name in ranges:
         if name not in hyperparams.names:
-            raise ValueError(f"explore names {name!r}, which the hyperparameters lack (give it a first value)")
+            raise ValueError(f"explore names {name!r}, which the hyperparameters lack (give it an initial value)")
         if callable(hyperparams.get(name)):
             raise ValueError(f"{name} is a schedule, which cannot be explored (give a number, or explore other fields)")

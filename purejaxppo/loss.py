@@ -1,4 +1,4 @@
-"""The losses of PPO; mathematics over bare arrays, and the one function that puts them together."""
+"""The losses of PPO: mathematics over arrays, and `ppo_loss`, which combines them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from purejaxppo.config import Config, Hyperparams
 
 
 def policy_loss(log_ratio: jax.Array, advantage: jax.Array, clip: jax.Array | float) -> jax.Array:
-    """Clipped surrogate, to be minimised; any shape (Schulman et al., 2017, eq. 7)."""
+    """The clipped surrogate, to be minimised; any shape (Schulman et al., 2017, eq. 7)."""
     chex.assert_equal_shape([log_ratio, advantage])
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1 - clip, 1 + clip)
@@ -19,9 +19,15 @@ def policy_loss(log_ratio: jax.Array, advantage: jax.Array, clip: jax.Array | fl
 
 
 def value_loss(value: jax.Array, old_value: jax.Array, target: jax.Array, clip: jax.Array | float) -> jax.Array:
-    """Half the mean square error, the value's change held within `clip` of the old one; inf does not clip; any shape.
+    """Half the mean squared error of the value, with clipping around the old value; any shape; inf does not clip.
 
-    The larger of the clipped and the plain error counts, as in OpenAI baselines' ppo2.
+    The larger of the clipped and the unclipped error counts, as in OpenAI baselines' ppo2.
+
+    Args:
+        value: of the new policy.
+        old_value: of the policy that acted.
+        target: of the value.
+        clip: how far the clipped value may be from the old one.
     """
     chex.assert_equal_shape([value, old_value, target])
     clipped = old_value + jnp.clip(value - old_value, -clip, clip)
@@ -29,7 +35,10 @@ def value_loss(value: jax.Array, old_value: jax.Array, target: jax.Array, clip: 
 
 
 def approximate_kl(log_ratio: jax.Array) -> jax.Array:
-    """KL of the old from the new policy by samples of the old; any shape, never negative (Schulman, 2020, k3)."""
+    """KL(old || new), the divergence of the old policy from the new one, estimated from samples of the old one.
+
+    Any shape; never negative (Schulman, 2020, k3).
+    """
     return (jnp.expm1(log_ratio) - log_ratio).mean()
 
 
@@ -41,14 +50,23 @@ def ppo_loss(
     network: Any,
     config: Config,
     surrogate: Callable = policy_loss,
-) -> tuple[jax.Array, dict]:
-    """The loss of one minibatch [L, B] (an `update.Batch`), its advantages standardised, and what to report of it.
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of one minibatch and a report of its terms, all of them means over transitions.
 
-    A mean over transitions, as is all that it reports. Any function of this signature can take its place
-    (`make_ppo(..., loss=...)`), with one keyword more, `key`, if it draws random numbers (named in
-    its signature, not in **kwargs). Its report holds scalars and
-    vectors [K], and must hold `approx_kl` where `stop_on_kl` is on. `surrogate(log_ratio, advantage, clip)` is the
-    policy's part of the loss.
+    Any function with this signature can replace it (`make_ppo(..., loss=...)`). If its signature names an argument
+    `key` (**kwargs is not enough), it gets a random key. Its report holds scalars and vectors [K], and must hold
+    `approx_kl` if `stop_on_kl` is on.
+
+    Args:
+        params: of the network.
+        minibatch: a `Batch` [L, B, ...] with standardised advantages.
+        hyperparams: their values in this update.
+        network: applies `params`.
+        config: says whether the value loss is clipped.
+        surrogate: (log_ratio, advantage, clip) -> the policy's term of the loss.
+
+    Returns:
+        The loss and the report, name -> scalar.
     """
     _, distribution, value = network.apply(params, minibatch.memory, minibatch.obs, minibatch.first)
     log_ratio = distribution.log_prob(minibatch.action) - minibatch.log_prob

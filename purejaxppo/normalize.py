@@ -1,4 +1,7 @@
-"""Standardisation: of advantages, and by running moments of observations and returns, kept as state of the policy."""
+"""Standardisation: of advantages, and of observations and rewards by running moments, which are state of the policy."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import chex
 import jax
@@ -10,19 +13,19 @@ from purejaxppo.envs.base import Box
 
 
 class Moments(struct.PyTreeNode):
-    """How many values were seen, their mean and their population variance, per element of a shape."""
+    """The number of values seen, and their mean and population variance for each element of a shape."""
 
     count: jax.Array  # [] float32; grows by whole rollouts, so it does not stall at 2**24
     mean: jax.Array  # [...]
     variance: jax.Array  # [...]
 
 
-def no_moments(shape=()) -> Moments:
-    """Moments of nothing yet, which leave what they standardise as it is."""
+def no_moments(shape: Sequence[int] = ()) -> Moments:
+    """Initial moments (count 0, mean 0, variance 1), under which standardising changes nothing but clips."""
     return Moments(count=jnp.float32(0), mean=jnp.zeros(shape, jnp.float32), variance=jnp.ones(shape, jnp.float32))
 
 
-def measure(values, axes=None) -> Moments:
+def measure(values: jax.Array, axes: int | Sequence[int] | None = None) -> Moments:
     """Moments of values over some axes, all by default."""
     values = values.astype(jnp.float32)
     mean = values.mean(axes, keepdims=True)
@@ -33,14 +36,20 @@ def measure(values, axes=None) -> Moments:
 
 
 def pool(parts: Moments) -> Moments:
-    """Moments of D parts of one size as a whole, from theirs [D, ...]: their means vary as well (Chan et al., 1979)."""
+    """The moments of D shards of equal size taken together, from those of each, [D, ...] (Chan et al., 1979).
+
+    The variance includes the spread of their means.
+    """
     mean = parts.mean.mean(0)
     variance = (parts.variance + (parts.mean - mean[None]) ** 2).mean(0)
     return Moments(count=parts.count.sum(0), mean=mean, variance=variance)
 
 
 def merge(moments: Moments, parts: Moments) -> Moments:
-    """The moments with D parts [D, ...] of other values counted in (Chan et al., 1979: pairwise, so it is stable)."""
+    """The moments after counting in D shards of new values, of which `parts` holds the moments [D, ...].
+
+    Pairwise, and so numerically stable (Chan et al., 1979).
+    """
     new = pool(parts)
     count = moments.count + new.count
     share = new.count / count
@@ -49,14 +58,19 @@ def merge(moments: Moments, parts: Moments) -> Moments:
     return Moments(count=count, mean=moments.mean + share * delta, variance=variance)
 
 
-def standardize_advantage(advantage, axes=None, axis_name=()):
-    """Advantages less their mean, over their population deviation, over some axes and the shards of a mesh axis."""
+def standardize_advantage(
+    advantage: jax.Array, axes: int | Sequence[int] | None = None, axis_name: str | tuple = ()
+) -> jax.Array:
+    """Advantages minus their mean, divided by their population deviation.
+
+    Both are taken over the given axes, all by default, and over the shards of a mesh axis.
+    """
     moments = pool(gather_shards(measure(advantage, axes), axis_name))
     mean, variance = (jnp.expand_dims(x, axes or ()) for x in (moments.mean, moments.variance))
     return (advantage - mean) * jax.lax.rsqrt(variance + 1e-8)
 
 
-def standardize(moments: Moments, values, clip: float):
+def standardize(moments: Moments, values: jax.Array, clip: float) -> jax.Array:
     """Values [..., *shape] in deviations from the running mean, within [-clip, clip]."""
     chex.assert_shape(values, (..., *moments.mean.shape))
     lead = (1,) * (values.ndim - moments.mean.ndim)
@@ -64,19 +78,19 @@ def standardize(moments: Moments, values, clip: float):
     return jnp.clip((values - mean) * jax.lax.rsqrt(variance + 1e-8), -clip, clip)
 
 
-def scale(moments: Moments, values, clip: float):
-    """Values divided by the running deviation but not shifted, within [-clip, clip]: for rewards."""
+def scale(moments: Moments, values: jax.Array, clip: float) -> jax.Array:
+    """Values divided by the running deviation but not shifted, within [-clip, clip], as rewards are."""
     chex.assert_rank(moments.variance, 0)
     return jnp.clip(values * jax.lax.rsqrt(moments.variance + 1e-8), -clip, clip)
 
 
-def observation_moments(space):
-    """No moments yet for every Box in a space of observations; discrete parts are never standardised."""
+def observation_moments(space: Any) -> Any:
+    """Initial moments for every Box in an observation space, and None for discrete parts: they stay as they are."""
     return jax.tree.map(lambda part: no_moments(part.shape) if isinstance(part, Box) else None, space)
 
 
-def measure_observations(moments, obs):
-    """Of every part of an observation [..., *shape] that has moments, those of this batch alone."""
+def measure_observations(moments: Any, obs: Any) -> Any:
+    """The moments of this batch alone, for every part of an observation [..., *shape] that has moments."""
 
     def measure_part(part, x):
         return measure(x, tuple(range(x.ndim - part.mean.ndim))) if isinstance(part, Moments) else None
@@ -84,15 +98,15 @@ def measure_observations(moments, obs):
     return jax.tree.map(measure_part, moments, obs, is_leaf=_is_part)
 
 
-def merge_observations(moments, parts):
-    """The moments of every part of an observation with those of D shards counted in."""
+def merge_observations(moments: Any, parts: Any) -> Any:
+    """The moments of every part of an observation after counting in those of D shards, leaves [D, ...]."""
     return jax.tree.map(
         lambda old, new: merge(old, new) if isinstance(old, Moments) else old, moments, parts, is_leaf=_is_part
     )
 
 
-def standardize_observations(moments, obs, clip: float):
-    """An observation, batched or not, with every part that has moments standardised; () stands for no moments."""
+def standardize_observations(moments: Any, obs: Any, clip: float) -> Any:
+    """An observation, batched or not, with every part that has moments standardised; `moments=()` changes nothing."""
     return jax.tree.map(
         lambda part, x: standardize(part, x, clip) if isinstance(part, Moments) else x, moments, obs, is_leaf=_is_part
     )

@@ -1,4 +1,4 @@
-"""Acting in environments: from a policy and actors that stand somewhere to a rollout, T steps of N environments."""
+"""Acting in environments: from a policy and the actors to a rollout, T steps of N environments."""
 
 from typing import Any
 
@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from flax import struct
 
 from purejaxppo.config import Config
-from purejaxppo.envs.base import Env, action_space, bound_action
+from purejaxppo.envs.base import Env, Step, action_space, bound_action
 from purejaxppo.networks.network import Network
 from purejaxppo.normalize import standardize_observations
 
 
 class Policy(struct.PyTreeNode):
-    """All that acting needs, and what scales the rewards that it learns from."""
+    """All that acting needs, and the moments that scale the rewards to learn from."""
 
     params: Any  # of the network
     observation: Any  # Moments per part of an observation; () where observations are not normalised
@@ -26,49 +26,57 @@ class Actors(struct.PyTreeNode):
     env_state: Any  # [N, ...]
     obs: Any  # [N, ...], as the environment shows it
     first: jax.Array  # [N] bool, whether `obs` begins an episode
-    memory: Any  # [N, ...] of the network, before `first` empties it
+    memory: Any  # [N, ...] of the network, before `first` clears it
     episode_return: jax.Array  # [N], raw rewards so far
     episode_length: jax.Array  # [N] int32, steps so far
-    discounted_return: jax.Array  # [N], discounted sum of past rewards learned from, for their scale
+    discounted_return: jax.Array  # [N], discounted sum of past rewards; its deviation scales rewards
 
 
 class Rollout(struct.PyTreeNode):
-    """T steps of N environments, a record that may be changed before it is learned from; one step of it is [N, ...]."""
+    """T steps of N environments, which a custom step may change before it learns from them; one step is [N, ...]."""
 
     obs: Any  # [T, N, ...] acted on, as the environment shows it
     first: jax.Array  # [T, N] bool, whether `obs` begins an episode
     memory: Any  # [T, N, ...] of the network, before `obs`
     distribution: Any  # [T, N, ...] that `action` was drawn from; its scalars belong to all steps
     action: jax.Array  # [T, N, ...] as drawn, before any bound
-    reward: jax.Array  # [T, N] raw; what is learned from
+    reward: jax.Array  # [T, N] raw; `learn` scales it, if at all
     next_obs: Any  # [T, N, ...] reached, before any reset
     terminated: jax.Array  # [T, N] bool
     truncated: jax.Array  # [T, N] bool
-    metrics: dict  # of the environment, [T, N] each: means over steps are reported
-    episode_metrics: dict  # of the environment, [T, N] each: means over the episodes that ended are reported
+    metrics: dict[str, jax.Array]  # of the environment, [T, N] each: means over steps are reported
+    episode_metrics: dict[str, jax.Array]  # of the environment, [T, N] each: means over ended episodes are reported
     # Filled in once for the whole rollout, which costs less than step by step.
     log_prob: Any = None  # [T, N] of `action` when it was drawn
     ended: Any = None  # [T, N] bool, whether the environment ended an episode with this step
     episode_return: Any = None  # [T, N], the environment's rewards so far, this one included
     episode_length: Any = None  # [T, N] int32, this step included
-    key: Any = None  # [] that learning from this rollout draws from
+    key: Any = None  # [] random key for the update that learns from this rollout
 
     @property
     def done(self) -> jax.Array:
-        """Whether what is learned from ends with this step, [T, N] bool: `terminated` or `truncated`."""
+        """[T, N] bool, whether the episode to learn from ends with this step: `terminated` or `truncated`."""
         return self.terminated | self.truncated
 
 
 class Draws(struct.PyTreeNode):
-    """What one step of every environment draws; a rollout stacks T of them in front."""
+    """The random draws of one step of every environment; for a rollout, T of them along a leading axis."""
 
-    action: Any  # noise for the actions, or a key where the distribution knows no noise
+    action: Any  # noise for the actions, or a key if the distribution has no `noise`
     env_keys: jax.Array  # [N]
-    start: Any  # (state, obs) at the beginning of episodes, [N, ...], or fewer where they are shared out
+    start: Any  # (state, obs) of start states, [N, ...], or [resets_per_step, ...]
 
 
-def start(key, env_params, *, env: Env, network: Network, num_envs: int) -> Actors:
-    """N environments at the beginning of their first episodes."""
+def start(key: jax.Array, env_params: Any, *, env: Env, network: Network, num_envs: int) -> Actors:
+    """N environments at the beginning of their first episodes.
+
+    Args:
+        key: draws the start states.
+        env_params: of the environment.
+        env: where to act.
+        network: gives the empty memory.
+        num_envs: N.
+    """
     env_state, obs = jax.vmap(env.reset, in_axes=(0, None))(jax.random.split(key, num_envs), env_params)
     zeros = jnp.zeros(num_envs, jnp.float32)
     return Actors(
@@ -82,29 +90,41 @@ def start(key, env_params, *, env: Env, network: Network, num_envs: int) -> Acto
     )
 
 
-def unroll(key, actors: Actors, policy: Policy, env_params, *, env: Env, network: Network, config: Config):
-    """T steps of N environments under a fixed policy: the actors where they end, and the Rollout without its key."""
+def unroll(
+    key: jax.Array, actors: Actors, policy: Policy, env_params: Any, *, env: Env, network: Network, config: Config
+) -> tuple[Actors, Rollout]:
+    """T steps of N environments under a fixed policy: the actors after them, and the rollout without its key.
+
+    Args:
+        key: for everything that is drawn.
+        actors: where the environments stand.
+        policy: stays the same in all T steps.
+        env_params: of the environment.
+        env: where to act.
+        network: applies the policy.
+        config: sizes.
+    """
 
     def step(actors, draws):
         return act_and_step(draws, actors, policy, env_params, env=env, network=network, config=config)
 
-    def look(policy, actors):
+    def forward(policy, actors):
         obs, first = jax.tree.map(
             lambda x: jnp.broadcast_to(x, (config.num_steps, *x.shape)), (actors.obs, actors.first)
         )
         return apply_policy(policy, actors.memory, obs, first, network=network, config=config)[1]
 
-    distribution = jax.eval_shape(look, policy, actors)
+    distribution = jax.eval_shape(forward, policy, actors)
     draws = draw_ahead(key, distribution, env_params, env=env, config=config)
     actors, rollout = jax.lax.scan(step, actors, draws)
-    # Stacked over steps of their own time axis, [T, 1, N, ...]; scalars are the same in every step.
+    # The scan stacks distributions that have a time axis already, [T, 1, N, ...]; scalars are the same in every step.
     distribution = jax.tree.map(lambda x: x[:, 0] if x.ndim > 1 else x[0], rollout.distribution)
     rollout = rollout.replace(distribution=distribution, log_prob=distribution.log_prob(rollout.action))
     return count_episodes(actors, rollout)
 
 
-def count_episodes(actors: Actors, rollout: Rollout):
-    """Actors and Rollout with what is counted of the environment's episodes filled in."""
+def count_episodes(actors: Actors, rollout: Rollout) -> tuple[Actors, Rollout]:
+    """The actors and the rollout with the returns and lengths of the environment's episodes filled in."""
 
     def count(before, step):
         reward, done = step
@@ -118,8 +138,17 @@ def count_episodes(actors: Actors, rollout: Rollout):
     return actors.replace(episode_return=last[0], episode_length=last[1]), rollout
 
 
-def discounted_returns(before, reward, done, discount):
-    """Running discounted sums of rewards [T, N] from `before` [N]: those after the last step, [N], and all, [T, N]."""
+def discounted_returns(
+    before: jax.Array, reward: jax.Array, done: jax.Array, discount: jax.Array | float
+) -> tuple[jax.Array, jax.Array]:
+    """Running discounted sums of past rewards: what the next rollout starts from, [N], and those of each step, [T, N].
+
+    Args:
+        before: [N], the sums before the first step.
+        reward: [T, N].
+        done: [T, N] bool, where the sum restarts at 0 after the step.
+        discount: in [0, 1].
+    """
 
     def count(before, step):
         reward, done = step
@@ -129,17 +158,24 @@ def discounted_returns(before, reward, done, discount):
     return jax.lax.scan(count, before, (reward, done))
 
 
-def draw_ahead(key, distribution, env_params, *, env: Env, config: Config) -> Draws:
-    """What a whole rollout draws that no policy decides, [T, ...]: drawn step by step, it costs more than acting.
+def draw_ahead(key: jax.Array, distribution: Any, env_params: Any, *, env: Env, config: Config) -> Draws:
+    """All random draws of a rollout that do not depend on the policy, [T, ...].
 
-    Of the distribution [T, N] only the shapes count. Everything is drawn along one axis and shaped afterwards, which
+    Drawing step by step would cost more than acting. Everything is drawn along one axis and reshaped afterwards, which
     gives the same numbers: XLA compiles the generator for every draw, and several times as much code for several axes.
+
+    Args:
+        key: for everything that is drawn.
+        distribution: [T, N] of the actions; only its shapes are read.
+        env_params: of the environment.
+        env: draws the start states.
+        config: sizes.
     """
     act_key, env_key, reset_key = jax.random.split(key, 3)
     num_resets = config.resets_per_step or config.num_envs
     reset_keys = jax.random.split(reset_key, config.num_steps * num_resets)
     fresh = jax.vmap(env.reset, in_axes=(0, None))(reset_keys, env_params)
-    noise = getattr(distribution, "noise", None)
+    noise = getattr(distribution, "noise", None) if hasattr(distribution, "from_noise") else None
     return Draws(
         action=noise(act_key) if noise else jax.random.split(act_key, config.num_steps),
         env_keys=jax.random.split(env_key, config.num_steps * config.num_envs).reshape(config.num_steps, -1),
@@ -147,16 +183,27 @@ def draw_ahead(key, distribution, env_params, *, env: Env, config: Config) -> Dr
     )
 
 
-def act_and_step(draws: Draws, actors, policy, env_params, *, env, network, config):
-    """One step of N environments, those that ended begun anew: the actors after it, and this step of the Rollout, [N].
+def act_and_step(
+    draws: Draws, actors: Actors, policy: Policy, env_params: Any, *, env: Env, network: Network, config: Config
+) -> tuple[Actors, Rollout]:
+    """One step of N environments, with ended episodes restarted: the actors after it, and one step of a rollout, [N].
 
-    What `unroll` fills in for a whole rollout is left out, and `distribution` has a time axis of one step.
+    The fields that `unroll` fills in for a whole rollout stay None, and `distribution` has a time axis of one step.
+
+    Args:
+        draws: of this step.
+        actors: where the environments stand.
+        policy: chooses the actions.
+        env_params: of the environment.
+        env: where to act.
+        network: applies the policy.
+        config: sizes, and how actions are bounded.
     """
     memory, distribution, _ = apply_policy(
         policy, actors.memory, add_time(actors.obs), actors.first[None], network=network, config=config
     )
-    if hasattr(distribution, "place"):
-        action = distribution.place(draws.action[None])[0]
+    if hasattr(distribution, "from_noise"):
+        action = distribution.from_noise(draws.action[None])[0]
     else:
         action = distribution.sample(draws.action)[0]
     result = step_envs(draws.env_keys, actors.env_state, action, env_params, env=env, config=config)
@@ -179,14 +226,34 @@ def act_and_step(draws: Draws, actors, policy, env_params, *, env, network, conf
     return actors.replace(env_state=env_state, obs=obs, first=done, memory=memory), rollout_step
 
 
-def apply_policy(policy: Policy, memory, obs, first, *, network: Network, config: Config):
-    """The network on raw observations [T, B, ...], normalised as the policy says: memory, distribution, value."""
+def apply_policy(
+    policy: Policy, memory: Any, obs: Any, first: jax.Array, *, network: Network, config: Config
+) -> tuple[Any, Any, jax.Array]:
+    """One forward pass on raw observations: the memory after it, the distribution of actions, and the value [T, B].
+
+    Args:
+        policy: parameters, and the moments that normalise observations.
+        memory: [B, ...], before the first step.
+        obs: [T, B, ...], as the environment shows it.
+        first: [T, B] bool, where episodes begin.
+        network: applies the parameters.
+        config: the bound of a normalised observation.
+    """
     obs = standardize_observations(policy.observation, obs, config.observation_clip)
     return network.apply(policy.params, memory, obs, first)
 
 
-def step_envs(keys, env_state, action, env_params, *, env: Env, config: Config):
-    """One raw step of N environments with keys [N] and actions as drawn, [N, ...]: Step [N]."""
+def step_envs(keys: jax.Array, env_state: Any, action: jax.Array, env_params: Any, *, env: Env, config: Config) -> Step:
+    """One step of N environments without any reset; the fields of the result are [N, ...].
+
+    Args:
+        keys: [N].
+        env_state: [N, ...].
+        action: [N, ...] as drawn, before any bound.
+        env_params: of the environment.
+        env: where to act.
+        config: says how actions are bounded.
+    """
     space = action_space(env, env_params)
 
     def step(key, state, action):
@@ -202,15 +269,15 @@ def step_envs(keys, env_state, action, env_params, *, env: Env, config: Config):
     )
 
 
-def begin_where(done, start, reached):
-    """States and observations [N, ...]: those reached, or one to start from where an episode ended, `done` [N].
+def begin_where(done: jax.Array, start: Any, reached: Any) -> Any:
+    """States and observations [N, ...]: those reached, or start states where an episode ended, `done` [N].
 
-    Where there are fewer starts than environments, they are dealt out in turn to the episodes that ended.
+    If there are fewer start states than environments, the episodes that ended get them round-robin.
     """
     num_starts = len(jax.tree.leaves(start)[0])
     if num_starts < len(done):
-        turn = (jnp.cumsum(done) - 1) % num_starts
-        start = jax.tree.map(lambda x: x[turn], start)
+        index = (jnp.cumsum(done) - 1) % num_starts
+        start = jax.tree.map(lambda x: x[index], start)
 
     def choose(new, old):
         return jnp.where(done.reshape(done.shape + (1,) * (old.ndim - 1)), new.astype(old.dtype), old)
@@ -218,7 +285,7 @@ def begin_where(done, start, reached):
     return jax.tree.map(choose, start, reached)
 
 
-def add_time(tree):
+def add_time(tree: Any) -> Any:
     """Every leaf with a time axis of one step in front."""
     return jax.tree.map(lambda x: x[None], tree)
 

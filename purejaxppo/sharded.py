@@ -1,7 +1,9 @@
-"""One big run on several devices: its environments shared out, its gradients averaged."""
+"""One big run on several devices: environments are distributed across them, gradients are averaged."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial, wraps
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,45 +17,45 @@ from purejaxppo.rollout import Rollout
 AXIS = "envs"
 
 
-def sharded(ppo: PPO, devices=None) -> PPO:
-    """The same PPO with its environments shared out over `devices`, a list or how many; all by default: again a PPO.
+def sharded(ppo: PPO, devices: int | Sequence[Any] | None = None) -> PPO:
+    """The same PPO with its environments distributed across devices: again a PPO.
 
-    Each of D devices acts in N / D environments and learns from an equal part of every minibatch; gradients are
-    averaged in every minibatch and moments pooled in every cycle, so that the policy is the same everywhere. Settings
-    and states are those of the whole: `evaluate`, `act` and a saved policy know nothing of devices. The draws are not
-    those of one device, since each shuffles what it holds. A custom loss must be a mean over transitions; a custom step
-    sees whole rollouts. Raises ValueError where a rollout cannot be shared out evenly.
+    `devices` is a list or a number of them, by default all. Each of D devices acts in N / D environments and learns
+    from an equal share of every minibatch. Gradients are averaged in every minibatch and moments are pooled in every
+    update, so the policy is the same on every device. The config and the states are those of the whole run: `evaluate`,
+    `act` and saved policies do not depend on the devices. The random draws differ from those on one device, because
+    each device shuffles its own transitions. A custom loss must average over transitions; a custom step sees whole
+    rollouts. Raises ValueError if a rollout cannot be divided evenly.
     """
     if ppo.custom:
-        base, step, init = ppo.custom
-        return with_step(sharded(base, devices), step, init)
+        return with_step(sharded(ppo.custom.ppo, devices), ppo.custom.step, ppo.custom.init)
     if ppo.mesh is not None:
-        raise ValueError(f"this PPO is sharded already, over {ppo.mesh.size} devices")
+        raise ValueError(f"this PPO is sharded already, over {ppo.mesh.size} devices (pass the one of make_ppo)")
     devices = choose_devices(devices)
     config = _config_of_shard(ppo.config, len(devices))
     mesh = Mesh(np.array(devices), AXIS)
     shard = bind_ppo(ppo.env, ppo.network, config, ppo.loss, ppo.optimizer, AXIS)
-    # That all shards agree on what they share is tested, not checked by types.
+    # check_vma would prove that replicated values agree on all shards; tests check it instead.
     on_shards = partial(jax.shard_map, mesh=mesh, check_vma=False)
 
     @wraps(ppo.init)
-    def init(*args, **kwargs):
+    def init(*args: Any, **kwargs: Any):
         state = ppo.init(*args, **kwargs)
         return jax.lax.with_sharding_constraint(state, jax.tree.map(partial(NamedSharding, mesh), _specs(state)))
 
     @wraps(ppo.collect)
-    def collect(state):
+    def collect(state: TrainState):
         specs = _specs(state), _specs_of_rollout(jax.eval_shape(ppo.collect, state)[1])
         return on_shards(shard.collect, in_specs=specs[:1], out_specs=specs)(state)
 
     @wraps(ppo.learn)
-    def learn(state, rollout):
+    def learn(state: TrainState, rollout: Rollout):
         specs = _specs(state), _specs_of_rollout(rollout)
         return on_shards(shard.learn, in_specs=specs, out_specs=(specs[0], PartitionSpec()))(state, rollout)
 
-    def whole(function):
+    def whole(function: Callable) -> Callable:
         @wraps(function)
-        def run(state):
+        def run(state: TrainState):
             specs = _specs(state)
             return on_shards(function, in_specs=(specs,), out_specs=(specs, PartitionSpec()))(state)
 
@@ -64,18 +66,18 @@ def sharded(ppo: PPO, devices=None) -> PPO:
     )
 
 
-def choose_devices(devices, present=None) -> list[jax.Device]:
-    """The devices that are meant by a list, a number or None (all), out of those `present`, all of JAX's by default.
+def choose_devices(devices: int | Sequence[Any] | None, present: Sequence[Any] | None = None) -> list[Any]:
+    """The JAX devices of a list, the first of a number, or all for None, among those `present` (by default all).
 
-    Raises ValueError where there are not so many.
+    Raises ValueError if there are fewer, or for None if there is only one.
     """
-    present = jax.devices() if present is None else present
+    present = list(jax.devices() if present is None else present)
     cores = (
         "jax.config.update('jax_num_cpu_devices', ...), before JAX computes anything, makes devices of a CPU's cores"
     )
     if devices is None:
         if len(present) == 1:
-            raise ValueError(f"there is one device to share a run out to ({cores})")
+            raise ValueError(f"devices=None needs several devices, but there is one device here ({cores})")
         return present
     if isinstance(devices, int):
         if not 1 <= devices <= len(present):
@@ -89,21 +91,21 @@ def choose_devices(devices, present=None) -> list[jax.Device]:
     return devices
 
 
-def _specs(state: TrainState):
-    """Where every leaf of a state lies: environments in shards, all else everywhere."""
+def _specs(state: TrainState) -> TrainState:
+    """The PartitionSpec of every leaf of a state: environments are sharded, everything else is replicated."""
     if state.num_updates.ndim:
-        raise ValueError("sharded takes the PPO of one run: for many runs write batched(sharded(ppo))")
+        raise ValueError("sharded takes the PPO of one run (for many runs write batched(sharded(ppo)))")
     everywhere = jax.tree.map(lambda _: PartitionSpec(), state)
     return everywhere.replace(actors=jax.tree.map(lambda _: PartitionSpec(AXIS), state.actors))
 
 
-def _specs_of_rollout(rollout: Rollout):
-    """Where every leaf of a rollout [T, N, ...] lies: environments in shards, scalars everywhere."""
+def _specs_of_rollout(rollout: Rollout) -> Rollout:
+    """The PartitionSpec of every leaf of a rollout [T, N, ...]: environments are sharded, scalars are replicated."""
     return jax.tree.map(lambda x: PartitionSpec(None, AXIS) if jnp.ndim(x) else PartitionSpec(), rollout)
 
 
 def _config_of_shard(config: Config, num_devices: int) -> Config:
-    """The settings of one of the shards."""
+    """The config of one shard."""
     if config.num_envs % num_devices:
         more = config.num_envs + -config.num_envs % num_devices
         raise ValueError(

@@ -1,4 +1,7 @@
-"""The metrics of a rollout, and what each shard of it has to measure for them."""
+"""The metrics of an update: what each shard measures, and how these numbers become metrics."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -7,13 +10,13 @@ from purejaxppo.advantages import Batch
 from purejaxppo.normalize import measure, pool
 from purejaxppo.rollout import Rollout
 
-# Names that stand beside metrics, as coordinates or as results of the package.
+# Names of coordinates of metrics, and of metrics that the package adds itself.
 COORDINATES = {"run", "seed", "setting", "updates", "step"}
 RESERVED = COORDINATES | {"parent", "evaluation_return", "failed_update", "learning_rate"}
 
 
-def measure_rollout(rollout: Rollout, batch: Batch) -> dict:
-    """What `summarize` needs of a rollout, or of the part of it that lies in a shard."""
+def measure_rollout(rollout: Rollout, batch: Batch) -> dict[str, Any]:
+    """Sums and moments of a rollout, or of one shard of it, for `summarize`."""
     of_episodes = rollout.episode_return, rollout.episode_length, *rollout.episode_metrics.values()
     ended = jnp.stack([jnp.ones_like(batch.value), *of_episodes])
     values = jnp.stack([batch.value, batch.target, batch.target - batch.value])
@@ -24,8 +27,8 @@ def measure_rollout(rollout: Rollout, batch: Batch) -> dict:
     }
 
 
-def summarize(measured: dict, rollout: Rollout) -> dict[str, jax.Array]:
-    """What a reader needs of a rollout measured in D parts, each one number; nan for episodes where none ended."""
+def summarize(measured: Mapping[str, Any], rollout: Rollout) -> dict[str, jax.Array]:
+    """The metrics of a rollout from the measurements of D shards, scalars; those of episodes are nan if none ended."""
     num_episodes, episode_return, episode_length, *of_episodes = measured["ended"].sum(0)
     values = pool(measured["values"])
     own = {
@@ -40,11 +43,11 @@ def summarize(measured: dict, rollout: Rollout) -> dict[str, jax.Array]:
     return join_metrics(own, {"metrics of the environment": steps, "episode_metrics of the environment": episodes})
 
 
-def join_metrics(metrics: dict, others: dict[str, dict]) -> dict:
-    """Metrics with those of others, by who reports them, added. Raises ValueError for a name that is taken."""
+def join_metrics(metrics: dict[str, Any], others: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Metrics with those of other reporters (reporter -> metrics) added. Raises ValueError for a name in use."""
     for reporter, added in others.items():
         taken = [name for name in added if name in metrics.keys() | RESERVED or "/" in name]
         if taken:
-            raise ValueError(f"{reporter} hold {taken[0]!r}, a name that is taken or has a '/' (try another)")
+            raise ValueError(f"{reporter} hold {taken[0]!r}, a name that is taken or has a '/' (use another name)")
         metrics = metrics | added
     return metrics

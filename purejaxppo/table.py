@@ -1,8 +1,9 @@
-"""Settings of a sweep as a table: every combination of values, values side by side, or a sample."""
+"""The settings of a sweep as a table: every combination of values, paired values, or random samples."""
 
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,16 +14,16 @@ from purejaxppo.text import align, show, show_setting, to_coordinate
 
 @dataclass(frozen=True)
 class Table:
-    """Settings as the product of axes; `a * b` has every setting of `a` with every setting of `b`."""
+    """Settings, as the product of axes; `a * b` combines every setting of `a` with every setting of `b`."""
 
     axes: tuple[dict[str, tuple], ...] = ()
-    """Each of one field or more, name -> values; the fields of one axis go side by side."""
+    """Each maps one field or more to its values; fields of one axis vary together."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         names = [name for axis in self.axes for name in axis]
         twice = {name for name in names if names.count(name) > 1}
         if twice:
-            raise ValueError(f"{min(twice)} is swept twice (each field may stand in one axis only)")
+            raise ValueError(f"{min(twice)} is swept twice (leave it in one of the tables only)")
 
     def __mul__(self, other: "Table") -> "Table":
         return Table(self.axes + other.axes)
@@ -35,43 +36,55 @@ class Table:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All fields, in their order."""
+        """All fields, in order."""
         return tuple(name for axis in self.axes for name in axis)
 
-    def rows(self) -> list[dict]:
+    def rows(self) -> list[dict[str, Any]]:
         """Every setting as field -> value; the last axis varies fastest."""
         axes = [[dict(zip(axis, values)) for values in zip(*axis.values())] for axis in self.axes]
-        return [{name: value for part in parts for name, value in part.items()} for parts in itertools.product(*axes)]
+        return [{name: value for entry in row for name, value in entry.items()} for row in itertools.product(*axes)]
 
-    def columns(self) -> dict[str, list]:
-        """Every field's values over all settings."""
+    def columns(self) -> dict[str, list[Any]]:
+        """The values of every field, one per setting."""
         rows = self.rows()
         return {name: [row[name] for row in rows] for name in self.names}
 
-    def index(self, **setting) -> int:
-        """The number of the one setting with the given values. Raises ValueError where none fits, or several do."""
+    def index(self, **setting: Any) -> int:
+        """The row of the setting with the given values, from 0. Raises ValueError unless exactly one has them."""
         unknown = sorted(setting.keys() - set(self.names))
         if unknown:
             raise ValueError(f"{unknown[0]} was not swept (swept: {', '.join(self.names) or 'nothing'})")
         rows = self.rows()
         fitting = [i for i, row in enumerate(rows) if all(_same(row[name], x) for name, x in setting.items())]
         if not fitting:
-            raise ValueError(f"{show_setting(setting)} is none of the {len(rows)} settings (print the table)")
+            raise ValueError(
+                f"{show_setting(setting)} matches none of the {len(rows)} settings (print the table to see them)"
+            )
         if len(fitting) > 1:
             given = show_setting(setting) or "no field"
-            raise ValueError(f"{given} fits {len(fitting)} settings; name more of {', '.join(self.names)}")
+            raise ValueError(f"{given} matches {len(fitting)} settings (name more of {', '.join(self.names)})")
         return fitting[0]
 
 
-def grid(**values) -> Table:
-    """Every combination of values of fields; the last name varies fastest. Raises ValueError for an empty list."""
+def grid(**values: Any) -> Table:
+    """Every combination of the values of some fields; the last field varies fastest.
+
+        >>> print(pjp.grid(clip=[0.1, 0.2], discount=[0.9, 0.99]))
+        clip  discount
+         0.1       0.9
+         0.1      0.99
+         0.2       0.9
+         0.2      0.99
+
+    Raises ValueError for an empty list, or a value given twice.
+    """
     return Table(tuple({name: _values(name, column)} for name, column in values.items()))
 
 
-def paired(**values) -> Table:
-    """Values of several fields side by side, the first of each together and so on.
+def paired(**values: Any) -> Table:
+    """Values of several fields in pairs: the first values of all fields are one setting, the second ones the next.
 
-    Raises ValueError where one field has more values than another.
+    Raises ValueError if one field has more values than another.
     """
     axis = {name: _values(name, column, distinct=False) for name, column in values.items()}
     lengths = {name: len(column) for name, column in axis.items()}
@@ -80,11 +93,17 @@ def paired(**values) -> Table:
     return Table((axis,) if axis else ())
 
 
-def sample(key, num_settings: int, *, sobol: bool = False, **distributions) -> Table:
-    """`num_settings` settings, each field drawn from its distribution: `uniform`, `log_uniform`, `integers`, `choice`.
+def sample(key: jax.Array, num_settings: int, *, sobol: bool = False, **distributions: "Distribution") -> Table:
+    """Settings with every field drawn from its distribution.
 
-    With `sobol` they are points of a scrambled Sobol sequence (scipy), which fill the space more evenly than
-    independent draws. `key` is a JAX key. Raises ValueError for what is no distribution.
+    Args:
+        key: of the draws.
+        num_settings: how many to draw.
+        sobol: draws a scrambled Sobol sequence (scipy), which fills the space more evenly than independent draws.
+        distributions: one for each field: `uniform`, `log_uniform`, `integers` or `choice`.
+
+    Raises:
+        ValueError: for no field, or one without a distribution.
     """
     check_whole("num_settings", num_settings)
     for name, distribution in distributions.items():
@@ -104,14 +123,15 @@ def sample(key, num_settings: int, *, sobol: bool = False, **distributions) -> T
 
 @dataclass(frozen=True)
 class Distribution:
-    """What a sampled field is drawn from; calling it maps a number in [0, 1) to a value."""
+    """The distribution of a sampled field: a function that maps a number in [0, 1) to a value."""
 
     kind: str
     """"uniform", "log_uniform", "integers" or "choice"."""
     values: tuple
-    """Its two bounds, or for "choice" what there is to choose from."""
+    """The two bounds, or the values of a "choice"."""
 
-    def __call__(self, u: float):
+    def __call__(self, u: float) -> Any:
+        """The value at a quantile in [0, 1)."""
         if self.kind == "choice":
             return self.values[int(u * len(self.values))]
         low, high = self.values
@@ -121,12 +141,12 @@ class Distribution:
 
 
 def uniform(low: float, high: float) -> Distribution:
-    """Numbers evenly between two bounds."""
+    """Numbers distributed uniformly between two bounds."""
     return Distribution("uniform", _bounds(low, high))
 
 
 def log_uniform(low: float, high: float) -> Distribution:
-    """Positive numbers whose logarithm is evenly between those of two bounds."""
+    """Positive numbers whose logarithm is distributed uniformly between those of two bounds."""
     bounds = _bounds(low, high)
     if low <= 0:
         raise ValueError(f"low={low} of log_uniform must be above 0")
@@ -134,23 +154,23 @@ def log_uniform(low: float, high: float) -> Distribution:
 
 
 def integers(low: int, high: int) -> Distribution:
-    """Whole numbers from `low` to `high`, both included, all as likely."""
+    """Whole numbers from `low` to `high`, both included, with equal probability."""
     bounds = _bounds(low, high)
     if int(low) != low or int(high) != high:
-        raise ValueError(f"integers({low}, {high}) needs whole bounds")
+        raise ValueError(f"integers({low}, {high}) must have whole numbers as bounds")
     return Distribution("integers", tuple(map(int, bounds)))
 
 
-def choice(*values) -> Distribution:
-    """One of the values, all as likely."""
+def choice(*values: Any) -> Distribution:
+    """One of the values, with equal probability."""
     return Distribution("choice", _values("choice", values))
 
 
-def _same(value, wanted) -> bool:
+def _same(value: Any, wanted: Any) -> bool:
     return value == (tuple(wanted) if isinstance(wanted, list) else wanted) or to_coordinate(value) == wanted
 
 
-def _values(name: str, column, distinct: bool = True) -> tuple:
+def _values(name: str, column: Any, distinct: bool = True) -> tuple:
     """A column as plain Python values."""
     try:
         values = [column] if isinstance(column, (str, dict)) or np.ndim(column) == 0 else list(column)
@@ -165,11 +185,11 @@ def _values(name: str, column, distinct: bool = True) -> tuple:
     return values
 
 
-def _plain(name: str, value):
+def _plain(name: str, value: Any) -> Any:
     if isinstance(value, (jax.Array, np.ndarray, np.generic)) and np.ndim(value) == 0:
         value = np.asarray(value).item()
     if isinstance(value, (tuple, list)):
-        return tuple(_plain(name, part) for part in value)
+        return tuple(_plain(name, entry) for entry in value)
     if isinstance(value, (bool, int, float, str)):
         return value
     raise ValueError(f"{name}={value!r} must be a number, a word, True, False or a tuple of numbers")
@@ -179,7 +199,7 @@ def _length(axis: dict) -> int:
     return len(next(iter(axis.values())))
 
 
-def _bounds(low, high) -> tuple:
+def _bounds(low: float, high: float) -> tuple:
     numbers = all(isinstance(x, (int, float)) and math.isfinite(x) for x in (low, high))
     if not numbers or not low < high:
         raise ValueError(f"low={low} must be a number below high={high}")

@@ -1,52 +1,60 @@
 """Numbers and settings as short text."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 
-def align(rows: list[dict], most: int = 16) -> str:
-    """Rows of equal fields as text with aligned columns; of more than `most` the first, and how many more."""
+def align(rows: Sequence[Mapping[str, Any]], most: int = 16) -> str:
+    """Rows with the same fields as text in aligned columns: the first `most` rows, and how many more there are."""
     shown = [list(rows[0])] + [[show(value) for value in row.values()] for row in rows[:most]]
     widths = [max(map(len, column)) for column in zip(*shown)]
     lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths)) for line in shown]
     return "\n".join(lines + ([f"... and {len(rows) - most} more"] if len(rows) > most else []))
 
 
-def show(value) -> str:
+def show(value: Any) -> str:
     """A value as short text."""
     if isinstance(value, (tuple, list)):
         return ",".join(map(show, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def show_setting(setting: dict) -> str:
-    """A setting as short text."""
+def show_setting(setting: Mapping[str, Any]) -> str:
+    """A setting as short text: `name=value` for every field."""
     return " ".join(f"{name}={show(value)}" for name, value in setting.items())
 
 
-def to_coordinate(value):
-    """A value of a field as labelled arrays and storages hold it: a tuple as text."""
+def to_coordinate(value: Any) -> Any:
+    """The value of a field as xarray coordinates and Optuna storages hold it: a tuple as text, others unchanged."""
     return show(value) if isinstance(value, tuple) else value
 
 
 def in_words(name: str) -> str:
-    """A field's name for readers."""
+    """The name of a field for plots and reports, without `env.` and underscores."""
     return name.removeprefix("env.").replace("_", " ")
 
 
-def show_value(value) -> str:
-    """A field's value in short."""
+def show_value(value: Any) -> str:
+    """The value of a field as short text, with at most four digits."""
     return f"{value:.4g}" if isinstance(value, (float, np.floating)) else str(value)
 
 
 def count(number: int, noun: str) -> str:
-    """A number with its noun."""
+    """A number with its noun, in the plural unless the number is 1."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def interval(mean: float, low: float, high: float, over: str = "agents") -> str:
-    """A mean with its 95 % interval over agents, or whatever else, as text."""
+    """A mean with its 95 % confidence interval, as text.
+
+    Args:
+        mean: nan if no episode ended.
+        low: lower bound of the interval, nan for a single agent.
+        high: upper bound of the interval.
+        over: the things that it is an interval over, in the plural.
+    """
     if mean != mean:
         return "no episode ended"
     return f"{mean:.2f}" + (
@@ -55,6 +63,6 @@ def interval(mean: float, low: float, high: float, over: str = "agents") -> str:
 
 
 def shorten(value: Any, most: int = 40) -> str:
-    """A value as text of at most `most` characters."""
+    """A value as text of at most `most` characters, cut off with `...`."""
     text = str(value)
     return text if len(text) <= most else f"{text[: most - 3]}..."

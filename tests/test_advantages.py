@@ -23,8 +23,8 @@ def test_gae_takes_axes_behind_time():
     def columns(x):
         return jnp.stack([x, x[::-1]], axis=1)[..., None]
 
-    both = gae(*map(columns, (REWARD, VALUE, NEXT_VALUE, TERMINATED, DONE)), 0.9, 0.8)
-    turned = gae(*(x[::-1] for x in (REWARD, VALUE, NEXT_VALUE, TERMINATED, DONE)), 0.9, 0.8)
+    both = gae(*map(columns, (REWARD, VALUE, NEXT_VALUE, TERMINATED, DONE)), discount=0.9, gae_lambda=0.8)
+    turned = gae(*(x[::-1] for x in (REWARD, VALUE, NEXT_VALUE, TERMINATED, DONE)), discount=0.9, gae_lambda=0.8)
     np.testing.assert_allclose(both[:, 0, 0], [8.6, 10, 4.74, 2, 5.2], rtol=1e-6)
     np.testing.assert_allclose(both[:, 1, 0], turned, rtol=1e-6)
 

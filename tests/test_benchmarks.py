@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -27,16 +28,16 @@ def test_bench_prints_its_tables_and_leaves_the_figures(tmp_path, capsys):
     assert [row["num_seeds"] for row in figures["training"]] == [1, 3]
     assert all(0 < row["least"] <= row["steps_per_second"] <= row["most"] for row in figures["training"])
     assert figures["peak_bytes"] > 2**20 and figures["config"]["matmul_precision"] == "highest"
-    np.testing.assert_allclose(sum(part["share"] for part in figures["parts"]), 1)
+    np.testing.assert_allclose(sum(stage["share"] for stage in figures["stages"]), 1)
 
 
 @pytest.mark.parametrize("env", ["Pendulum-v1", "MemoryChain-bsuite", "Breakout-MinAtar"])
 def test_bench_takes_every_kind_of_action_observation_and_memory(env):
     config, hyperparams = pjp.preset(env)
-    config = pjp.Config(**vars(config) | {"num_envs": 4, "num_steps": 16, "num_updates": 2, "num_minibatches": 2})
+    config = dataclasses.replace(config, num_envs=4, num_steps=16, num_updates=2, num_minibatches=2)
     ppo = pjp.make_ppo(env, config)
     results = bench(ppo, hyperparams, [1], rounds=1, seconds=0.01, report=lambda line: None)
-    assert {part["part"] for part in results["parts"]} >= {"acting", "environment", "learning"}
+    assert {stage["stage"] for stage in results["stages"]} >= {"acting", "environment", "learning"}
 
 
 @pytest.mark.parametrize(

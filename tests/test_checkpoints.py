@@ -151,15 +151,16 @@ def damage(path: Path, random) -> str:
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(kept, tmp_path):
     random = np.random.default_rng(0)
     expected = Checkpoints(kept).newest()
-    before = Checkpoints(shutil.copytree(kept, tmp_path / "before"))
-    shutil.rmtree(before.paths()[0])
-    before = before.newest()
+    older = Checkpoints(shutil.copytree(kept, tmp_path / "before"))
+    shutil.rmtree(older.paths()[0])
+    before = older.newest()
+    assert expected and before
     for i in range(100):
         folder = shutil.copytree(kept, tmp_path / str(i))
         what = damage(newest(folder), random)
         with pytest.warns(UserWarning, match=f"{newest(folder).name} is damaged"):
             found = Checkpoints(folder).newest()
-        assert found.path.name == "0000000003", what
+        assert found and found.path.name == "0000000003", what
         for name, x in before.arrays.items():
             np.testing.assert_array_equal(found.arrays[name], x, err_msg=what)
         assert not np.array_equal(found.arrays["num_updates"], expected.arrays["num_updates"])
@@ -180,6 +181,7 @@ def test_what_is_damaged_takes_no_whole_checkpoints_place(kept, tmp_path):
     checkpoints = Checkpoints(folder, keep=1)
     with pytest.warns(UserWarning, match="is damaged"):
         before = checkpoints.newest()
+    assert before
     checkpoints.save(4, begin()[1], before.metrics, before.settings)
     assert [path.name for path in checkpoints.paths()] == ["0000000004"]
 

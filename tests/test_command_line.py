@@ -12,6 +12,7 @@ import xarray
 
 from purejaxppo import load
 from purejaxppo.cli.main import main
+from purejaxppo.experiment.runs.saved import SavedRun
 
 pytestmark = pytest.mark.full
 
@@ -49,6 +50,7 @@ def test_train_leaves_a_table_and_a_folder_that_loads_again(tmp_path, capsys):
     assert metrics["loss"].dims == ("seed", "updates") and metrics.sizes == {"seed": 3, "updates": 6}
 
     saved = load(folder)
+    assert isinstance(saved, SavedRun)
     action, _ = saved.ppo.act(saved.policy, np.zeros((3, 4), np.float32))
     assert action.shape == (3,)
     with np.load(folder / "policy.npz", allow_pickle=False) as arrays:
@@ -147,6 +149,7 @@ def test_a_run_on_two_devices_loads_as_any_other(tmp_path):
         assert done.returncode == 0, done.stderr
         assert "on 2 x cpu" in done.stdout
         saved = load(folder)
+        assert isinstance(saved, SavedRun)
         assert saved.settings.notes["launch"]["num_devices"] == 2 and saved.metrics.sizes == {"seed": 1, "updates": 6}
     done = subprocess.run([*command, "999"], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,8 +26,8 @@ from purejaxppo import Config, Hyperparams, linear, schedule
         ({"scale_reward": "yes"}, "scale_reward='yes' must be True or False"),
         ({"observation_clip": 0.0}, r"observation_clip=0 must be a number in \(0, inf\]"),
         ({"initial_std": float("nan")}, "initial_std=nan"),
-        ({"num_envs": 1, "num_steps": 4}, "num_minibatches=4 leaves one transition"),
-        ({"gru_width": 8}, "gru_width=8 learns nothing from segments of one step"),
+        ({"num_envs": 1, "num_steps": 4}, "num_minibatches=4 leaves one transition per minibatch"),
+        ({"gru_width": 8}, "gru_width=8 needs segments of more than one step"),
         ({"resets_per_step": 9}, "resets_per_step=9 must not exceed num_envs=4"),
     ],
 )
@@ -46,7 +48,7 @@ def test_a_config_that_cannot_be_is_refused_in_one_sentence(settings, sentence):
         ({"adam_b1": 1.0}, r"adam_b1=1 must be a number in \[0, 1\)"),
         ({"entropy_coefficient": float("inf")}, "entropy_coefficient=inf"),
         ({"learning_rate": linear(float("nan"), 0.0)}, "learning_rate .schedule.=nan"),
-        ({"learning_rate": optax.linear_schedule(1e-3, 0.0, 10)}, "is no pytree of numbers: make it linear.*schedule"),
+        ({"learning_rate": optax.linear_schedule(1e-3, 0.0, 10)}, "is not a pytree of numbers: make it linear"),
         ({"discount": linear(0.9, 1.0)}, "discount must be a number; only .* may be schedules"),
         ({"extra": {"a b": 1.0}}, "extra=.* must be a dict of numbers by name"),
         ({"extra": {"beta": float("nan")}}, "extra.beta=nan must be a number"),
@@ -100,4 +102,5 @@ def test_total_steps_are_whole_updates():
 
 
 def test_a_config_can_be_hashed_and_compared():
-    assert Config(widths=[64, 64]) == Config() and hash(Config(widths=[64, 64])) == hash(Config())
+    as_list: dict[str, Any] = {"widths": [64, 64]}
+    assert Config(**as_list) == Config() and hash(Config(**as_list)) == hash(Config())

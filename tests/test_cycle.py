@@ -16,6 +16,7 @@ import pytest
 import purejaxppo as pjp
 from probes import SMALL, constant_reward, copy_cue, counter
 from purejaxppo.evaluate import evaluate
+from purejaxppo.experiment.runs.saved import SavedRun
 from purejaxppo.update import update
 
 FAST = pjp.Hyperparams(learning_rate=1e-2)
@@ -171,7 +172,10 @@ def test_a_custom_step_is_trained_as_any_other(key):
         ),
         (lambda ppo, state: (state, {"loss": 0.0}), "metrics of a step must hold episode_return"),
         (lambda ppo, state: ppo.step(state)[::-1], "step must return .* not tuple"),
-        (lambda ppo, state: (state.policy, {}), "step must return a TrainState built like .* not another Policy"),
+        (
+            lambda ppo, state: (state.policy, {}),
+            "step must return a TrainState with the structure .* not another Policy",
+        ),
         (lambda ppo, state: (state, ppo.step(state)[1] | {"updates": 0.0}), "metric 'updates' of shape"),
         (lambda ppo, state: (state.replace(num_updates=0.5), {}), "step made state.num_updates float32"),
         (lambda ppo, state: (state, ppo.step(state)[1] | {"a/b": 0.0}), "metric 'a/b' of shape"),
@@ -337,7 +341,8 @@ def test_a_state_with_more_fields_is_kept_and_resumed_to_the_bit(tmp_path, key):
     resumed = pjp.fit(ppo, state, updates_per_chunk=6, progress=False, folder=tmp_path)
     assert_same(resumed.state, whole.state)
     assert resumed.state.calls == 6 and type(resumed.state) is Counting
-    assert pjp.load(tmp_path, ppo).hyperparams.extra == {"beta": 0.5}
+    saved = pjp.load(tmp_path, ppo)
+    assert isinstance(saved, SavedRun) and saved.hyperparams.extra == {"beta": 0.5}
 
 
 def reporting(names, episode_names=()):
@@ -469,6 +474,7 @@ def test_what_no_loss_reads_is_not_in_the_compiled_program(key):
         )
         compiled = jax.jit(learn).lower(key, state.policy.params, state.opt_state, pjp.Batch(**kept), state.hyperparams)
         text = compiled.compile().as_text()
+        assert text is not None
         sizes.append(sum(" = " in line and "parameter(" not in line for line in text.splitlines()))
     assert sizes[0] == sizes[1]
 

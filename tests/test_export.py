@@ -118,5 +118,5 @@ def test_a_network_of_a_user_with_weights_of_our_names_is_no_file_for_numpy(tmp_
         apply=module.apply,
     )
     ppo = make_ppo("CartPole-v1", SMALL, network=network)
-    with pytest.raises(ValueError, match="cannot hold this network"):
+    with pytest.raises(ValueError, match="can hold only an mlp"):
         export(ppo, ppo.init(jax.random.key(0)).policy, tmp_path / "policy.npz")

@@ -90,7 +90,8 @@ class RNDState(pjp.TrainState):
 
 def make_rnd(config):
     """Random network distillation (Burda et al., 2019): what the predictor does not know yet is worth a bonus."""
-    network, optimizer = nn.Sequential([nn.Dense(32), nn.relu, nn.Dense(16)]), optax.adam(1e-3)
+    network: Any = nn.Sequential([nn.Dense(32), nn.relu, nn.Dense(16)])
+    optimizer = optax.adam(1e-3)
 
     def init(ppo, key, *args):
         state = ppo.init(key, *args)
@@ -306,7 +307,7 @@ def test_an_evolution_strategy_over_hyperparameters():
     def generation(key, mean):
         """The mean log learning rate after eight runs around it: towards those with longer episodes."""
         noise_key, run_key = jax.random.split(key)
-        noise = 0.5 * jax.random.normal(noise_key, 8)
+        noise = 0.5 * jax.random.normal(noise_key, (8,))
         state = many.init(jax.random.split(run_key, 8), pjp.Hyperparams(learning_rate=jnp.exp(mean + noise)))
         fitness = jnp.nanmean(many.train(state)[1]["episode_return"][:, -5:], axis=1)
         return mean + (jax.nn.softmax(fitness - fitness.max()) * noise).sum(), fitness

@@ -13,9 +13,10 @@ from purejaxppo.experiment.report.metrics import last_episodes
 pytestmark = pytest.mark.full
 
 
-def train(name, num_seeds, config=None, hyperparams=None):
+def train(name, num_seeds, config=None, hyperparams=Hyperparams()):
     """Returns of the last 100 training episodes of each seed, and of 128 fresh ones: [num_seeds] each."""
-    config, hyperparams = (config, hyperparams) if config else preset(name)
+    if config is None:
+        config, hyperparams = preset(name)
     ppo = batched(make_ppo(name, config))
     keys, hyperparams = runs(jax.random.key(2026), num_seeds=num_seeds, hyperparams=hyperparams)
     result = fit(ppo, jax.jit(ppo.init)(keys, hyperparams), progress=False)

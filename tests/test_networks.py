@@ -1,6 +1,7 @@
 import dataclasses
 import subprocess
 import sys
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -135,11 +136,12 @@ class Rows(nn.Module):
 
 @pytest.mark.parametrize("own", ["encoder", "memory", "head"])
 def test_what_is_plugged_into_the_actor_critic_sees_rows(own, key):
-    ours = {"encoder": lambda: MLP((12,)), "memory": lambda: GRU(12), "head": lambda: Logits(2, Categorical)}
+    ours: Any = {"encoder": lambda: MLP((12,)), "memory": lambda: GRU(12), "head": lambda: Logits(2, Categorical)}
     module = ActorCritic(Box(shape=(4,)), **ours | {own: lambda: Rows(own)})
     memory, obs, first = (jnp.zeros((3, 12)),) * 2, jax.random.normal(key, (5, 3, 4)), jnp.zeros((5, 3), bool)
     params = orthogonalize(key, module.init(key, memory, obs, first))
-    _, distribution, value = module.apply(params, memory, obs, first)
+    outputs: Any = module.apply(params, memory, obs, first)
+    _, distribution, value = outputs
     assert distribution.logits.shape == (5, 3, 2) and value.shape == (5, 3)
 
 
@@ -152,7 +154,7 @@ def test_layers_give_the_same_in_rows_and_in_columns(key):
         jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(by_rows)[-1], to_rows(_last(by_columns)))
 
 
-def _last(output):
+def _last(output) -> Any:
     return output[-1] if isinstance(output, tuple) else output
 
 
@@ -194,7 +196,7 @@ def test_a_misfit_that_one_step_does_not_show_is_found_before_anything_compiles(
     network = Network(
         initial_memory=lambda batch: jnp.zeros(batch, jnp.int32), init=lambda *_: jnp.zeros((4, 2)), apply=longer
     )
-    memory = network, "must give a memory like the one that it takes"
+    memory = network, "must return a memory like the one that it takes"
     for wrong, words in ((Transposed(), "cannot be applied"), memory):
         with pytest.raises(ValueError, match=f"network {words}"):
             make_ppo("CartPole-v1", SMALL, network=wrong)
@@ -209,7 +211,7 @@ def test_choices_that_are_not_those_of_the_environment_are_refused(sizes, num_lo
 
     env = copy_cue()._replace(action_space=MultiDiscrete((2, 3)))
     env = env._replace(step=lambda key, state, action, params, step=env.step: step(key, state, action[0], params))
-    with pytest.raises(ValueError, match=r"network must give 5 logits for choices among \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"network must return 5 logits for choices among \(2, 3\)"):
         make_ppo(env, SMALL, network=Choices())
 
 
@@ -233,7 +235,7 @@ def test_a_network_with_a_memory_is_refused_with_segments_of_one_step():
             memory, Categorical(jnp.zeros((*first.shape, 2)) + params), jnp.zeros(first.shape),
         ),
     )  # fmt: skip
-    with pytest.raises(ValueError, match="segment_length=1 teaches a network with a memory nothing.*segment_length=8"):
+    with pytest.raises(ValueError, match="segment_length=1 leaves a network with a memory nothing.*segment_length=8"):
         make_ppo(copy_cue(), SMALL, network=network)
     make_ppo(copy_cue(), dataclasses.replace(SMALL, segment_length=4), network=network)
 
@@ -315,7 +317,7 @@ def test_a_network_that_does_not_fit_is_named_before_anything_compiles():
 
 
 def test_a_cnn_reads_grids_and_refuses_vectors(key):
-    ppo = make_ppo("Breakout-MinAtar", Config(**vars(SMALL) | {"encoder": "cnn", "activation": "relu"}))
+    ppo = make_ppo("Breakout-MinAtar", dataclasses.replace(SMALL, encoder="cnn", activation="relu"))
     shapes = jax.tree.map(lambda x: x.shape, jax.eval_shape(ppo.init, key).policy.params["params"])
     assert shapes["actor"]["CNN_0"]["kernel"] == (3, 3, 4, 16)
     with pytest.raises(ValueError, match="cnn.*grids"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from types import SimpleNamespace
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from probes import SMALL, constant_reward, copy_cue, delayed_reward, endless_reward, recall_cue
-from purejaxppo import Config, Hyperparams, linear, make_ppo
+from purejaxppo import Batch, Config, Hyperparams, Rollout, linear, make_ppo
 from purejaxppo.collectives import gather_shards
 from purejaxppo.loss import ppo_loss
 from purejaxppo.summary import measure_rollout, summarize
@@ -44,7 +45,7 @@ def test_a_step_keeps_the_form_of_the_state_and_compiles_once(details):
         for _ in range(3):
             state, metrics = step(state)
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.aval.weak_type), state) == before
-    assert step._cache_size() == 1
+    assert getattr(step, "_cache_size")() == 1
     assert state.num_updates == 3
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.policy))
     assert all(np.shape(x) == () for x in metrics.values())
@@ -135,7 +136,9 @@ def test_memory_does_not_grow_with_the_number_of_steps():
     def temporary_bytes(num_updates):
         ppo = make_ppo("CartPole-v1", dataclasses.replace(SMALL, num_updates=num_updates))
         compiled = jax.jit(ppo.train).lower(ppo.init(jax.random.key(0))).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
 
     # What may grow is what is returned: a number per metric and update, and XLA's working copy of it.
     assert temporary_bytes(2000) - temporary_bytes(20) < 1980 * 13 * 4 * 2
@@ -241,7 +244,8 @@ def test_means_over_episodes_are_exact_where_a_rollout_is_no_power_of_two():
     done = jnp.zeros((100, 8), bool).at[50].set(True).at[60, 0].set(True)
     full, zeros = jnp.full(done.shape, 500.0), jnp.zeros(done.shape)
     lengths = full.astype(jnp.int32)
-    rollout = SimpleNamespace(ended=done, episode_return=full, episode_length=lengths, metrics={}, episode_metrics={})
-    batch = SimpleNamespace(value=zeros, target=zeros)
+    counted = {"ended": done, "episode_return": full, "episode_length": lengths}
+    rollout = cast(Rollout, SimpleNamespace(**counted, metrics={}, episode_metrics={}))
+    batch = cast(Batch, SimpleNamespace(value=zeros, target=zeros))
     metrics = summarize(gather_shards(measure_rollout(rollout, batch)), rollout)
     assert (metrics["num_episodes"], metrics["episode_return"], metrics["episode_length"]) == (9, 500, 500)

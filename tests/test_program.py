@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -77,7 +78,7 @@ def test_bad_lengths_and_slices_are_refused_in_a_sentence(five):
     program = pjp.compile_training(ppo, state, 1)
     for length, words in ((0, "at least 1"), (2, "at most 1, the num_updates"), (0.5, "a whole number")):
         with pytest.raises(ValueError, match=f"length={length} must be {words}"):
-            program(state, length)
+            program(state, cast(Any, length))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import pytest
 
 from probes import counter, recall_cue
 from purejaxppo import Box, Categorical, Config, Discrete, Env, Hyperparams, MultiDiscrete, Network, Step, make_ppo
-from purejaxppo.advantages import values
+from purejaxppo.advantages import state_values
 from purejaxppo.envs.base import bound_action
 from purejaxppo.rollout import Policy, Rollout, begin_where, discounted_returns, draw_ahead, unroll
 
@@ -28,7 +29,7 @@ def roll(env, key, num_envs=3, num_steps=7, network=None, **config):
     actors, rollout = unroll(
         jax.random.fold_in(key, 1), state.actors, state.policy, state.env_params, env=ppo.env, **parts
     )
-    value, next_value = values(state.policy, rollout, rollout.terminated, actors.memory, **parts)
+    value, next_value = state_values(state.policy, rollout, rollout.terminated, actors.memory, **parts)
     return actors, rollout, value, next_value
 
 
@@ -48,21 +49,20 @@ def test_the_state_reached_is_seen_before_any_reset(truncate, key):
 
 
 def test_environments_that_are_cut_off_at_times_of_their_own_are_each_valued_where_they_were():
-    """Random episode ends of both kinds, several to an environment: against one look at every state reached."""
+    """Random episode ends of both kinds, several to an environment: against one forward pass on every state reached."""
     num_steps, num_envs = 9, 5
     rng = np.random.default_rng(0)
     end = rng.uniform(size=(num_steps, num_envs))
     terminated, truncated = end < 0.2, (end > 0.5) | (end < 0.1)
     obs, next_obs = rng.normal(size=(2, num_steps, num_envs, 3)).astype(np.float32)
-    goes_on = ~(terminated | truncated)[:-1]
-    obs[1:][goes_on] = next_obs[:-1][goes_on]
-    rest = dict.fromkeys(("distribution", "action", "reward", "metrics", "episode_metrics"))
-    rollout = Rollout(
-        obs=obs, first=np.zeros((num_steps, num_envs), bool), memory=(), next_obs=next_obs,
-        terminated=terminated, truncated=truncated, ended=terminated | truncated, **rest,
-    )  # fmt: skip
+    running = ~(terminated | truncated)[:-1]
+    obs[1:][running] = next_obs[:-1][running]
+    fields: dict[str, Any] = dict.fromkeys(("distribution", "action", "reward", "metrics", "episode_metrics"))
+    fields |= {"obs": obs, "first": np.zeros((num_steps, num_envs), bool), "memory": (), "next_obs": next_obs}
+    fields |= {"terminated": terminated, "truncated": truncated, "ended": terminated | truncated}
+    rollout = Rollout(**fields)
     policy = Policy(params=jnp.zeros(()), observation=(), reward=())
-    value, next_value = jax.jit(partial(values, network=sum_network(), config=Config(num_steps=num_steps)))(
+    value, next_value = jax.jit(partial(state_values, network=sum_network(), config=Config(num_steps=num_steps)))(
         policy, jax.tree.map(jnp.asarray, rollout), jnp.asarray(terminated), ()
     )
     np.testing.assert_allclose(value, obs.sum(-1), rtol=1e-6)

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import chex
 import jax
@@ -28,7 +29,7 @@ PROGRAM = Path(__file__).parent / "sweep_program.py"
 LEARNING_RATES, DISCOUNTS = [1e-3, 1e-2], [0.9, 0.99]
 
 
-def make_sweep(num_seeds=2, **values):
+def make_sweep(num_seeds: Any = 2, **values):
     table = pjp.grid(**values or {"learning_rate": LEARNING_RATES, "discount": DISCOUNTS})
     return pjp.Sweep("CartPole-v1", table, num_seeds, config=SMALL, hyperparams=pjp.Hyperparams())
 
@@ -88,6 +89,7 @@ def test_coefficients_vectors_and_numbers_of_environments_are_swept_kept_and_rea
     assert (result.metrics["time"].sel(env="CartPole-v1") > 0).all()
     assert result.metrics["time"].sel(env="Acrobot-v1").isnull().all()
     again = pjp.load(tmp_path / "sweep", make=make_reporting)
+    assert isinstance(again, pjp.SweepResult)
     xarray.testing.assert_equal(again.metrics, result.metrics)
     state = again.state(seed=1, **{"extra.beta": 0.5, "env": "CartPole-v1"})
     assert state.hyperparams.extra["beta"] == 0.5
@@ -173,8 +175,9 @@ def test_environments_and_their_parameters_are_swept():
     result = run(pjp.Sweep("CartPole-v1", pendulum, 1, config=SMALL))
     assert result.metrics["loss"].dims == ("env", "setting", "seed", "updates")
     assert result.metrics["env.g"].values.tolist() == [10, 0]
-    assert float(result.state(**{"env.g": 0.0}).env_params.g) == 0
-    assert result.ppo(**{"env.g": 0.0}).env.name == "Pendulum-v1"
+    setting: dict = {"env.g": 0.0}
+    assert float(result.state(**setting).env_params.g) == 0
+    assert result.ppo(**setting).env.name == "Pendulum-v1"
 
 
 def test_a_run_that_turns_nan_is_named_and_changes_no_other(plan, result):
@@ -232,7 +235,7 @@ def test_states_go_to_arrays_and_back(key):
         (lambda: plan_sweep(make_sweep(**{"env.max_steps_in_episode": [9.5]})), "9.5 must be a whole number"),
         (lambda: plan_sweep(make_sweep(env=["CartPole-v9"])), "CartPole-v9"),
         (lambda: plan_sweep(make_sweep(), slice_size=9), "slice_size=9 must be at most 8, the runs"),
-        (lambda: pjp.Sweep("CartPole-v1", {"clip": [1]}), "must be a Table"),
+        (lambda: pjp.Sweep("CartPole-v1", cast(Any, {"clip": [1]})), "must be a Table"),
         (
             lambda: pjp.Sweep("CartPole-v1", hyperparams=pjp.Hyperparams(clip=pjp.linear(0.2, 0.1))),
             "clip is a schedule",
@@ -271,7 +274,7 @@ def test_results_that_do_not_fit_on_the_disk_are_refused_before_training(plan, m
     "where, what", [(None, {}), ({"learning_rate": 5.0}, {}), ({"clip": 0.1}, {}), ({}, {"seed": 7})]
 )
 def test_a_run_that_is_not_there_is_named(result, where, what):
-    with pytest.raises(ValueError, match="fits 4 settings|none of the 4|was not swept|seed=7"):
+    with pytest.raises(ValueError, match="matches 4 settings|none of the 4|was not swept|seed=7"):
         result.state(**what, **({"learning_rate": 1e-3, "discount": 0.9} if what else where or {}))
 
 

@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ def make_sweep(rates, num_updates=45, num_seeds=2, **values):
     return pjp.Sweep("probe", table, num_seeds, config=config, hyperparams=pjp.Hyperparams())
 
 
+WRONG: Any = {"clip": 0.1}
 RATES = [1e-8, 1e-7, 1e-6, 1e-5, 3e-2, 1e-4, 1e-6 * 2, 1e30, 2e-5]
 
 
@@ -74,7 +77,7 @@ def test_the_ladder_promotes_from_the_highest_rung_and_fills_free_places_with_ne
         (lambda: successive_halving(make_sweep(RATES, 4), num_rungs=3), "needs 9 updates, but num_updates=4"),
         (lambda: successive_halving(make_sweep(RATES), num_rungs=2, eta=1), "eta=1"),
         (lambda: successive_halving(make_sweep(RATES), num_rungs=2, num_places=10), "num_places=10"),
-        (lambda: optuna_search("CartPole-v1", {"clip": 0.1}, num_trials=1, batch_size=1), "clip=0.1 must be a distri"),
+        (lambda: optuna_search("CartPole-v1", WRONG, num_trials=1, batch_size=1), "clip=0.1 must be a distri"),
         (lambda: optuna_search("CartPole-v1", {}, num_trials=0, batch_size=1), "num_trials=0"),
     ],
 )

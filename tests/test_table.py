@@ -1,3 +1,5 @@
+from typing import Any, cast
+
 import jax
 import numpy as np
 import pytest
@@ -69,11 +71,11 @@ def test_a_table_prints_its_settings_in_columns():
         (lambda: grid(clip=[0.1]) * grid(clip=[0.2]), "clip is swept twice"),
         (lambda: paired(clip=[0.1], discount=[0.9, 0.99]), "equally many"),
         (lambda: sample(jax.random.key(0), 0, clip=uniform(0.1, 0.2)), "num_settings=0"),
-        (lambda: sample(jax.random.key(0), 2, clip=0.1), "clip=0.1 must be a distribution"),
+        (lambda: sample(jax.random.key(0), 2, clip=cast(Any, 0.1)), "clip=0.1 must be a distribution"),
         (lambda: sample(jax.random.key(0), 2), "one field or more"),
         (lambda: uniform(0.2, 0.1), "low=0.2 must be a number below high=0.1"),
         (lambda: log_uniform(0, 1), "low=0 of log_uniform"),
-        (lambda: integers(0, 1.5), "whole bounds"),
+        (lambda: integers(0, cast(Any, 1.5)), "whole numbers as bounds"),
         (lambda: choice(), "one value or more"),
     ],
 )

@@ -1,4 +1,6 @@
+from dataclasses import replace
 from functools import partial
+from typing import Any, cast
 
 import chex
 import jax
@@ -48,15 +50,15 @@ def test_segments_are_consecutive_steps_of_one_environment():
 
 def test_gradients_are_clipped_by_their_global_norm():
     gradient = jnp.array([3.0, 4.0])
-    clipped, _ = optax.clip_by_global_norm(0.5).update(gradient, None)
-    np.testing.assert_allclose(clipped, [0.3, 0.4], rtol=1e-6)
+    clipped, _ = optax.clip_by_global_norm(0.5).update(gradient, optax.EmptyState())
+    np.testing.assert_allclose(cast(jax.Array, clipped), [0.3, 0.4], rtol=1e-6)
     hyperparams = Hyperparams(learning_rate=1.0, max_grad_norm=0.5, adam_eps=1.0)
     transformation = adam(hyperparams)
     step, _ = transformation.update(gradient, transformation.init(gradient))
-    np.testing.assert_allclose(step, [-0.3 / 1.3, -0.4 / 1.4], rtol=1e-5)
+    np.testing.assert_allclose(cast(jax.Array, step), [-0.3 / 1.3, -0.4 / 1.4], rtol=1e-5)
 
 
-def learn(config, hyperparams=Hyperparams(learning_rate=0.05), loss=ppo_loss):
+def learn(config, hyperparams=Hyperparams(learning_rate=0.05), loss=ppo_loss) -> tuple[Any, ...]:
     """One update of a small run, with what its minibatches reported, unreduced by an update of ours."""
     ppo = make_ppo(copy_cue(), config, loss=loss)
     state = ppo.init(jax.random.key(0), hyperparams)
@@ -67,8 +69,8 @@ def learn(config, hyperparams=Hyperparams(learning_rate=0.05), loss=ppo_loss):
 def test_the_kl_stop_freezes_parameters_and_optimizer_from_the_first_minibatch_beyond_it():
     plain = Config(num_envs=4, num_steps=8, num_updates=1, num_epochs=8, num_minibatches=1, widths=(8,))
     full_state = learn(plain)[2]
-    one = learn(Config(**vars(plain) | {"num_epochs": 1}))[2]
-    stopping = Config(**vars(plain) | {"stop_on_kl": True})
+    one = learn(replace(plain, num_epochs=1))[2]
+    stopping = replace(plain, stop_on_kl=True)
     # The first minibatch has a KL of 0 and is applied; the second is beyond a target of next to nothing.
     _, _, stopped, metrics = learn(stopping, Hyperparams(learning_rate=0.05, target_kl=1e-5))
     chex.assert_trees_all_close(stopped.opt_state, one.opt_state, rtol=1e-4, atol=1e-7)

@@ -73,7 +73,7 @@ def evaluate(arguments: list[str]) -> int:
     check_counts(options, "episodes")
     check_counts(options, "seed", at_least=0)
 
-    from purejaxppo.experiment.agents.evaluation import evaluate_agents, evaluate_in_gymnasium, summarize
+    from purejaxppo.experiment.agents.evaluation import evaluate_agents, evaluate_in_gymnasium, mean_return
     from purejaxppo.experiment.agents.load import load_agents
 
     agents = load_agents(options.folder)
@@ -85,7 +85,7 @@ def evaluate(arguments: list[str]) -> int:
     for seed, returns in enumerate(played["episode_return"].values):
         print(f"  agent {seed:<4} {returns.mean():10.2f}  from {returns.min():.2f} to {returns.max():.2f}")
     over = "agents" if agents.num > 1 else "episodes"
-    print(f"  mean       {interval(*summarize(played), over=over):>10}")
+    print(f"  mean       {interval(*mean_return(played), over=over):>10}")
     cut = int((~played["finished"]).sum())
     if cut:
         print(f"  {count(cut, 'episode')} had not ended and counted as they were")

@@ -54,7 +54,7 @@ def _name_flags(sentence: str, arguments: list[str]) -> str:
     written = {"env", *re.findall(r"(?<!-)\b(\w+)=", " ".join(a for a in arguments if not a.startswith("--")))}
 
     def flag(match: re.Match) -> str:
-        name, value = match.groups()
+        name, value = str(match[1]), str(match[2])
         if name in written:
             return str(match[0])
         kebab = FLAGS.get(name, name).replace("_", "-")

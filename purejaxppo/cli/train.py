@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import tyro
 
 from purejaxppo.cli.options import (
@@ -153,7 +152,7 @@ def _report(result: "Fit", launch: "Launch", folder: Path) -> int:
         print(f"interrupted after {done} of {ppo.config.num_updates} updates: purejaxppo resume {folder} continues")
         return 130
     policy, env_params = jax.device_get((result.state.policy, result.state.env_params))  # to evaluate on one device
-    keys = seed_keys(jax.random.key(launch.seed), np.arange(launch.num_seeds))
+    keys = seed_keys(jax.random.key(launch.seed), jax.numpy.arange(launch.num_seeds))
     print(_table(result, metrics, jax.jit(ppo.evaluate)(keys, policy, env_params), folder))
     return 0
 

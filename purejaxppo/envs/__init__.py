@@ -1,6 +1,7 @@
-"""Environments: `Env`, its spaces, adapters for suites, and the only registry of names."""
+"""Environments: `Env`, its spaces, adapters for suites, and the registry of names."""
 
 import difflib
+from typing import Any
 
 from purejaxppo.envs.base import Box, Discrete, Env, MultiDiscrete, Step, time_limit
 from purejaxppo.envs.check import check_env
@@ -13,14 +14,14 @@ __all__ = [
 
 
 def env_names() -> list[str]:
-    """Every name that `make_env` takes."""
+    """Every name that `make_env` accepts."""
     return gymnax_names()
 
 
-def make_env(env) -> Env:
-    """An `Env` of a name, a gymnax environment, a pair (gymnax environment, params), or an `Env` itself.
+def make_env(env: Any) -> Env:
+    """An `Env` from a name, a gymnax environment, a pair (gymnax environment, params), or an `Env` itself.
 
-    Raises ValueError for an unknown name, with the nearest ones, and for anything else that is no environment.
+    Raises ValueError for an unknown name, with the nearest known ones, and for anything else.
     """
     if isinstance(env, Env):
         return env
@@ -35,7 +36,7 @@ def make_env(env) -> Env:
     environment, params = env if isinstance(env, tuple) and len(env) == 2 else (env, None)
     if not hasattr(environment, "step_env"):
         raise ValueError(
-            f"env={env!r} is no environment: pass a name, a gymnax environment, "
+            f"env={env!r} is not an environment: pass a name, a gymnax environment, "
             "a pair (gymnax environment, params), or a purejaxppo.Env"
         )
     return from_gymnax(environment, params)

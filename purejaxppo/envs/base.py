@@ -1,6 +1,6 @@
-"""Environments as pairs of pure functions, and the spaces of what they take and show."""
+"""Environments as pairs of pure functions, and the spaces of their actions and observations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,25 +10,25 @@ from flax import struct
 
 
 class Step(NamedTuple):
-    """What one step of one environment gives; the state and observation are those reached, before any reset."""
+    """The result of one step of one environment; state and observation are those reached, before any reset."""
 
     state: Any
     obs: Any
     reward: jax.Array  # []
-    terminated: jax.Array  # [] bool: the task ended, nothing is worth anything after it
-    truncated: jax.Array  # [] bool: time ran out, the state still has a value
-    metrics: dict[str, jax.Array] = {}  # numbers []: means over all steps join the metrics of training
-    episode_metrics: dict[str, jax.Array] = {}  # numbers []: means of what they are where episodes end join them
+    terminated: jax.Array  # [] bool: the task ended, and the state has value 0
+    truncated: jax.Array  # [] bool: the time ran out, and the state still has a value
+    metrics: dict[str, jax.Array] = {}  # numbers []; reported as means over all steps
+    episode_metrics: dict[str, jax.Array] = {}  # numbers []; reported as means over the last steps of episodes
 
 
 class Env(NamedTuple):
-    """One environment; it never resets itself, and knows nothing of batches."""
+    """One environment, without a batch axis; it never resets itself."""
 
     reset: Callable  # key, params -> state, obs
     step: Callable  # key, state, action, params -> Step
     params: Any  # pytree of numbers, traced; () for none
-    action_space: Any  # a space, or params -> space where bounds follow the parameters
-    observation_space: Any = None  # a space or a dictionary of spaces; None reads it off `reset` as unbounded boxes
+    action_space: Any  # a space, or params -> space if its bounds depend on the parameters
+    observation_space: Any = None  # a space or a dictionary of spaces; None: unbounded boxes shaped like `reset`'s
     name: str = "environment"
 
 
@@ -40,39 +40,43 @@ class Discrete:
             raise ValueError(f"a Discrete space of n={n} must have at least one value")
         self.n, self.shape = int(n), ()
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Discrete({self.n})"
 
 
 class MultiDiscrete:
     """Vectors whose entry i is one of the integers 0 .. sizes[i] - 1."""
 
-    def __init__(self, sizes):
+    def __init__(self, sizes: Any):
         self.sizes = tuple(int(n) for n in np.asarray(sizes).reshape(-1))
         if not self.sizes or min(self.sizes) < 1:
             raise ValueError(f"a MultiDiscrete space of sizes={self.sizes} must have at least one value in each entry")
         self.shape = (len(self.sizes),)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"MultiDiscrete({list(self.sizes)})"
 
 
 class Box:
-    """Arrays of one shape between `low` and `high`: numbers or arrays, infinite or traced where need be."""
+    """Arrays of one shape between `low` and `high`, which are numbers or arrays, perhaps infinite or traced."""
 
-    def __init__(self, low=-np.inf, high=np.inf, shape=(), dtype=jnp.float32):
+    def __init__(self, low: Any = -np.inf, high: Any = np.inf, shape: Sequence[int] = (), dtype: Any = jnp.float32):
         self.low, self.high, self.shape, self.dtype = low, high, tuple(shape), jnp.dtype(dtype)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Box({self.low}, {self.high}, {self.shape}, {self.dtype.name})"
 
 
-def action_space(env: Env, params):
+Space = Discrete | MultiDiscrete | Box
+
+
+def action_space(env: Env, params: Any) -> Space:
     """The space of actions of `env` under `params`; its kind and shape are static, its bounds may be traced."""
-    return env.action_space(params) if callable(env.action_space) else env.action_space
+    space: Any = env.action_space(params) if callable(env.action_space) else env.action_space
+    return space
 
 
-def observation_space(env: Env):
+def observation_space(env: Env) -> Any:
     """The space of observations of `env`: a space, or nested dictionaries of spaces."""
     if env.observation_space is not None:
         return env.observation_space
@@ -80,13 +84,13 @@ def observation_space(env: Env):
     return jax.tree.map(lambda x: Box(shape=x.shape, dtype=x.dtype), obs)
 
 
-def flatten_observation(space, obs):
-    """One vector of float32 [..., F] of an observation in a space: discrete parts one-hot, dictionaries joined."""
+def flatten_observation(space: Any, obs: Any) -> jax.Array:
+    """An observation as one vector of float32 [..., F]: discrete parts one-hot, the parts of dictionaries joined."""
     parts = [_flatten_part(part, x) for part, x in zip(jax.tree.leaves(space), jax.tree.leaves(obs), strict=True)]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 
-def _flatten_part(space, x):
+def _flatten_part(space: Space, x: jax.Array) -> jax.Array:
     if isinstance(space, Discrete):
         return jax.nn.one_hot(x, space.n, dtype=jnp.float32)
     if isinstance(space, MultiDiscrete):
@@ -96,11 +100,11 @@ def _flatten_part(space, x):
     return x.reshape(x.shape[: x.ndim - len(space.shape)] + (-1,)).astype(jnp.float32)
 
 
-def bound_action(action, space, how: str):
-    """The action that one environment receives for the one that a distribution drew.
+def bound_action(action: jax.Array, space: Space, how: str) -> jax.Array:
+    """The action that an environment receives for one that a distribution drew.
 
-    A Box action arrives flat, [A], and leaves in the shape of its space: cut off at the bounds (`how="clip"`), or
-    squashed between them (`how="tanh"`). What is stored and learned from is always the action as drawn.
+    A Box action [A] gets the shape of its space and is clipped to the bounds (`how="clip"`) or squashed between them
+    (`how="tanh"`). Rollouts store the action as drawn.
     """
     if not isinstance(space, Box):
         return action
@@ -120,7 +124,7 @@ class Timed(struct.PyTreeNode):
 
 
 def time_limit(env: Env, max_steps: int) -> Env:
-    """`env` with every episode truncated after `max_steps` steps, unless it ended before."""
+    """`env` with every episode truncated after `max_steps` steps, unless it ends before."""
 
     def reset(key, params):
         state, obs = env.reset(key, params)

@@ -1,6 +1,7 @@
-"""`check_env`: tells the author of an environment in plain sentences what is wrong with it."""
+"""`check_env`: lists the faults of an environment for its author."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +10,18 @@ import numpy as np
 from purejaxppo.envs.base import Box, Discrete, Env, MultiDiscrete, Step, action_space, bound_action, observation_space
 
 
-def check_env(env: Env, num_steps: int = 200, seed: int = 0) -> list[str]:
-    """What is wrong with an environment, a sentence each; an empty list if nothing was found.
+def check_env(env: Any, num_steps: int = 200, seed: int = 0) -> list[str]:
+    """The faults of an environment, one sentence each; an empty list if none was found.
 
-    Traces `reset` and `step` first, and if they fit together plays `num_steps` random steps of 8 environments.
+    Traces `reset` and `step`. If they fit together, plays `num_steps` random steps in 8 environments.
     """
     if not isinstance(env, Env):
-        return [f"{env!r} is no Env; make_env makes one of a name or of a gymnax environment."]
+        return [f"{env!r} is not an Env; make_env makes one from a name or a gymnax environment."]
     return check_shapes(env) or _check_play(env, num_steps, seed)
 
 
 def check_shapes(env: Env) -> list[str]:
-    """What can be found wrong by tracing alone, in milliseconds: types, shapes, spaces; nothing is compiled."""
+    """The faults that tracing alone can find, in milliseconds: types, shapes, spaces."""
     key = jax.random.key(0)
     try:
         space = action_space(env, env.params)
@@ -61,7 +62,7 @@ def check_shapes(env: Env) -> list[str]:
 
 
 def metric_names(env: Env) -> list[str]:
-    """The names of the numbers that an environment reports, those of steps first."""
+    """The names of the metrics that an environment reports, those of steps first."""
     key = jax.random.key(0)
     state, _ = jax.eval_shape(env.reset, key, env.params)
     action = jax.eval_shape(partial(_random_action, space=action_space(env, env.params)), key)
@@ -72,22 +73,22 @@ def metric_names(env: Env) -> list[str]:
 def _check_observation_space(env, obs) -> list[str]:
     spaces = observation_space(env)
     if jax.tree.structure(spaces) != jax.tree.structure(obs):
-        return [f"observation_space is {spaces!r}, but reset shows {_kind(obs)}; both must be built alike."]
+        return [f"observation_space is {spaces!r}, but reset returns {_kind(obs)}; both must have the same structure."]
     problems = []
     for space, x in zip(jax.tree.leaves(spaces), jax.tree.leaves(obs)):
         if not isinstance(space, (Discrete, MultiDiscrete, Box)):
             problems.append(f"observation_space holds {space!r}; it must hold Discrete, MultiDiscrete or Box.")
         elif space.shape != x.shape:
-            problems.append(f"observation_space is {space!r}, but reset shows an observation of shape {x.shape}.")
+            problems.append(f"observation_space is {space!r}, but reset returns an observation of shape {x.shape}.")
         elif isinstance(space, (Discrete, MultiDiscrete)) and not jnp.issubdtype(x.dtype, jnp.integer):
-            problems.append(f"observation_space is {space!r}, but reset shows {x.dtype}; it must be an integer.")
+            problems.append(f"observation_space is {space!r}, but reset returns {x.dtype}; it must be an integer.")
     return problems
 
 
 def _differences(what: str, first, second) -> list[str]:
     if jax.tree.structure(first) != jax.tree.structure(second):
         return [
-            f"{what} from step is built differently from {what} from reset "
+            f"{what} from step has another structure than {what} from reset "
             f"({jax.tree.structure(second)} instead of {jax.tree.structure(first)})."
         ]
     problems = []
@@ -109,7 +110,7 @@ def _check_play(env: Env, num_steps: int, seed: int) -> list[str]:
         result = env.step(step_key, state, action, env.params)
         again = env.step(step_key, state, action, env.params)
         same = [jnp.array_equal(a, b, equal_nan=True) for a, b in zip(_numbers(result), _numbers(again))]
-        # Play goes on from the state reached, ended or not: an Env that resets itself shows a start state there.
+        # An Env that resets itself returns a start state where an episode ends.
         done = result.terminated | result.truncated
         fresh_state, _ = env.reset(step_key, env.params)
         next_state = jax.tree.map(
@@ -137,19 +138,19 @@ def _check_play(env: Env, num_steps: int, seed: int) -> list[str]:
         return [f"playing {num_steps} random steps under jit and vmap failed: {_first_line(error)}."]
     problems = []
     if not finite.all():
-        problems.append("reset shows an observation that is nan or infinite.")
+        problems.append("reset returns an observation that is nan or infinite.")
     if not seen["obs"].all():
-        problems.append(f"step {_when(~seen['obs'])} shows an observation that is nan or infinite.")
+        problems.append(f"step {_when(~seen['obs'])} returns an observation that is nan or infinite.")
     if not seen["reward"].all():
-        problems.append(f"step {_when(~seen['reward'])} gives a reward that is nan or infinite.")
+        problems.append(f"step {_when(~seen['reward'])} returns a reward that is nan or infinite.")
     if not seen["range"].all():
-        problems.append(f"step {_when(~seen['range'])} shows an observation outside observation_space.")
+        problems.append(f"step {_when(~seen['range'])} returns an observation outside observation_space.")
     if not seen["same"].all():
         problems.append("step is not a pure function: the same key, state and action gave two different results.")
     if not seen["done"].any():
         problems.append(
             f"no episode ended within {num_steps} random steps; if none ever ends, no return is ever reported "
-            "(time_limit(env, max_steps) truncates them, check_env(env, num_steps=...) looks longer)."
+            "(time_limit(env, max_steps) truncates them, check_env(env, num_steps=...) plays longer)."
         )
     return problems
 

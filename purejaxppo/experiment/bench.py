@@ -1,10 +1,11 @@
-"""What training costs on this machine: compile time, steps per second, memory, and where the time goes."""
+"""Measurements of training on this machine: compile time, steps per second, memory, the time of each stage."""
 
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +21,28 @@ from purejaxppo.rollout import begin_where, draw_ahead, step_envs
 from purejaxppo.update import minibatches, update
 
 
-def bench(ppo: PPO, hyperparams: Hyperparams, num_seeds, *, rounds: int, seconds: float, report: Callable = print):
-    """Measures training with each number of seeds in turn, then the parts of a cycle; returns plain data.
+def bench(
+    ppo: PPO,
+    hyperparams: Hyperparams,
+    num_seeds: Sequence[int],
+    *,
+    rounds: int,
+    seconds: float,
+    report: Callable[[str], Any] = print,
+) -> dict[str, Any]:
+    """Measures training for each number of seeds, then the stages of an update; returns plain data.
 
-    Every time is the median of `rounds` repetitions of about `seconds` each, after a warm-up and without compilation;
-    rates of training have the least and the most beside them. `report` is called with each line as soon as it is known.
+    Every time is a median after a warm-up and without compilation; rates of training also have the least and the most.
+
+    Args:
+        ppo: of one run.
+        hyperparams: of all runs.
+        num_seeds: numbers of runs to measure.
+        rounds: repetitions of every measurement.
+        seconds: approximate length of a repetition.
+        report: is called with each line of text as soon as it is known.
     """
-    results = {"training": [], "parts": []}
+    results: dict[str, Any] = {"training": [], "stages": []}
     report(f"{'seeds':>6} {'steps/s':>13} {'least':>13} {'most':>13} {'compile':>9}  slices")
     for number in num_seeds:
         row = time_training(ppo, hyperparams, number, rounds=rounds, seconds=seconds)
@@ -38,15 +54,23 @@ def bench(ppo: PPO, hyperparams: Hyperparams, num_seeds, *, rounds: int, seconds
         )
     results["peak_bytes"] = peak_bytes()
     report(f"peak memory {results['peak_bytes'] / 2**20:,.0f} MiB")
-    report("one cycle of one run:")
-    for name, milliseconds, share in time_parts(ppo, hyperparams, rounds=rounds, seconds=seconds):
-        results["parts"].append({"part": name, "milliseconds": milliseconds, "share": share})
+    report("one update of one run:")
+    for name, milliseconds, share in time_stages(ppo, hyperparams, rounds=rounds, seconds=seconds):
+        results["stages"].append({"stage": name, "milliseconds": milliseconds, "share": share})
         report(f"  {name:<12} {milliseconds:>9.3f} ms {share:>6.1%}")
     return results
 
 
 def time_training(ppo: PPO, hyperparams: Hyperparams, num_seeds: int, *, rounds: int, seconds: float) -> dict:
-    """Environment steps per second of whole cycles of `num_seeds` runs in one call."""
+    """Environment steps per second of whole updates of `num_seeds` runs in one call.
+
+    Args:
+        ppo: of one run.
+        hyperparams: of all runs.
+        num_seeds: number of runs.
+        rounds: repetitions.
+        seconds: approximate length of a repetition.
+    """
     many = batched(ppo)
     keys, columns = runs(jax.random.key(0), num_seeds=num_seeds, hyperparams=hyperparams)
     state = first_state(many, keys, columns)
@@ -73,23 +97,29 @@ def time_training(ppo: PPO, hyperparams: Hyperparams, num_seeds: int, *, rounds:
     }
 
 
-def time_parts(ppo: PPO, hyperparams: Hyperparams, *, rounds: int, seconds: float):
-    """(part, milliseconds of a cycle, share of the cycle); each part is a program of its own.
+def time_stages(ppo: PPO, hyperparams: Hyperparams, *, rounds: int, seconds: float) -> list[tuple[str, float, float]]:
+    """The stages of an update: name, milliseconds, share of the update. Each stage is a separate program.
 
-    Acting is a rollout less its environment, learning is the update less drawing its shuffles (gathering minibatches
-    is in it). A part alone, with its inputs and outputs touched once per round, may take more or less than inside the
-    cycle: `other` is what the cycle takes beyond the sum, and may be negative.
+    "acting" is the rollout minus the environment, "learning" the epochs minus the shuffles (it includes gathering
+    minibatches). A separate program may take more or less time than inside the update, so "other", the difference
+    between the update and the sum, may be negative.
+
+    Args:
+        ppo: of one run.
+        hyperparams: of the run.
+        rounds: repetitions.
+        seconds: approximate length of a repetition.
     """
     state = first_state(ppo, jax.random.key(0), hyperparams)
-    settings = {"network": ppo.network, "config": ppo.config}
+    statics = {"network": ppo.network, "config": ppo.config}
     now = jax.tree.map(jnp.asarray, state.hyperparams.at(0, ppo.config))
     state, rollout = jax.jit(ppo.collect)(state)
-    advantages = partial(estimate, **settings)
+    advantages = partial(estimate, **statics)
     batch = jax.jit(advantages)(state.policy, rollout, rollout.reward, state.actors.memory, now)
-    learn = partial(update, loss=partial(ppo.loss, **settings), optimizer=ppo.optimizer, config=ppo.config)
+    learn = partial(update, loss=partial(ppo.loss, **statics), optimizer=ppo.optimizer, config=ppo.config)
     data = state, now, rollout, batch
-    parts = {
-        "cycle": lambda key, state, *_: ppo.step(state.replace(key=key)),
+    stages = {
+        "whole": lambda key, state, *_: ppo.step(state.replace(key=key)),
         "rollout": lambda key, state, *_: ppo.collect(state.replace(key=key)),
         "environment": lambda key, state, *_: play(key, state.actors.env_state, state.env_params, ppo),
         "advantages": lambda key, state, now, rollout, batch: advantages(
@@ -99,7 +129,7 @@ def time_parts(ppo: PPO, hyperparams: Hyperparams, *, rounds: int, seconds: floa
         "update": lambda key, state, now, rollout, batch: learn(key, state.policy.params, state.opt_state, batch, now),
     }
     exact = partial(bind, ppo.config.matmul_precision)
-    times = {name: time_part(exact(part), data, rounds=rounds, seconds=seconds / 2) for name, part in parts.items()}
+    times = {n: time_stage(exact(stage), data, rounds=rounds, seconds=seconds / 2) for n, stage in stages.items()}
     shares = {
         "acting": times["rollout"] - times["environment"],
         "environment": times["environment"],
@@ -107,14 +137,21 @@ def time_parts(ppo: PPO, hyperparams: Hyperparams, *, rounds: int, seconds: floa
         "shuffling": times["shuffling"],
         "learning": times["update"] - times["shuffling"],
     }
-    shares["other"] = times["cycle"] - sum(shares.values())
-    return [(name, 1000 * taken, taken / times["cycle"]) for name, taken in shares.items()]
+    shares["other"] = times["whole"] - sum(shares.values())
+    return [(name, 1000 * taken, taken / times["whole"]) for name, taken in shares.items()]
 
 
-def play(key, env_state, env_params, ppo: PPO):
-    """The environment of a rollout alone: T steps of N environments under actions drawn ahead, with fresh starts."""
+def play(key: jax.Array, env_state: Any, env_params: Any, ppo: PPO) -> Any:
+    """T steps of N environments with actions drawn ahead, with their start states.
+
+    Args:
+        key: of the draws.
+        env_state: [N, ...].
+        env_params: of the environment.
+        ppo: has environment and sizes.
+    """
     config, env = ppo.config, ppo.env
-    space = action_space(env, env_params)
+    space: Any = action_space(env, env_params)
     act_key, key = jax.random.split(key)
     draws = draw_ahead(key, None, env_params, env=env, config=config)
     shape = config.num_steps, config.num_envs
@@ -132,15 +169,22 @@ def play(key, env_state, env_params, ppo: PPO):
     return jax.lax.scan(step, env_state, (draws, actions))
 
 
-def time_part(part: Callable, data, *, rounds: int, seconds: float) -> float:
-    """Seconds that part(key, *data) takes, the median of `rounds` loops of about `seconds` each."""
+def time_stage(stage: Callable, data: tuple, *, rounds: int, seconds: float) -> float:
+    """Seconds that stage(key, *data) takes, the median of `rounds` loops of about `seconds` each.
+
+    Args:
+        stage: (key, *data) -> any arrays.
+        data: its arguments.
+        rounds: repetitions.
+        seconds: approximate length of a repetition.
+    """
 
     @jax.jit
     def loop(number, data):
         def body(i, total):
-            # What hangs on the round before can neither be moved out of the loop nor left out of it.
+            # Inputs that depend on the round before keep XLA from moving the stage out of the loop or removing it.
             now = jax.tree.map(lambda x: x + 0 * total if x.dtype == jnp.float32 else x, data)
-            leaves = jax.tree.leaves(part(jax.random.key(i), *now))
+            leaves = jax.tree.leaves(stage(jax.random.key(i), *now))
             sums = [x.sum(dtype=jnp.float32) for x in leaves if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
             return jnp.nan_to_num(sum(sums))
 
@@ -159,7 +203,7 @@ def time_part(part: Callable, data, *, rounds: int, seconds: float) -> float:
 
 
 def peak_bytes() -> int:
-    """Most memory in use so far: of the accelerator, or of this process where there is none."""
+    """Peak memory of the accelerator, or of this process if there is none."""
     stats = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]

@@ -1,29 +1,29 @@
-"""Settings that are known to work: one preset per environment, and A2C as a special case of PPO."""
+"""Presets: settings that work, one per environment, and A2C as a special case of PPO."""
 
 import math
 from dataclasses import fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from purejaxppo.config import Config, Hyperparams
 
 
 class Preset(NamedTuple):
-    """Settings that belong together."""
+    """A config and hyperparameters that belong together."""
 
     config: Config
     hyperparams: Hyperparams
 
 
 def preset(env: str) -> Preset:
-    """The preset of an environment by name; the defaults for a name that has none."""
+    """The preset of an environment by name, or the defaults if it has none."""
     return PRESETS.get(env, Preset(Config(), Hyperparams()))
 
 
-def a2c(**config) -> Preset:
+def a2c(**config: Any) -> Preset:
     """Advantage actor-critic (Mnih et al., 2016) as PPO with one epoch, one minibatch and no clipping.
 
-    With a single gradient step the ratio is 1, so its gradient is that of the plain log-likelihood loss. `config`
-    sets other fields of Config.
+    With a single gradient step the ratio is 1, so its gradient is that of the log-likelihood loss. `config` sets other
+    fields of `Config`.
     """
     return Preset(
         Config(
@@ -37,7 +37,7 @@ def a2c(**config) -> Preset:
 
 
 def changed_settings(config: Config, hyperparams: Hyperparams) -> dict:
-    """The fields in which settings differ from the defaults, the number of updates aside."""
+    """The fields that differ from the defaults, without the number of updates."""
     return {
         field.name: getattr(settings, field.name)
         for settings, default in ((config, Config()), (hyperparams, Hyperparams()))
@@ -46,12 +46,12 @@ def changed_settings(config: Config, hyperparams: Hyperparams) -> dict:
     }
 
 
-def _preset(total_steps: int, config: dict = {}, **hyperparams) -> Preset:
-    return Preset(Config(**config).with_total_steps(total_steps), Hyperparams(**hyperparams))
+def _preset(total_steps: int, config: dict[str, Any] | None = None, **hyperparams: Any) -> Preset:
+    return Preset(Config(**config or {}).with_total_steps(total_steps), Hyperparams(**hyperparams))
 
 
 NORMALIZED = {"normalize_observation": True, "scale_reward": True}
-# The horizon is the task there: nothing is worth anything after it.
+# The time limit is part of the task: no value is bootstrapped after it.
 FINITE = {"bootstrap_on_truncation": False}
 CONTROL = NORMALIZED | {"num_envs": 32, "num_steps": 100, "num_epochs": 10, "num_minibatches": 32}
 MINATAR = {"num_envs": 64, "num_steps": 128, "num_minibatches": 8, "widths": (128, 128), "activation": "relu"}

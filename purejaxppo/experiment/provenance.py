@@ -1,4 +1,4 @@
-"""What made a result: settings, versions, code, device, command and time, as plain JSON data."""
+"""The provenance of a result: versions, code, device, command and time, as plain JSON data."""
 
 import datetime
 import functools
@@ -7,32 +7,19 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 import purejaxppo
-from purejaxppo.config import Config, Hyperparams
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "gymnax", "numpy")
-SESSION = ("versions", "code", "device", "cpu_cores", "command", "started")
-
-
-def describe(env: str, config: Config, hyperparams: Hyperparams, **more) -> dict:
-    """Settings of a run about to start, with what it runs on."""
-    return {
-        "env": env,
-        "config": {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(config).items()},
-        "hyperparams": {name: as_json(hyperparams.get(name)) for name in hyperparams.names},
-        **more,
-        **describe_machine(),
-    }
 
 
 def describe_machine() -> dict:
-    """Versions, code, device, command and time of what is about to start."""
+    """Versions, code, device, command and time of this process."""
     device = jax.devices()[0]
     return {
         "versions": {
@@ -44,13 +31,13 @@ def describe_machine() -> dict:
         "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
         "cpu_cores": os.cpu_count(),
         "command": sys.argv,
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
 @functools.cache
 def code_version() -> str | None:
-    """The commit of the checkout that the package lies in, with "+" if it was changed since; None outside of one."""
+    """The commit of the checkout with the package, with "+" if it has changes; None outside a checkout."""
     where = Path(purejaxppo.__file__).parent
     git = ["git", "-C", str(where), "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
     tracked = ["git", "-C", str(where), "ls-files", "--error-unmatch", "__init__.py"]
@@ -61,9 +48,12 @@ def code_version() -> str | None:
         return None
 
 
-def as_json(value):
-    """Numbers as JSON holds them: fractions as short as float32 has them, what is infinite as a word; where all agents
-    of a batch have the same, one number; of a schedule its numbers."""
+def as_json(value: Any) -> Any:
+    """Numbers as JSON holds them.
+
+    Fractions are as short as float32 allows, infinities are words. An array with equal entries becomes one number, a
+    schedule the list of its numbers.
+    """
     if callable(value):
         return [as_json(x) for x in jax.tree.leaves(value)]
     value = np.asarray(value)

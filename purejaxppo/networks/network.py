@@ -1,11 +1,11 @@
-"""Actor-critic networks over sequences: what a network is, and what becomes one.
+"""`Network`, three functions over sequences, and adapters for flax modules.
 
-A network reads observations [T, B, ...] with flags `first` [T, B] that mark where an episode begins, from a memory
-that a feed-forward network leaves empty: one path for both.
+A network reads observations [T, B, ...] with flags `first` [T, B], which mark where an episode begins, and a memory,
+which is () for a feed-forward network: feed-forward and recurrent networks share one path.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,21 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from purejaxppo.config import Config
-from purejaxppo.envs.base import Box, Discrete, MultiDiscrete
+from purejaxppo.envs.base import Box, Discrete, MultiDiscrete, Space
 from purejaxppo.networks.distributions import MultiCategorical
 from purejaxppo.networks.orthogonal import orthogonalize
 
 
 class Network(NamedTuple):
-    """Three pure functions; anything that offers them is a network."""
+    """Three pure functions; any object with these three is a network."""
 
     initial_memory: Callable  # batch -> memory, leaves [B, ...]; () for feed-forward
-    init: Callable  # key, memory, obs [T, B, ...], first [T, B] -> params, orthogonal ones drawn or not
+    init: Callable  # key, memory, obs [T, B, ...], first [T, B] -> params; `Orthogonal` weights may be left to draw
     apply: Callable  # params, memory, obs [T, B, ...], first [T, B] -> memory, distribution, value [T, B]
 
 
-def as_network(network) -> Network:
-    """A network as it is, or made of a flax linen module. Raises ValueError for anything else."""
+def as_network(network: Any) -> Network:
+    """A network as it is, or from a flax linen module. Raises ValueError for anything else."""
     if isinstance(network, nn.Module):
         return from_linen(network)
     if all(callable(getattr(network, name, None)) for name in Network._fields):
@@ -39,23 +39,23 @@ def as_network(network) -> Network:
 
 
 def from_linen(module: nn.Module) -> Network:
-    """A network of a flax linen module that maps observations [B, ...] to (distribution, value [B]).
+    """A network from a flax linen module that maps observations [B, ...] to (distribution, value [B]).
 
-    Layers of `purejaxppo.networks.layers` in it begin as they do in ours.
+    Layers of `pjp.layers` in it are initialised as in our own network.
     """
     return _feed_forward(draw_orthogonal(lambda key, obs: module.init(key, obs)), module.apply)
 
 
 def draw_orthogonal(init: Callable) -> Callable:
-    """The init of a flax module, with the weights drawn that are to be orthogonal."""
+    """The init of a flax module, with its `Orthogonal` weights drawn."""
     # Flax draws nothing with the key itself, only with keys that it folds names into.
     return lambda key, *args: orthogonalize(key, init(key, *args))
 
 
 def from_nnx(build: Callable) -> Network:
-    """A network of a flax nnx module, given as the function from `nnx.Rngs` that builds it.
+    """A network from a flax nnx module, given as the function that builds it from `nnx.Rngs`.
 
-    The module maps observations [B, ...] to (distribution, value [B]) and has no variables but `nnx.Param`s.
+    The module maps observations [B, ...] to (distribution, value [B]); its only variables are `nnx.Param`s.
     """
     from flax import nnx
 
@@ -68,7 +68,7 @@ def from_nnx(build: Callable) -> Network:
 
 
 def _feed_forward(init, apply) -> Network:
-    """A network of two functions over one batch axis: init(key, obs) and apply(params, obs)."""
+    """A network from two functions over one batch axis: init(key, obs) and apply(params, obs)."""
 
     def flat(obs):
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), obs)
@@ -80,19 +80,26 @@ def _feed_forward(init, apply) -> Network:
         outputs = apply(params, flat(obs))
         return memory, *jax.tree.map(lambda x: x.reshape(*first.shape, *x.shape[1:]) if jnp.ndim(x) else x, outputs)
 
-    # One run after another: a user's initialiser may call LAPACK, which must not run vmapped on a small thread pool.
+    # One run after another: a custom initialiser may call LAPACK, which must not be vmapped on a small thread pool.
     init_sequences = jax.custom_batching.sequential_vmap(init_sequences)
     return Network(initial_memory=lambda batch: (), init=init_sequences, apply=apply_sequences)
 
 
-def check_network(network: Network, obs, action_space, config: Config):
-    """Traces a network on two steps of N environments, each with observations of the shapes `obs`; compiles nothing.
+def check_network(network: Network, obs: Any, action_space: Space, config: Config) -> None:
+    """Traces a network on two steps of N environments; compiles nothing.
 
-    Raises ValueError where it does not fit them, the actions of the environment, or the segments of the config.
+    Args:
+        network: to check.
+        obs: shapes of one observation, as the network reads it.
+        action_space: of the environment.
+        config: sizes.
+
+    Raises:
+        ValueError: if the network does not fit the observations, the actions, or the segments of the config.
     """
     num_envs = config.num_envs
 
-    def look(key):
+    def forward(key):
         memory = network.initial_memory(num_envs)
         many = jax.tree.map(lambda x: jnp.zeros((2, num_envs, *x.shape), x.dtype), obs)
         first = jnp.zeros((2, num_envs), bool)
@@ -100,43 +107,44 @@ def check_network(network: Network, obs, action_space, config: Config):
         return memory, network.apply(orthogonalize(key, params), memory, many, first)
 
     try:
-        taken, (given, distribution, value) = jax.eval_shape(look, jax.random.key(0))
+        taken, (given, distribution, value) = jax.eval_shape(forward, jax.random.key(0))
     except Exception as error:
         raise ValueError(f"network cannot be applied to observations [T, B, ...]: {error}") from error
     taken, given = (jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", memory) for memory in (taken, given))
     if taken != given:
-        raise ValueError(f"network must give a memory like the one that it takes, {taken}, not {given}")
+        raise ValueError(f"network must return a memory like the one that it takes, {taken}, not {given}")
     if jax.tree.leaves(taken) and config.segment_length == 1:
         raise ValueError(
-            "segment_length=1 teaches a network with a memory nothing about the past "
+            "segment_length=1 leaves a network with a memory nothing to learn from the past "
             f"(try segment_length={config.num_steps}, which is num_steps, or a divisor of it)"
         )
-    missing = [name for name in ("sample", "mode", "log_prob", "entropy") if not hasattr(distribution, name)]
+    needed = ("sample", "mode", "log_prob", "entropy", *(["noise"] if hasattr(distribution, "from_noise") else []))
+    missing = [name for name in needed if not hasattr(distribution, name)]
     if missing:
-        raise ValueError(f"network must give a distribution, but {type(distribution).__name__} has no {missing[0]}")
+        raise ValueError(f"network must return a distribution, but {type(distribution).__name__} has no {missing[0]}")
     for leaf in jax.tree.leaves(distribution):
         if jnp.ndim(leaf) and leaf.shape[:2] != (2, num_envs):
             raise ValueError(
-                f"network must give a distribution over [T, B] = (2, {num_envs}), but {type(distribution).__name__} "
+                f"network must return a distribution over [T, B] = (2, {num_envs}), but {type(distribution).__name__} "
                 f"holds an array of shape {leaf.shape} (broadcast it, or make it a scalar)"
             )
     if value.shape != (2, num_envs):
-        raise ValueError(f"network must give values [T, B] = (2, {num_envs}), not {value.shape}")
+        raise ValueError(f"network must return values [T, B] = (2, {num_envs}), not {value.shape}")
     _check_actions(distribution, action_space)
 
 
-def _check_actions(distribution, space):
-    """Refuses a distribution over other actions than those of the environment."""
+def _check_actions(distribution: Any, space: Space) -> None:
+    """Refuses a distribution over other actions than the environment's."""
     if isinstance(space, Discrete) and hasattr(distribution, "logits") and distribution.logits.shape[-1] != space.n:
         raise ValueError(f"network must choose among {space.n} actions, not {distribution.logits.shape[-1]}")
     if isinstance(space, MultiDiscrete) and isinstance(distribution, MultiCategorical):
         sizes, num_logits = tuple(distribution.sizes), distribution.logits.shape[-1]
         if sizes != tuple(space.sizes) or num_logits != sum(sizes):
             raise ValueError(
-                f"network must give {sum(space.sizes)} logits for choices among {tuple(space.sizes)}, not {num_logits} "
-                f"for {sizes}"
+                f"network must return {sum(space.sizes)} logits for choices among {tuple(space.sizes)}, "
+                f"not {num_logits} for {sizes}"
             )
     action = jax.eval_shape(lambda d, key: d.sample(key)[0, 0], distribution, jax.random.key(0))
     size = (int(np.prod(space.shape)),) if isinstance(space, Box) else space.shape
     if action.shape != size:
-        raise ValueError(f"network must give actions of shape {size} for {space!r}, not {action.shape}")
+        raise ValueError(f"network must return actions of shape {size} for {space!r}, not {action.shape}")

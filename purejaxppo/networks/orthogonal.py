@@ -1,6 +1,8 @@
-"""Orthogonal initialisation of a whole network at once."""
+"""Orthogonal initialisation of all weights of a network at once."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,20 +10,22 @@ from flax import struct
 from flax.core import meta
 
 
-@struct.dataclass
-class Orthogonal(meta.AxisMetadata):
-    """A weight that `orthogonalize` will draw; until then, and to flax, it is zeros of its shape."""
+class Orthogonal(struct.PyTreeNode, meta.AxisMetadata):
+    """A weight that `orthogonalize` will draw; until then it is zeros of its shape."""
 
     value: jax.Array
     scale: float = struct.field(pytree_node=False)
 
-    def unbox(self):
+    def unbox(self) -> jax.Array:
+        """The weight, as flax asks for it."""
         return self.value
 
-    def replace_boxed(self, value):
+    def replace_boxed(self, value: Any) -> "Orthogonal":
+        """The same with another weight, as flax asks for it."""
         return self.replace(value=value)
 
-    def add_axis(self, index, params):
+    def add_axis(self, index: int, params: Any):
+        """Refuses stacked weights."""
         raise ValueError(
             "kernel_init=orthogonal(...) cannot be stacked by nn.vmap or nn.scan "
             "(try flax.linen.initializers.orthogonal in such layers)"
@@ -30,23 +34,22 @@ class Orthogonal(meta.AxisMetadata):
     remove_axis = add_axis
 
 
-def orthogonal(scale: float = 1.0):
-    """A flax initialiser of weights that are to be orthogonal matrices times a scale, drawn by `orthogonalize`."""
+def orthogonal(scale: float = 1.0) -> Callable:
+    """A flax initialiser for orthogonal matrices times a scale, which `orthogonalize` draws."""
     return lambda key, shape, dtype=jnp.float32: Orthogonal(value=jnp.zeros(shape, dtype), scale=scale)
 
 
-def is_orthogonal(leaf) -> bool:
+def is_orthogonal(leaf: Any) -> bool:
     """Whether a leaf of parameters is still to be drawn."""
     return isinstance(leaf, Orthogonal)
 
 
-def orthogonalize(key, params):
-    """Parameters whose `Orthogonal` weights are random orthogonal matrices times their scale; the others stay.
+def orthogonalize(key: jax.Array, params: Any) -> Any:
+    """Parameters with every `Orthogonal` weight drawn: a random orthogonal matrix times its scale.
 
-    The last axis of a weight is one side of its matrix, all before it the other. Either its rows or its columns are
-    orthonormal (Saxe et al., 2013), uniformly distributed. All are drawn by one loop, since a draw for each layer would
-    take most of the time that a first state takes to compile; every weight then takes the memory and the time of the
-    largest, while a state is begun.
+    The last axis of a weight is one side of its matrix, all axes before it the other. Either its rows or its columns
+    are orthonormal (Saxe et al., 2013), uniformly distributed. One loop draws all weights, since separate draws would
+    take most of the time to compile `init`; there each weight therefore takes the memory and the time of the largest.
     """
     leaves, treedef = jax.tree.flatten(params, is_leaf=is_orthogonal)
     weights = [i for i, leaf in enumerate(leaves) if is_orthogonal(leaf)]
@@ -61,11 +64,11 @@ def orthogonalize(key, params):
     return jax.tree.unflatten(treedef, leaves)
 
 
-def orthonormal_vectors(key, number: int, sizes: list[int]):
-    """For each of W sizes orthonormal vectors, padded to the largest, [W, number, max]; those beyond a size are no use.
+def orthonormal_vectors(key: jax.Array, number: int, sizes: list[int]) -> jax.Array:
+    """Orthonormal vectors for each of W sizes, padded to the largest, [W, number, max]; ignore those beyond the size.
 
-    Gram-Schmidt, twice for accuracy, on Gaussian vectors: the same law as a QR with positive diagonal. It is plain
-    matrix-vector products, because LAPACK's QR under `vmap` can deadlock a CPU with two threads.
+    Gram-Schmidt, twice for accuracy, on Gaussian vectors has the same distribution as a QR decomposition with positive
+    diagonal. It uses matrix-vector products, because LAPACK's QR under `vmap` can deadlock a CPU with two threads.
     """
     width = max(sizes)
 
@@ -81,6 +84,6 @@ def orthonormal_vectors(key, number: int, sizes: list[int]):
             overlap = jnp.matmul(done, vector, precision="highest")
             vector = vector - jnp.matmul(overlap, done, precision="highest")
         length = jnp.linalg.norm(vector)
-        return vectors.at[i].set(vector / jnp.where(length > 0, length, 1))  # not by 0, beyond `size`
+        return vectors.at[i].set(vector / jnp.where(length > 0, length, 1))  # vectors beyond `size` have length 0
 
     return jax.lax.map(draw, (jax.random.split(key, len(sizes)), jnp.array(sizes)))

@@ -138,8 +138,9 @@ def compile_work(work: Work) -> dict:
     start = time.perf_counter()
     compiled = jax.jit(train, donate_argnums=0).trace(state).lower(lowering_platforms=("cuda",)).compile()
     seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
-    program = read_program(compiled.as_text())
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None  # the compiler for CUDA reports both
+    program = read_program(text)
     return {
         "settings": asdict(work),
         **count_cycle(program, NUM_UPDATES, work.num_steps, work.num_epochs * work.num_minibatches),

@@ -23,6 +23,7 @@ import tempfile
 import threading
 import venv
 from pathlib import Path
+from typing import Any
 
 from works import WORKS
 
@@ -56,7 +57,7 @@ def main():
         parser.error(f"--limit={options.limit} must be a positive number of seconds")
     if importlib.util.find_spec("purejaxppo") is None:
         parser.error(f"{sys.executable} has no purejaxppo installed (in its environment: pip install -e .)")
-    peers = dict.fromkeys([*options.peers, *(["purejaxrl"] if options.purejaxrl else [])])
+    peers: dict[str, None] = dict.fromkeys([*options.peers, *(["purejaxrl"] if options.purejaxrl else [])])
     if "purejaxrl" in peers and not options.purejaxrl:
         parser.error("--peers purejaxrl needs --purejaxrl PATH, a checkout")
     pythons = {"purejaxppo": Path(sys.executable)} | {peer: install(peer, options.folder / peer) for peer in peers}
@@ -79,7 +80,7 @@ def install(peer: str, folder: Path) -> Path:
     return python
 
 
-def compare(work: str, pythons: dict, extra: list[str], rounds: int, limit: float) -> dict:
+def compare(work: str, pythons: dict[str, Path], extra: list[str], rounds: int, limit: float) -> dict[str, Any]:
     """What every peer needs for a work; those that do not offer it, or fail, are left out with their reason."""
     workers = {peer: Worker(python, peer, work, extra, limit) for peer, python in pythons.items()}
     runs = {peer: [] for peer in workers}
@@ -88,17 +89,18 @@ def compare(work: str, pythons: dict, extra: list[str], rounds: int, limit: floa
             runs[peer].append(worker.run(seed) if worker.ready else None)
     rows = {}
     for peer, worker in workers.items():
-        if None in runs[peer]:
+        ready = worker.ready
+        if ready is None or None in runs[peer]:
             rows[peer] = {"left_out": worker.problem()}
             continue
-        rates = [worker.ready["steps"] / run["seconds"] for run in runs[peer][1:]]  # the first run warms up
+        rates = [ready["steps"] / run["seconds"] for run in runs[peer][1:]]  # the first run warms up
         rows[peer] = {
             "steps_per_second": statistics.median(rates),
             "least": min(rates),
             "most": max(rates),
-            "compile_seconds": worker.ready["compile_seconds"],
-            "steps": worker.ready["steps"],
-            "versions": worker.ready["versions"],
+            "compile_seconds": ready["compile_seconds"],
+            "steps": ready["steps"],
+            "versions": ready["versions"],
             "peak_bytes": runs[peer][-1]["peak_bytes"],
             "runs": rates,
         }
@@ -116,6 +118,8 @@ class Worker:
             [python, HERE / "worker.py", peer, work, *extra],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.complaints, text=True,
         )  # fmt: skip
+        assert self.process.stdin and self.process.stdout  # both are pipes
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
         self.ready = self.answer()
 
     def answer(self) -> dict | None:
@@ -123,7 +127,7 @@ class Worker:
         watch = threading.Timer(self.limit, self.stop)
         watch.start()
         try:
-            for line in self.process.stdout:
+            for line in self.stdout:
                 if line.startswith("ANSWER "):
                     return json.loads(line.removeprefix("ANSWER "))
             return None
@@ -137,8 +141,8 @@ class Worker:
     def run(self, seed: int) -> dict | None:
         """What one run took; None where the process has stopped."""
         try:
-            self.process.stdin.write(f"{seed}\n")
-            self.process.stdin.flush()
+            self.stdin.write(f"{seed}\n")
+            self.stdin.flush()
         except BrokenPipeError:
             return None
         return self.answer()
@@ -151,7 +155,7 @@ class Worker:
         return lines[-1] if lines else "no reason given"
 
     def close(self):
-        self.process.stdin.close()
+        self.stdin.close()
         self.process.wait()
 
 

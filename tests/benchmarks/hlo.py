@@ -48,7 +48,7 @@ class Loop(NamedTuple):
 
 def read_program(text: str) -> Loop:
     """The loops of a compiled program, from what `jax.stages.Compiled.as_text` returns."""
-    computations, entry = {}, None
+    computations, entry = {}, ""
     for line in text.splitlines():
         if header := COMPUTATION.match(line):
             instructions = computations[header["name"]] = []
@@ -89,11 +89,11 @@ def count_cycle(program: Loop, num_updates: int, num_steps: int, num_minibatches
     """
     cycles = [loop for loop in program.loops if loop.trip_count == num_updates]
     cycle = max(cycles, key=lambda loop: loop.kernels, default=Loop(1, 0, ()))
-    known = [loop for loop in cycle.loops if loop.trip_count]
+    known = [(loop, loop.trip_count) for loop in cycle.loops if loop.trip_count]
     pairs = [
         (rollout, minibatches)
-        for rollout, minibatches in combinations(known, 2)
-        if num_steps % rollout.trip_count == 0 and num_minibatches % minibatches.trip_count == 0
+        for (rollout, steps), (minibatches, number) in combinations(known, 2)
+        if num_steps % steps == 0 and num_minibatches % number == 0
     ]
     if not pairs:
         raise ValueError(

@@ -1,6 +1,7 @@
 """The work that is compared: settings that every peer is given alike."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class Work:
     num_minibatches: int = 4
     total_steps: int = 500_000
     num_seeds: int = 1
-    encoder: str = "mlp"
+    encoder: Literal["mlp", "cnn"] = "mlp"
     normalize: bool = False  # observations standardised, rewards scaled
     learning_rate: float = 2.5e-4  # constant
     discount: float = 0.99

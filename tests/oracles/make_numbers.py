@@ -8,6 +8,7 @@ import json
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import jax
@@ -383,7 +384,7 @@ def values_and_gradients(function, **inputs):
     return {"value": value, "gradients": dict(zip(leaves, gradients))}
 
 
-def plain(tree):
+def plain(tree) -> Any:
     """The same tree of json's own kinds, numbers with seven significant digits, flags as 0 and 1."""
     if isinstance(tree, dict):
         return {name: plain(x) for name, x in tree.items()}

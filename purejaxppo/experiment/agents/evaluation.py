@@ -1,4 +1,4 @@
-"""Playing whole episodes with trained agents, in their own environment or in Gymnasium's of the same name."""
+"""Evaluation of trained agents, in their own environment or in Gymnasium's of the same name."""
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,17 @@ from purejaxppo.experiment.report.metrics import mean_interval
 def evaluate_agents(
     agents: Agents, *, num_episodes: int = 128, greedy: bool = False, seed: int = 0, max_steps: int = 10_000
 ) -> xarray.Dataset:
-    """Plays `num_episodes` whole episodes with each agent in its own environment, one program for all.
+    """Plays whole episodes with each agent in its own environment, in one program.
 
-    `episode_return`, `episode_length` and `finished` have the dimensions seed (the agent's) and episode. `greedy` takes
-    the most probable action instead of a sample. `seed` is where the draws come from.
+    Args:
+        agents: from `load_agents`.
+        num_episodes: episodes per agent.
+        greedy: whether to take the most probable action instead of a sample.
+        seed: random seed.
+        max_steps: steps after which running episodes stop; they are not `finished`.
+
+    Returns:
+        `episode_return`, `episode_length` and `finished`, with the dimensions `seed` (of the agent) and `episode`.
     """
     many = batched(agents.ppo)
     options = {"num_episodes": num_episodes, "greedy": greedy, "max_steps": max_steps}
@@ -29,10 +36,20 @@ def evaluate_agents(
 def evaluate_in_gymnasium(
     agents: Agents, env_id: str | None = None, *, num_episodes: int = 128, greedy: bool = False, seed: int = 0
 ) -> xarray.Dataset:
-    """Plays as `evaluate_agents` does, in Gymnasium's environment `env_id`, by default the one of the same name.
+    """Plays as `evaluate_agents` does, in an environment of Gymnasium, with its time limit.
 
-    Episodes end as Gymnasium has it, its time limit included. Raises ValueError where it has no such environment, or
-    one of other observations or actions.
+    Args:
+        agents: from `load_agents`.
+        env_id: the name in Gymnasium, by default the agents' own.
+        num_episodes: episodes per agent.
+        greedy: whether to take the most probable action instead of a sample.
+        seed: random seed.
+
+    Returns:
+        The same variables as `evaluate_agents`.
+
+    Raises:
+        ValueError: if Gymnasium has no such environment, or one with other observations or actions.
     """
     import gymnasium
 
@@ -49,17 +66,17 @@ def evaluate_in_gymnasium(
     return _label(*map(np.stack, zip(*played)))
 
 
-def summarize(played: xarray.Dataset) -> tuple[float, float, float]:
-    """Mean return and its Student t interval: over agents, or of a single one over its episodes."""
+def mean_return(played: xarray.Dataset) -> tuple[float, float, float]:
+    """The mean return with its Student t interval over agents, or over episodes for a single agent."""
     returns = played["episode_return"]
     return mean_interval(returns.mean("episode") if returns.sizes["seed"] > 1 else returns)
 
 
 def _play(envs, act, begin, policy, agent: int, greedy: bool, seed: int):
-    """Returns, lengths and whether it ended, [E] each, of the first episode of every environment."""
+    """Return, length and `finished` of the first episode of every environment, [E] each."""
     num = envs.num_envs
     key = jax.random.fold_in(jax.random.key(seed), agent)
-    obs, _ = envs.reset(seed=seed)  # of every agent the same
+    obs, _ = envs.reset(seed=seed)  # the same for every agent
     total, length, running = np.zeros(num), np.zeros(num, int), np.ones(num, bool)
     memory, step = None, 0
     while running.any():
@@ -78,13 +95,13 @@ def _check_spaces(agents: Agents, envs, env_id: str):
     ours = observation_space(agents.ppo.env), action_space(agents.ppo.env, agents.ppo.env.params)
     if getattr(ours[0], "shape", None) != obs.shape:
         shape = getattr(ours[0], "shape", "a dictionary")
-        raise ValueError(f"{env_id} shows observations {obs.shape} in Gymnasium, the agents know {shape}")
+        raise ValueError(f"{env_id} has observations {obs.shape} in Gymnasium, but the agents take {shape}")
     same = isinstance(ours[1], Discrete) and getattr(action, "n", None) == ours[1].n
     if isinstance(ours[1], Box) and hasattr(action, "low"):
         bounds = [np.broadcast_to(np.asarray(x, np.float32), ours[1].shape) for x in (ours[1].low, ours[1].high)]
         same = ours[1].shape == action.shape and np.allclose(bounds, [action.low, action.high])
     if not same:
-        raise ValueError(f"{env_id} takes {action} in Gymnasium, the agents act in {ours[1]!r}")
+        raise ValueError(f"{env_id} has the actions {action} in Gymnasium, but the agents act in {ours[1]!r}")
 
 
 def _label(episode_return, episode_length, finished) -> xarray.Dataset:

@@ -1,7 +1,9 @@
-"""A trained policy as one file that acts where this package is not installed; normaliser and bounds are inside."""
+"""Export of a policy as one file that acts without this package; it includes the normaliser and the bounds."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import numpy as np
 from flax.errors import FlaxError
 
 from purejaxppo.envs.base import Box, Discrete, action_space, bound_action, observation_space
-from purejaxppo.experiment.files import to_arrays
+from purejaxppo.experiment.files import save_arrays, to_arrays
 from purejaxppo.networks.actor_critic import make_network
 from purejaxppo.ppo import PPO, bind
 from purejaxppo.rollout import Policy, add_time, apply_policy
@@ -17,23 +19,38 @@ from purejaxppo.rollout import Policy, add_time, apply_policy
 FORMATS = (".stablehlo", ".npz")
 
 
-def export(ppo: PPO, policy: Policy, path, env_params=None, *, platforms=("cpu", "cuda")) -> str:
-    """Writes a policy that takes the most probable action, and returns the lines of Python that use the file.
+def export(
+    ppo: PPO,
+    policy: Policy,
+    path: str | Path,
+    env_params: Any = None,
+    *,
+    platforms: Sequence[str] = ("cpu", "cuda"),
+) -> str:
+    """Writes a policy that takes the most probable action, and returns the Python code that uses the file.
 
-    The file's name says how. `.stablehlo`: a function from observations [B, ...], for any B, to actions [B, ...] as the
-    environment takes them, that `jax.export` reads on any of the `platforms`; of a recurrent network it is one from
-    (observations, memory [B, ...], first [B]) to (actions, memory), where `first` marks what begins an episode, and
-    whatever memory it comes with is emptied. `.npz`: plain arrays, for NumPy alone, of an `mlp` without memory over a
-    Box that chooses among actions or acts in a Box. Raises ValueError for another name, or a network that NumPy cannot
-    do in these lines.
+    A `.stablehlo` file is a function from observations [B, ...], for any B, to actions [B, ...] within their bounds,
+    which `jax.export` reads. For a recurrent network it maps (observations, memory [B, ...], first [B]) to (actions,
+    memory); where `first` is set an episode begins and the memory is reset. An `.npz` file holds arrays for NumPy; it
+    supports an `mlp` without memory, a Box as observation, and a Discrete or Box action.
+
+    Args:
+        ppo: of one agent.
+        policy: for example `agents.policy(0)`.
+        path: the file; its suffix, .stablehlo or .npz, says what to write.
+        env_params: by default those of the environment.
+        platforms: that a .stablehlo file runs on.
+
+    Raises:
+        ValueError: for another suffix, or a network that .npz does not support.
     """
     path = Path(path)
     if path.suffix not in FORMATS:
-        raise ValueError(f"out={path} must end in {' or '.join(FORMATS)}, which says what to write")
+        raise ValueError(f"path={path} must end in {' or '.join(FORMATS)}, which says what to write")
     env_params = ppo.env.params if env_params is None else env_params
     if path.suffix == ".npz":
         arrays, lines = _as_numpy(ppo, policy, env_params, path)
-        np.savez(path, **arrays)
+        save_arrays(path, arrays)
         return lines
     path.write_bytes(_as_stablehlo(ppo, policy, env_params, platforms))
     memory = ", memory, first" if jax.tree.leaves(ppo.network.initial_memory(1)) else ""
@@ -67,11 +84,11 @@ def _as_stablehlo(ppo: PPO, policy: Policy, env_params, platforms) -> bytes:
     recurrent = bool(jax.tree.leaves(memory))
     arguments = (obs, memory, jax.ShapeDtypeStruct((batch,), bool)) if recurrent else (obs,)
     function = jax.jit(bind(ppo.config.matmul_precision, act if recurrent else act_without_memory))
-    return jax.export.export(function, platforms=list(platforms))(*arguments).serialize()
+    return bytes(jax.export.export(function, platforms=list(platforms))(*arguments).serialize())
 
 
 def _as_numpy(ppo: PPO, policy: Policy, env_params, path: Path) -> tuple[dict[str, np.ndarray], str]:
-    """Arrays, and the function that acts by them."""
+    """The arrays of a policy, and the code of the function that acts by them."""
     found, config = to_arrays(policy), ppo.config
     trunk, space = "params/params/actor/MLP_0/Dense_{}/{}", action_space(ppo.env, env_params)
     heads = {Discrete: "params/params/Logits_0/logits/{}", Box: "params/params/Gaussian_0/loc/{}"}
@@ -80,7 +97,9 @@ def _as_numpy(ppo: PPO, policy: Policy, env_params, path: Path) -> tuple[dict[st
     known = isinstance(observation_space(ppo.env), Box) and head and not config.gru_width
     known = known and {*names, head.format("weight")} <= found.keys() and _is_of_config(ppo, policy)
     if not known:
-        raise ValueError(f"out={path} cannot hold this network, only an mlp without memory over a Box (try .stablehlo)")
+        raise ValueError(
+            f"path={path} can hold only an mlp without memory over a Box, not this network (try .stablehlo)"
+        )
     arrays = {}
     for i in range(len(config.widths) + 1):
         where = trunk.format(i, "{}") if i < len(config.widths) else head
@@ -120,7 +139,7 @@ def _as_numpy(ppo: PPO, policy: Policy, env_params, path: Path) -> tuple[dict[st
 
 
 def _is_of_config(ppo: PPO, policy: Policy) -> bool:
-    """Whether the network is what the config says, and not one of a user with weights of the same names."""
+    """Whether the network is the one of the config, and not a custom one with weights of the same names."""
     space = observation_space(ppo.env)
     obs = jax.random.normal(jax.random.key(0), (1, 8, *space.shape))
     try:
@@ -132,7 +151,7 @@ def _is_of_config(ppo: PPO, policy: Policy) -> bool:
 
 
 def _shapes(ppo: PPO) -> str:
-    """What goes in and what comes out, for readers."""
+    """Shapes of inputs and outputs, for readers."""
     obs = jax.eval_shape(ppo.env.reset, jax.random.key(0), ppo.env.params)[1]
     shape = ", ".join(["batch", *map(str, obs.shape)]) if hasattr(obs, "shape") else "batch, ..."
     action = action_space(ppo.env, ppo.env.params).shape

@@ -1,4 +1,4 @@
-"""Trained agents out of a folder: those of a run, or of the best setting of a sweep."""
+"""Loads what a folder holds: a run, a sweep, or the agents of either."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +19,7 @@ from purejaxppo.text import show_setting
 
 
 class Agents(NamedTuple):
-    """Agents that differ in their seeds; a run of one agent has R = 1."""
+    """R agents that differ in their seeds."""
 
     ppo: PPO  # of one agent
     policies: Policy  # [R, ...]
@@ -28,11 +28,11 @@ class Agents(NamedTuple):
 
     @property
     def num(self) -> int:
-        """R"""
+        """R."""
         return len(jax.tree.leaves(self.policies)[0])
 
     def policy(self, agent: int) -> Policy:
-        """The policy of one agent, by its seed. Raises ValueError where there is none of that number."""
+        """The policy of one agent, by its number. Raises ValueError for a number out of range."""
         if not 0 <= agent < self.num:
             raise ValueError(f"agent={agent} must be from 0 to {self.num - 1}")
         return jax.tree.map(lambda x: x[agent], self.policies)

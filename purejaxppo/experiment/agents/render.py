@@ -1,4 +1,4 @@
-"""An episode of a trained policy, as states and as a moving picture."""
+"""One episode of a policy: its states, and a GIF of it."""
 
 import importlib.util
 import os
@@ -23,17 +23,28 @@ GRIDS = (
 
 
 class Episode(struct.PyTreeNode):
-    """L steps of one episode, or as many as were allowed."""
+    """The L steps of one episode."""
 
-    states: Any  # [L, ...] of the environment, acted in
+    states: Any  # [L, ...] of the environment, before each step
     obs: Any  # [L, ...]
     actions: Any  # [L, ...], as the environment received them
     rewards: jax.Array  # [L]
-    finished: bool  # whether it ended by itself
+    finished: bool  # whether it ended within `max_steps`
 
 
-def record_episode(ppo: PPO, policy: Policy, key, env_params=None, *, greedy=False, max_steps=1000) -> Episode:
-    """Plays one episode and keeps everything, states too, which whoever knows them may draw."""
+def record_episode(
+    ppo: PPO, policy: Policy, key: jax.Array, env_params: Any = None, *, greedy: bool = False, max_steps: int = 1000
+) -> Episode:
+    """Plays one episode and keeps its states, observations, actions and rewards.
+
+    Args:
+        ppo: of one agent.
+        policy: for example `agents.policy(0)`.
+        key: of the episode.
+        env_params: by default those of the environment.
+        greedy: whether to take the most probable action instead of a sample.
+        max_steps: steps to play at most.
+    """
     env_params = ppo.env.params if env_params is None else env_params
     space = action_space(ppo.env, env_params)
     reset_key, play_key = jax.random.split(key)
@@ -63,11 +74,20 @@ def record_episode(ppo: PPO, policy: Policy, key, env_params=None, *, greedy=Fal
     return Episode(states=states, obs=obs, actions=actions, rewards=rewards, finished=bool(done.any()))
 
 
-def render(env_name: str, episode: Episode, path, env_params=None):
-    """Draws an episode of an environment of gymnax as a GIF; in a notebook it shows.
+def render(env_name: str, episode: Episode, path: str | Path, env_params: Any = None) -> Any:
+    """Draws an episode of a gymnax environment as a GIF, which a notebook shows.
 
-    Those of `CLASSIC` need pygame. Raises ValueError for an environment that gymnax does not draw: `record_episode`
-    gives its states.
+    Args:
+        env_name: of an environment that gymnax draws; those in `CLASSIC` need pygame.
+        episode: from `record_episode`.
+        path: the file to write, which ends in .gif.
+        env_params: by default those of the environment.
+
+    Returns:
+        An IPython image, or the path where IPython is missing.
+
+    Raises:
+        ValueError: for an environment that gymnax does not draw.
     """
     path = Path(path)
     check_drawable(env_name, path)
@@ -75,27 +95,27 @@ def render(env_name: str, episode: Episode, path, env_params=None):
 
     env, params = gymnax.make(env_name)
     params = params if env_params is None else env_params
-    states = [jax.tree.map(lambda x: x[i], episode.states) for i in range(len(episode.rewards))]
+    states = [jax.tree.map(lambda x, i=i: x[i], episode.states) for i in range(len(episode.rewards))]
     if env_name in CLASSIC:
         _draw_classic(env_name, states, params, path)
     else:
         _draw_grid(env, states, params, np.cumsum(episode.rewards), path)
     if importlib.util.find_spec("IPython") is None:
         return path
-    from IPython.display import Image
+    from IPython.display import Image  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue]
 
     return Image(filename=str(path))
 
 
 def _draw_classic(env_name: str, states, params, path: Path):
-    """Through Gymnasium's environment of the same name; gymnax's own picture opens a new one for every frame."""
-    for kind in ("VIDEO", "AUDIO"):  # pygame needs neither a screen nor a loudspeaker
+    """Draws with Gymnasium's environment of the same name; gymnax would make a new one for every frame."""
+    for kind in ("VIDEO", "AUDIO"):  # pygame needs no screen and no loudspeaker
         os.environ.setdefault(f"SDL_{kind}DRIVER", "dummy")
     import gymnasium
     from gymnax.visualize import vis_gym
     from PIL import Image
 
-    env = gymnasium.make(env_name, render_mode="rgb_array")
+    env: Any = gymnasium.make(env_name, render_mode="rgb_array")
     env.reset()
     vis_gym.set_gym_params(env.unwrapped, env_name, params)
     frames = []
@@ -117,11 +137,11 @@ def _draw_grid(env, states, params, returns, path: Path):
     Visualizer(env, params, states, returns).animate(str(path))
 
 
-def check_drawable(env_name: str, path: Path):
-    """Refuses an environment that cannot be drawn here, or a file that is no GIF."""
+def check_drawable(env_name: str, path: Path) -> None:
+    """Raises ValueError for an environment that cannot be drawn, or a file that is not a GIF."""
     if path.suffix != ".gif":
-        raise ValueError(f"out={path} must end in .gif")
+        raise ValueError(f"path={path} must end in .gif")
     if env_name not in CLASSIC + GRIDS:
-        raise ValueError(f"{env_name} cannot be drawn (gymnax draws {', '.join(CLASSIC + GRIDS)})")
+        raise ValueError(f"{env_name} cannot be drawn (gymnax can draw {', '.join(CLASSIC + GRIDS)})")
     if env_name in CLASSIC and importlib.util.find_spec("pygame") is None:
-        raise ValueError(f"to draw {env_name} pygame is needed (pip install pygame)")
+        raise ValueError(f"{env_name} needs pygame to be drawn (pip install pygame)")

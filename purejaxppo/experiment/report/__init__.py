@@ -1,1 +1,1 @@
-"""What metrics say: labelled arrays, statistics, rankings, pictures."""
+"""Reports on metrics: labelled arrays, statistics, rankings, plots."""

@@ -1,9 +1,14 @@
-"""The picture of a training run, and what all pictures are drawn with."""
+"""The plot of a training run, and the colours, lines and axes that all plots share."""
+
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import xarray
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from purejaxppo.experiment.report.metrics import learning_curve
@@ -11,10 +16,10 @@ from purejaxppo.experiment.report.metrics import learning_curve
 COLORS = "#0072b2 #e69f00 #009e73 #d55e00 #cc79a7 #56b4e9 #7a5230 #333333 #a6cee3 #999999".split()  # after Okabe, Ito
 
 
-def plot_learning_curve(metrics: xarray.Dataset, title: str = "", ax=None):
-    """Draws return against environment steps: the mean over runs with its 95 % interval, and each run thin behind it.
+def plot_learning_curve(metrics: xarray.Dataset, title: str = "", ax: Axes | None = None) -> Figure:
+    """Draws return against environment steps: the mean over runs with its 95 % interval, and each run as a thin line.
 
-    `metrics` has dimensions (`run` or `seed`,) `updates`. Returns the matplotlib axes.
+    `metrics` has dimensions (`run` or `seed`,) `updates`. Draws into `ax`, or by default into a new figure.
     """
     if ax is None:
         _, ax = plt.subplots(figsize=(6, 3.8), layout="constrained")
@@ -38,21 +43,45 @@ def plot_learning_curve(metrics: xarray.Dataset, title: str = "", ax=None):
         ax.text(0.5, 0.5, "no episode ended", transform=ax.transAxes, ha="center")
     ax.set(xlabel="environment steps", ylabel="episode return", title=title)
     tidy(ax)
-    return ax
+    return figure_of(ax)
 
 
-def draw_line(ax, steps, values, color, label=None):
-    """A curve."""
+def figure_of(ax: Axes) -> Figure:
+    """The whole figure that holds the axes, also if they lie in a subfigure of it."""
+    return ax.figure.figure
+
+
+def draw_line(ax: Axes, steps: ArrayLike, values: ArrayLike, color: Any, label: str | None = None) -> None:
+    """Draws a curve of values [U] over environment steps [U].
+
+    Args:
+        ax: where to draw.
+        steps: environment steps [U].
+        values: heights [U].
+        color: any colour of matplotlib.
+        label: text for the legend.
+    """
     ax.plot(steps, values, color=color, linewidth=2, label=label)
 
 
-def draw_band(ax, steps, low, high, color, label=None):
-    """An interval around a curve."""
+def draw_band(
+    ax: Axes, steps: ArrayLike, low: ArrayLike, high: ArrayLike, color: Any, label: str | None = None
+) -> None:
+    """Draws an interval around a curve.
+
+    Args:
+        ax: where to draw.
+        steps: environment steps [U].
+        low: lower ends [U].
+        high: upper ends [U].
+        color: any colour of matplotlib.
+        label: text for the legend.
+    """
     ax.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0, label=label)
 
 
-def tidy(ax):
-    """Steps with their unit, and no more lines than needed."""
+def tidy(ax: Axes) -> None:
+    """Writes steps with SI prefixes (100k), hides two of the four frame lines and draws a faint grid."""
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25)

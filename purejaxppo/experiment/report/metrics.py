@@ -1,18 +1,22 @@
-"""Metrics as labelled arrays, and what is read off them."""
+"""Metrics as labelled arrays, and the numbers computed from them."""
+
+from collections.abc import Mapping
 
 import numpy as np
 import pandas
 import xarray
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from purejaxppo.config import Config
 
 
-def label(metrics: dict, config: Config, updates_before: int = 0) -> xarray.Dataset:
-    """Metrics [U] or [R, U] with names to their axes: (`run`,) `updates` counted from 1, and `step` along it.
+def label(metrics: Mapping[str, ArrayLike], config: Config, updates_before: int = 0) -> xarray.Dataset:
+    """Metrics [U] or [R, U] with labelled axes: (`run`,) `updates`, counted from 1, and `step` along `updates`.
 
-    A vector of K numbers per update has a dimension of its own behind them, `NAME_index`. `step` counts the environment
-    steps of one run, as a float64 that is exact up to 2**53.
+    A vector of K numbers per update has one more dimension at the end, `NAME_index`. `step` counts the environment
+    steps of one run, as a float64 that is exact up to 2**53. `updates_before` is the number of updates that came before
+    these metrics. The shape of all metrics is that of `learning_rate`, which must be among them.
     """
     shape = np.shape(metrics["learning_rate"])
     dims = ("run", "updates")[-len(shape) :]
@@ -23,13 +27,13 @@ def label(metrics: dict, config: Config, updates_before: int = 0) -> xarray.Data
     return xarray.Dataset({name: label_metric(name, dims, x) for name, x in metrics.items()}, coords)
 
 
-def label_metric(name: str, dims: tuple[str, ...], values: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
-    """The dimensions of a metric and its values: `dims`, and a dimension of its own for the numbers of a vector."""
+def label_metric(name: str, dims: tuple[str, ...], values: ArrayLike) -> tuple[tuple[str, ...], np.ndarray]:
+    """The dimensions of a metric and its values: `dims`, and `NAME_index` if it is a vector per update."""
     return (*dims, f"{name}_index")[: np.ndim(values)], np.asarray(values)
 
 
 def split_vectors(metrics: xarray.Dataset) -> dict[str, xarray.DataArray]:
-    """Metrics by name, each number of a vector as a metric of its own, `NAME_0`, `NAME_1` and so on."""
+    """Metrics by name, with each number of a vector as a separate metric: `NAME_0`, `NAME_1` and so on."""
     numbers = {}
     for name, x in metrics.items():
         index = f"{name}_index"
@@ -41,17 +45,18 @@ def split_vectors(metrics: xarray.Dataset) -> dict[str, xarray.DataArray]:
 def last_episodes(metrics: xarray.Dataset, num_episodes: int = 100) -> xarray.DataArray:
     """Mean return of the last `num_episodes` training episodes of each run; nan where none ended.
 
-    Episodes are known by their update: of the oldest update that is needed only a share counts.
+    Metrics hold only the mean return of each update. So the oldest update that is needed counts with the weight of the
+    episodes that are still missing.
     """
     count = metrics["num_episodes"].astype(np.float64)
     newer = count.isel(updates=slice(None, None, -1)).cumsum("updates").isel(updates=slice(None, None, -1)) - count
-    weight = np.clip(num_episodes - newer, 0, count)
+    weight = (num_episodes - newer).clip(0, count)
     total = weight.sum("updates")
     return (metrics["episode_return"].fillna(0) * weight).sum("updates") / total.where(total > 0)
 
 
 def learning_curve(metrics: xarray.Dataset, num_points: int = 100) -> xarray.DataArray:
-    """Mean return per episode in about `num_points` equal spans of updates, each run apart; nan where none ended."""
+    """Mean return per episode in about `num_points` equal spans of updates, for each run; nan where none ended."""
     span = max(metrics.sizes["updates"] // num_points, 1)
     sums = xarray.Dataset(
         {"n": metrics["num_episodes"], "r": metrics["episode_return"].fillna(0) * metrics["num_episodes"]}
@@ -60,8 +65,11 @@ def learning_curve(metrics: xarray.Dataset, num_points: int = 100) -> xarray.Dat
     return (sums["r"] / sums["n"].where(sums["n"] > 0)).rename("episode_return")
 
 
-def mean_interval(values, confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean over the runs that have a value, and its Student t interval, which is nan for fewer than two."""
+def mean_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float, float]:
+    """Returns (mean, low, high): the mean over all values that are not nan, and its Student t interval.
+
+    The interval is nan for fewer than two values, and so is the mean for none.
+    """
     values = np.asarray(values, np.float64).reshape(-1)
     values = values[~np.isnan(values)]
     if not values.size:

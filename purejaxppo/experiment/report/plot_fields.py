@@ -1,20 +1,25 @@
-"""The swept fields as pictures show them: names, values, and which are drawn where."""
+"""The swept fields in plots: their names and values, and which of them are lines or panels."""
 
 import difflib
 import textwrap
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import xarray
+from matplotlib.figure import Figure
 
 from purejaxppo.experiment.report.statistics import aggregate, filled, final_scores, swept_fields
 from purejaxppo.text import in_words, show_value
 
-MAX_LINES = 10  # that can be told apart
+MAX_LINES = 10  # more cannot be told apart
 
 
-def scores_to_draw(metrics) -> xarray.DataArray:
-    """Final scores, of which some picture can be made."""
+def scores_to_draw(metrics: xarray.Dataset) -> xarray.DataArray:
+    """The final scores of all runs.
+
+    Raises ValueError if they cannot be drawn: without seeds, with several environments, or if no run has a score.
+    """
     if "seed" not in metrics.dims:
         raise ValueError(f"metrics have no dimension seed (theirs: {', '.join(map(str, metrics.dims))})")
     if "env" in metrics.coords and np.unique(metrics["env"]).size > 1:
@@ -26,17 +31,23 @@ def scores_to_draw(metrics) -> xarray.DataArray:
 
 
 class Field(NamedTuple):
-    """What lines or panels are for: a swept field, several that vary together, or nothing."""
+    """What distinguishes lines or panels: a swept field, several that vary together, or nothing."""
 
     title: str = ""
     dim: str | None = None
-    labels: list = [None]  # of every value
-    numbers: np.ndarray | None = None  # where it is one field of numbers
-    grid: bool = True  # one field with a dimension of its own
+    labels: list = [None]
+    """Text of every value."""
+    numbers: np.ndarray | None = None
+    """The values, if it is one field of numbers."""
+    grid: bool = True
+    """Whether it is one field that has a dimension to itself."""
 
 
-def find_field(scores, name) -> Field:
-    """The field of that name, or those along the dimension of that name; for None nothing."""
+def find_field(scores: xarray.DataArray, name: str | None) -> Field:
+    """The field of that name, or all fields along the dimension of that name; for None an empty `Field`.
+
+    Raises ValueError for a name that was not swept.
+    """
     if name is None:
         return Field()
     dims = swept_fields(scores)
@@ -52,52 +63,73 @@ def find_field(scores, name) -> Field:
     return Field(" / ".join(map(in_words, names)), dims[names[0]], labels, numbers, grid)
 
 
-def best_index(scores, statistic) -> dict:
-    """Where the best setting lies along every dimension."""
+def best_index(scores: xarray.DataArray, statistic: str) -> dict[str, int]:
+    """The index of the best setting along every dimension but `seed`."""
     value = aggregate(filled(scores), statistic, num_resamples=0)["value"]
-    return {dim: int(i) for dim, i in value.argmax(list(value.dims)).items()} if value.dims else {}
+    return {str(dim): int(i) for dim, i in value.argmax(list(value.dims)).items()} if value.dims else {}
 
 
-def choose_fields(scores, line, panel) -> tuple[Field, Field]:
-    """Of lines and of panels: those given, or the first swept ones."""
-    fields = find_field(scores, line), find_field(scores, panel)
-    dims = [field.dim for field in fields]
+def choose_fields(scores: xarray.DataArray, line: str | None, panel: str | None) -> tuple[Field, Field]:
+    """The fields of lines and of panels: those that are given, or else the first swept ones.
+
+    Raises ValueError if both vary together, or if there would be more than 12 panels.
+    """
+    lines, panels = find_field(scores, line), find_field(scores, panel)
+    dims = [lines.dim, panels.dim]
     if dims[0] and dims[0] == dims[1]:
         raise ValueError(f"line={line!r} and panel={panel!r} vary together (leave out panel)")
     swept = swept_fields(scores)
     free = [name if list(swept.values()).count(dim) == 1 else dim for name, dim in swept.items() if dim not in dims]
     free = [field for name in dict.fromkeys(free) if len((field := find_field(scores, name)).labels) > 1]
-    line, panel = fields
-    if line.dim is None and free:
-        line = free.pop(0)
-    if panel.dim is None and free and max(len(line.labels), len(free[0].labels)) <= 8:
-        panel = free[0]
-    if len(panel.labels) > 12:
-        raise ValueError(f"panel={panel.title!r} has {len(panel.labels)} values, more than 12 (select some before)")
-    return line, panel
+    if lines.dim is None and free:
+        lines = free.pop(0)
+    if panels.dim is None and free and max(len(lines.labels), len(free[0].labels)) <= 8:
+        panels = free[0]
+    if len(panels.labels) > 12:
+        raise ValueError(
+            f"panel={panels.title!r} has {len(panels.labels)} values, more than 12 (select some of them before)"
+        )
+    return lines, panels
 
 
-def choose_members(scores, line: Field, highest, statistic, max_lines) -> list:
-    """Which values of a field are drawn, in order."""
+def choose_members(
+    scores: xarray.DataArray, lines: Field, highest: Mapping[str, int], statistic: str, max_lines: int | None
+) -> list:
+    """The indices of the values that are drawn as lines, in order.
+
+    Args:
+        scores: final scores.
+        lines: the field of the lines.
+        highest: the index of the best setting along every dimension, where the other fields stay.
+        statistic: "iqm", "mean" or "median" over seeds; decides which settings of several fields are drawn.
+        max_lines: most lines, from 1 to 10; by default 8 for a field, 5 for settings of several fields.
+    """
     if max_lines is not None and not 1 <= max_lines <= MAX_LINES:
         raise ValueError(f"max_lines={max_lines} must be from 1 to {MAX_LINES}: more cannot be told apart")
-    size = len(line.labels)
-    order = np.arange(size) if line.numbers is None else np.argsort(line.numbers, kind="stable")
-    if line.grid:
+    size = len(lines.labels)
+    order = np.arange(size) if lines.numbers is None else np.argsort(lines.numbers, kind="stable")
+    if lines.grid:
         return list(order[np.linspace(0, size - 1, min(size, max_lines or 8)).round().astype(int)])
-    others = {dim: i for dim, i in highest.items() if dim != line.dim}
+    others = {dim: i for dim, i in highest.items() if dim != lines.dim}
     value = aggregate(filled(scores), statistic, num_resamples=0)["value"].isel(others).values
     best = list(np.argsort(-value, kind="stable")[: max_lines or 5])
-    return best if line.numbers is None else [i for i in order if i in best]
+    return best if lines.numbers is None else [i for i in order if i in best]
 
 
-def is_number(column) -> bool:
-    """Whether a column holds numbers."""
+def is_number(column: np.ndarray) -> bool:
+    """Whether a column holds numbers (not truth values or text)."""
     return column.dtype.kind in "iuf"
 
 
-def make_notes(scores, what: str, highest: dict, *drawn) -> list[str]:
-    """What a reader must know: the statistic, where the fields lie that are not drawn, how many runs have no score."""
+def make_notes(scores: xarray.DataArray, what: str, highest: Mapping[str, int], *drawn: str | None) -> list[str]:
+    """Notes for a plot: the statistic, the values of fields that are not drawn, the number of runs without a score.
+
+    Args:
+        scores: final scores.
+        what: the statistic, in words.
+        highest: the index of the best setting along every dimension.
+        *drawn: dimensions of the fields that are drawn.
+    """
     fields = {name: dim for name, dim in swept_fields(scores).items() if dim not in drawn and scores.sizes[dim] > 1}
     values = [f"{in_words(name)} = {show_value(scores[name].values[highest[dim]])}" for name, dim in fields.items()]
     num_seeds, missing = scores.sizes["seed"], int(scores.isnull().sum())
@@ -106,8 +138,8 @@ def make_notes(scores, what: str, highest: dict, *drawn) -> list[str]:
     return notes + ([f"runs without a score, counted as the lowest: {missing} of {scores.size}"] if missing else [])
 
 
-def make_heading(figure, title: str, notes: list[str]) -> str:
-    """A title and notes under it, each on its lines, without a break inside `field = value`."""
+def make_heading(figure: Figure, title: str, notes: list[str]) -> str:
+    """A title with notes below it, wrapped to the width of the figure, but never inside `field = value`."""
     width = int(figure.get_figwidth() * 11)
     wrapped = [line for note in notes for line in textwrap.wrap(note.replace(" = ", "\xa0=\xa0"), width)]
     return "\n".join([title, *wrapped] if title else wrapped)

@@ -1,20 +1,43 @@
-"""Which settings of a sweep are best, and which of its fields mattered.
+"""Ranking of the settings of a sweep, and importance of its fields.
 
 Runs without a score count as the lowest of all (see `statistics`).
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import xarray
 from scipy import stats
 
 from purejaxppo.experiment.report.statistics import STATISTICS, aggregate, check, filled, final_scores, swept_fields
+from purejaxppo.text import align
 
 
-def rank(scores, statistic="iqm", over="seed", confidence=0.95, num_resamples=2000, seed=0) -> xarray.Dataset:
-    """All settings along one dimension `setting`, best first by `statistic`, the swept fields as its coordinates.
+def rank(
+    scores: xarray.DataArray | xarray.Dataset,
+    statistic: str = "iqm",
+    over: str | Sequence[str] = "seed",
+    confidence: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> xarray.Dataset:
+    """Ranks all settings along one dimension `setting`, best first, with the swept fields as coordinates.
 
-    `scores` may also be metrics, of which the `final_scores` are taken. Variables: `iqm`, `mean`, `median`, `low` and
-    `high` of `statistic`, `num_runs` and `num_missing`. The coordinate `setting` counts in the order of the sweep.
+    Args:
+        scores: one number per run, with the dimension `seed`; or metrics, whose `final_scores` are ranked.
+        statistic: "iqm", "mean" or "median", which decides the order.
+        over: the dimension "seed", or several with it, such as ("env", "seed").
+        confidence: level of the interval, between 0 and 1.
+        num_resamples: draws of the bootstrap; 0 makes the interval nan.
+        seed: random seed of the bootstrap.
+
+    Returns:
+        The variables `iqm`, `mean` and `median`, `low` and `high` of `statistic`, `num_runs` and `num_missing`. The
+        coordinate `setting` is the position of the setting in the sweep, from 0.
+
+    Raises:
+        ValueError: for an unknown statistic or dimension, or an `over` without "seed".
     """
     rows = _rows(_scores(scores), over)
     found = aggregate(filled(rows), statistic, over, confidence, num_resamples, seed)
@@ -25,12 +48,12 @@ def rank(scores, statistic="iqm", over="seed", confidence=0.95, num_resamples=20
     return ranked.isel(setting=order)[["iqm", "low", "high", "mean", "median", "num_runs", "num_missing"]]
 
 
-def _scores(scores):
+def _scores(scores: xarray.DataArray | xarray.Dataset) -> xarray.DataArray:
     return final_scores(scores) if isinstance(scores, xarray.Dataset) else scores
 
 
-def _rows(scores, over="seed"):
-    """Scores [setting, ...]: all but `over` stacked, numbered, with the fields as coordinates."""
+def _rows(scores: xarray.DataArray, over: str | Sequence[str] = "seed") -> xarray.DataArray:
+    """Scores [setting, ...]: all dimensions but `over` become numbered settings, with the fields as coordinates."""
     over = (over,) if isinstance(over, str) else tuple(over)
     check(scores, "iqm", over)
     dims = [dim for dim in scores.dims if dim not in over]
@@ -40,39 +63,42 @@ def _rows(scores, over="seed"):
     return rows.assign_coords(setting=np.arange(len(rows)))
 
 
-def best(scores, statistic="iqm", over="seed") -> dict:
-    """The fields of the best setting by `rank`, each with its value."""
+def best(
+    scores: xarray.DataArray | xarray.Dataset, statistic: str = "iqm", over: str | Sequence[str] = "seed"
+) -> dict[str, Any]:
+    """The fields of the setting that `rank` puts first, each with its value.
+
+    Without swept fields it is {"setting": its position}.
+    """
     first = rank(scores, statistic, over, num_resamples=0).isel(setting=0)
-    fields = {name: x.item() for name, x in first.coords.items() if name != "setting"}
+    fields = {str(name): x.item() for name, x in first.coords.items() if name != "setting"}
     return fields or {"setting": first["setting"].item()}
 
 
 def as_table(ranked: xarray.Dataset, max_rows: int = 20) -> str:
-    """A ranking as text in aligned columns."""
-    shown = ranked.isel(setting=slice(max_rows))
-    fields = [name for name in shown.coords if name != "setting"] or ["setting"]
-    names = [*fields, *shown.data_vars]
+    """A ranking from `rank` as text in aligned columns, with its first `max_rows` settings."""
+    fields = [str(name) for name in ranked.coords if name != "setting"] or ["setting"]
+    names = [*fields, *map(str, ranked.data_vars)]
     if not ranked["num_missing"].any():
         names.remove("num_missing")
-    columns = [[name, *(x if isinstance(x, str) else f"{x:g}" for x in shown[name].values.tolist())] for name in names]
-    widths = [max(map(len, column)) for column in columns]
-    lines = ["  ".join(x.rjust(width) for x, width in zip(row, widths)) for row in zip(*columns)]
-    more = ranked.sizes["setting"] - shown.sizes["setting"]
-    lines += [f"... and {more} more"] if more else []
-    lines += ["(missing runs turned nan or ended no episode; they count as the lowest score)"] * (
-        "num_missing" in names
-    )
+    columns = [ranked[name].values.tolist() for name in names]
+    lines = [align([dict(zip(names, row)) for row in zip(*columns)], max_rows)]
+    if "num_missing" in names:
+        lines.append("(missing runs turned nan or ended no episode; they count as the lowest score)")
     return "\n".join(lines)
 
 
-def importance(scores) -> xarray.DataArray:
-    """Share of the variance of all runs' scores that the values of each swept field explain by themselves.
+def importance(scores: xarray.DataArray | xarray.Dataset) -> xarray.DataArray:
+    """The share of the variance of all runs' scores that each swept field explains by itself, along `field`.
 
-    That is the main effect in an analysis of variance, less what chance would give: in a grid what the spread over
-    seeds would; for fields that vary together, as in sampled settings, what the spread over the other settings would.
-    Such fields are cut into at most five bins of equally many settings, and fields that go hand in hand all get the
-    credit. `seeds` is the share of luck, `rest` what is left: interactions, and detail within a bin. With one seed
-    luck cannot be told from the rest.
+    This is the main effect in an analysis of variance, minus the expected effect of chance. In a grid, chance is the
+    variance over seeds. For fields that vary together, as in sampled settings, it is the variance over the other
+    settings. Such fields are cut into at most five bins with equal numbers of settings; correlated fields all get the
+    credit for a common effect. The entry `seeds` is the share of the random seeds. `rest` is the remainder:
+    interactions, and differences within a bin. With one seed the seed effect cannot be separated from the remainder,
+    and `seeds` is 0.
+
+    `scores` are one number per run, with the dimension `seed`; or metrics, whose `final_scores` are used.
     """
     scores = _scores(scores)
     rows = filled(_rows(scores))
@@ -97,8 +123,8 @@ def importance(scores) -> xarray.DataArray:
     return xarray.DataArray(list(shares.values()), {"field": list(shares)}, name="importance")
 
 
-def _groups(column, together: bool):
-    """The group, from 0, of each setting: by value, or by rank where that would make too many groups."""
+def _groups(column: np.ndarray, together: bool) -> np.ndarray:
+    """The group of each setting, from 0: by value, or by rank if there would be too many groups."""
     values, group = np.unique(column, return_inverse=True)
     most = max(2, min(5, len(column) // 4))
     if not together or column.dtype.kind in "UO" or len(values) <= most:

@@ -1,15 +1,17 @@
-"""What the scores of many runs say: aggregates with intervals, and comparisons of two settings.
+"""Statistics of the scores of many runs: aggregates with intervals, and comparisons of two settings.
 
-A run without a score (it turned nan, or no episode ended) is never left out unseen. `aggregate` says how many there
-are in `num_missing`; where settings are compared such a run counts as the worst: as the lowest score of the sweep
-(`ranking`) or below every score (`probability_of_improvement`). A higher score is better.
+A run without a score (it turned nan, or no episode ended) is never dropped silently. `aggregate` counts such runs in
+`num_missing`. Comparisons of settings count them as the worst: as the lowest score of the sweep (`ranking`), or below
+every score (`probability_of_improvement`). A higher score is better.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import xarray
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from purejaxppo.experiment.report.metrics import last_episodes
@@ -18,14 +20,19 @@ STATISTICS = {"iqm": lambda x, axis: stats.trim_mean(x, 0.25, axis=axis), "mean"
 
 
 class Separation(NamedTuple):
-    num_seeds: float  # that each setting needs; inf where the two do not differ
-    num_more: float  # than the setting with fewer has
-    probability: float  # of improvement, as estimated from the runs there are
+    """Seeds that are needed to tell two settings apart."""
+
+    num_seeds: float
+    """Seeds that each setting needs; inf if the two do not differ."""
+    num_more: float
+    """Seeds that the setting with fewer seeds still lacks."""
+    probability: float
+    """Probability of improvement, estimated from the given runs."""
 
 
-def swept_fields(data) -> dict[str, str]:
-    """The swept fields and the dimension along which each varies; those of paired settings share one."""
-    fields = {}
+def swept_fields(data: xarray.DataArray | xarray.Dataset) -> dict[str, str]:
+    """The swept fields, each with the dimension along which it varies; fields of paired settings share a dimension."""
+    fields: dict[str, str] = {}
     for dim in map(str, data.dims):
         names = [str(name) for name, x in data.coords.items() if x.dims == (dim,)]
         together = [name for name in names if name != dim or not dim.startswith("setting")]
@@ -35,31 +42,31 @@ def swept_fields(data) -> dict[str, str]:
 
 
 def lost(metrics: xarray.Dataset) -> xarray.DataArray:
-    """Which updates of a run come after it turned nan, as `failed_update` says.
+    """Whether each update of each run came at or after the one in which the run turned nan, by `failed_update`.
 
-    Without that they are those, before the run's end, of which no number is left; returns and lengths of episodes do
-    not count, as they are nan wherever none ended.
+    Without that metric it is true for updates before the run's end whose metrics are all nan. Returns and lengths of
+    episodes do not count there, because they are nan in any update in which no episode ended.
     """
     returns = metrics["episode_return"]
     if "failed_update" in metrics:
         gone = (metrics["failed_update"] > 0) & (metrics["updates"] >= metrics["failed_update"])
     else:
-        names = [name for name, x in metrics.items() if x.dtype.kind == "f" and not name.startswith("episode_")]
+        names = [name for name, x in metrics.items() if x.dtype.kind == "f" and not str(name).startswith("episode_")]
         gone = metrics[names].isnull().to_array().all("variable") if names else xarray.zeros_like(returns, bool)
     return (gone & metrics["step"].notnull()).transpose(*returns.dims)
 
 
 def final_scores(metrics: xarray.Dataset, num_episodes: int = 100) -> xarray.DataArray:
-    """Mean return of the last training episodes of each run; nan for runs that turned nan or ended no episode."""
+    """Mean return of the last `num_episodes` training episodes of each run; nan if it turned nan or ended none."""
     return last_episodes(metrics, num_episodes).where(~lost(metrics).any("updates"))
 
 
 def area_under_curve(metrics: xarray.Dataset) -> xarray.DataArray:
     """Mean height of each run's learning curve over its environment steps, by trapezoids; nan for runs that turned nan.
 
-    Every stretch of steps counts alike. (Weighting by episodes would count stretches of short ones more.) Where no
-    episode ended the curve goes straight between its neighbours; up to the first finished episode it lies at the
-    height of that one, not at 0, and likewise after the last.
+    All environment steps have the same weight. (Weighting by episodes would favour stretches of short episodes.) Where
+    no episode ended, the curve is a straight line between its neighbours. Before the first finished episode it has the
+    height of that episode, not 0, and after the last one the height of the last.
     """
     heights = xarray.apply_ufunc(
         _mean_height, metrics["episode_return"], metrics["step"], input_core_dims=[["updates"]] * 2, vectorize=True
@@ -67,7 +74,7 @@ def area_under_curve(metrics: xarray.Dataset) -> xarray.DataArray:
     return heights.where(~lost(metrics).any("updates")).rename("area_under_curve")
 
 
-def _mean_height(returns, steps):
+def _mean_height(returns: np.ndarray, steps: np.ndarray) -> float:
     returns, steps = returns[~np.isnan(steps)], steps[~np.isnan(steps)]
     known = ~np.isnan(returns)
     if not known.any():
@@ -77,15 +84,28 @@ def _mean_height(returns, steps):
 
 
 def aggregate(
-    scores: xarray.DataArray, statistic="iqm", over="seed", confidence=0.95, num_resamples=2000, seed=0
+    scores: xarray.DataArray,
+    statistic: str = "iqm",
+    over: str | Sequence[str] = "seed",
+    confidence: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
 ) -> xarray.Dataset:
     """A statistic of all runs along `over` together, with a percentile bootstrap interval, for every setting.
 
-    `statistic` is "iqm" (mean of the middle half, Agarwal et al., 2021), "mean" or "median", over the flattened runs.
-    `over` is "seed" or, as ("env", "seed"), more; seeds are resampled within each of those, never across. Variables:
-    `value`, `low`, `high`, `num_runs` with a score, which are those that count, and `num_missing`, those without.
-    Where an environment has no score `value` is nan, and where one has fewer than two the interval is nan, as it is
-    for `num_resamples=0`. Settings share the draws of the bootstrap: compare them by `probability_of_improvement`.
+    Variables of the result: `value`, `low`, `high`, `num_runs` (runs with a score, the only ones that count) and
+    `num_missing` (runs without one). If an environment has no score, `value` is nan; if one has fewer than two, the
+    interval is nan. Settings share the draws of the bootstrap, so do not compare their intervals: use
+    `probability_of_improvement`. Raises ValueError for an unknown statistic or dimension.
+
+    Args:
+        scores: one score per run, with a dimension `seed`.
+        statistic: "iqm" (mean of the middle half, Agarwal et al., 2021), "mean" or "median", over the flattened runs.
+        over: dimensions to aggregate over: "seed", or more, as in ("env", "seed"); seeds are resampled within each
+            entry of the others, never across.
+        confidence: level of the interval, between 0 and 1.
+        num_resamples: bootstrap resamples; with 0 the interval is nan.
+        seed: random seed of the bootstrap.
     """
     over = (over,) if isinstance(over, str) else tuple(over)
     check(scores, statistic, over)
@@ -112,19 +132,21 @@ def aggregate(
     return xarray.Dataset({name: like.copy(data=x.reshape(like.shape)).rename(None) for name, x in columns.items()})
 
 
-def _bootstrap(statistic, samples, confidence, num_resamples, seed):
-    """Value, low and high of a statistic of samples [..., n], each resampled by itself."""
+def _bootstrap(
+    statistic: Callable, samples: Sequence[np.ndarray], confidence: float, num_resamples: int, seed: int
+) -> tuple:
+    """Value, low and high of a statistic of samples [..., n], each of which is resampled separately."""
     value = statistic(*samples, axis=-1)
     if not num_resamples or min(x.shape[-1] for x in samples) < 2:
         return value, np.full_like(value, np.nan), np.full_like(value, np.nan)
     batch = max(1, 2_000_000 // sum(x.size for x in samples))  # resamples at a time: 16 MB
-    settings = {"vectorized": True, "axis": -1, "method": "percentile", "batch": batch, "rng": seed}
-    found = stats.bootstrap(samples, statistic, n_resamples=num_resamples, confidence_level=confidence, **settings)
+    options = {"vectorized": True, "axis": -1, "method": "percentile", "batch": batch, "rng": seed}
+    found = stats.bootstrap(samples, statistic, n_resamples=num_resamples, confidence_level=confidence, **options)
     return value, found.confidence_interval.low, found.confidence_interval.high
 
 
-def check(scores, statistic, over):
-    """Refuses a statistic that is unknown, or dimensions to aggregate over that the scores have not."""
+def check(scores: xarray.DataArray, statistic: str, over: Sequence[str]) -> None:
+    """Raises ValueError for an unknown statistic, or for dimensions in `over` that the scores lack."""
     if statistic not in STATISTICS:
         raise ValueError(f"statistic={statistic!r} is unknown (known: {', '.join(STATISTICS)})")
     if "seed" not in over:
@@ -134,15 +156,31 @@ def check(scores, statistic, over):
             raise ValueError(f"the scores have no dimension {dim} (theirs: {', '.join(map(str, scores.dims))})")
 
 
-def probability_of_improvement(a, b, confidence=0.95, num_resamples=2000, seed=0) -> xarray.Dataset:
-    """How probably a run of `a` scores higher than one of `b`, P(a > b) + P(a = b) / 2, with a bootstrap interval.
+def probability_of_improvement(
+    a: xarray.DataArray | ArrayLike,
+    b: xarray.DataArray | ArrayLike,
+    confidence: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> xarray.Dataset:
+    """Probability that a run of `a` scores higher than a run of `b`, P(a > b) + P(a = b) / 2, with its interval.
 
-    It is Mann and Whitney's U / (m n). `a` and `b` are scores of two settings along `seed`, or along `env` too, over
-    which the probability is averaged (Agarwal et al., 2021). Variables: `value`, `low`, `high`.
+    It is Mann and Whitney's U / (m n), averaged over environments (Agarwal et al., 2021), with a percentile bootstrap
+    interval. Variables of the result: `value`, `low`, `high`. Raises ValueError if the scores hold more than one
+    setting, or different numbers of environments.
+
+    Args:
+        a: scores of one setting along `seed`, or along `env` and `seed`.
+        b: scores of the other setting, in the same environments.
+        confidence: level of the interval, between 0 and 1.
+        num_resamples: bootstrap resamples; with 0 the interval is nan.
+        seed: random seed of the bootstrap.
     """
     samples = _samples(a, "a"), _samples(b, "b")
     if len(samples[0]) != len(samples[1]):
-        raise ValueError(f"a has runs in {len(samples[0])} environments, b in {len(samples[1])}: give both the same")
+        raise ValueError(
+            f"a has runs in {len(samples[0])} environments, b in {len(samples[1])}: select the same ones in both"
+        )
 
     def statistic(*samples, axis):
         half = len(samples) // 2
@@ -152,29 +190,39 @@ def probability_of_improvement(a, b, confidence=0.95, num_resamples=2000, seed=0
     return xarray.Dataset({name: float(x) for name, x in zip(("value", "low", "high"), values)})
 
 
-def _win_rate(x, y):
-    with np.errstate(invalid="ignore"):  # the unused p-value of nothing but ties
+def _win_rate(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):  # the p-value, which is not used, is nan if all scores tie
         u = stats.mannwhitneyu(x, y, axis=-1, method="asymptotic").statistic
     return u / (x.shape[-1] * y.shape[-1])
 
 
-def _samples(scores, name: str) -> list[np.ndarray]:
+def _samples(scores: xarray.DataArray | ArrayLike, name: str) -> list[np.ndarray]:
     """Scores of one setting as one array per environment, -inf for runs without one."""
     if not isinstance(scores, xarray.DataArray):
         scores = xarray.DataArray(np.asarray(scores, np.float64).reshape(-1), dims="seed")
     others = [dim for dim in scores.dims if dim not in ("env", "seed")]
     if others or "seed" not in scores.dims or not scores.size:
-        raise ValueError(f"{name} has dimensions {scores.dims}: select one setting, so that seed is left, or env, seed")
+        raise ValueError(
+            f"{name} has dimensions {scores.dims}: select one setting, so that only seed, or env and seed, remain"
+        )
     values = scores.transpose(..., "seed").values.reshape(-1, scores.sizes["seed"]).astype(np.float64)
     return list(np.where(np.isnan(values), -np.inf, values))
 
 
-def seeds_to_separate(a, b, power=0.8, confidence=0.95) -> Separation:
-    """Seeds per setting with which a two-sided Mann-Whitney test tells two settings apart, as often as `power`.
+def seeds_to_separate(
+    a: xarray.DataArray | ArrayLike, b: xarray.DataArray | ArrayLike, power: float = 0.8, confidence: float = 0.95
+) -> Separation:
+    """Seeds per setting for which a two-sided Mann-Whitney test tells two settings apart with probability `power`.
 
     n = (z_{(1 + confidence) / 2} + z_power)^2 / (6 (p - 1/2)^2), where p is the probability of improvement and both
-    settings have n runs (Noether, 1987); for p near 0 or 1 it is somewhat too many. It is as uncertain as p is: a guide
-    for what to run next, not a test.
+    settings have n runs (Noether, 1987); for p near 0 or 1 this is somewhat too many. It is as uncertain as p is: a
+    guide for what to run next, not a test. Raises ValueError for scores of several settings or environments.
+
+    Args:
+        a: scores of one setting along `seed`.
+        b: scores of the other setting.
+        power: probability that the test finds the difference, between 0 and 1.
+        confidence: one minus the significance level of the test.
     """
     samples = _samples(a, "a"), _samples(b, "b")
     if len(samples[0]) > 1 or len(samples[1]) > 1:
@@ -186,5 +234,5 @@ def seeds_to_separate(a, b, power=0.8, confidence=0.95) -> Separation:
 
 
 def filled(scores: xarray.DataArray) -> xarray.DataArray:
-    """Scores in which runs without one have the lowest of all."""
+    """The scores, with the lowest of all in place of those that are nan."""
     return scores.fillna(scores.min())

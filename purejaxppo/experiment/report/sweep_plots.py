@@ -1,10 +1,14 @@
-"""Pictures of a sweep: learning curves, heat map, parallel coordinates, importance."""
+"""Plots of a sweep: learning curves, heat map, parallel coordinates, importance."""
 
 import matplotlib.pyplot as plt
 import numpy as np
+import xarray
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, PercentFormatter
 
-from purejaxppo.experiment.report.curve import COLORS, draw_band, draw_line, tidy
+from purejaxppo.experiment.report.curve import COLORS, draw_band, draw_line, figure_of, tidy
 from purejaxppo.experiment.report.metrics import learning_curve
 from purejaxppo.experiment.report.plot_fields import (
     best_index,
@@ -21,87 +25,134 @@ from purejaxppo.experiment.report.statistics import aggregate, filled, lost, swe
 from purejaxppo.text import in_words, show_value
 
 
-def plot_sweep(metrics, line=None, panel=None, statistic="iqm", title="") -> dict:
-    """Every picture that the swept fields give something to, as name -> matplotlib figure.
+def plot_sweep(
+    metrics: xarray.Dataset,
+    line: str | None = None,
+    panel: str | None = None,
+    statistic: str = "iqm",
+    title: str = "",
+) -> dict[str, Figure]:
+    """Draws all plots that suit the swept fields; returns them by name.
 
-    Learning curves always; of a grid of two fields a heat map; of more fields, or sampled ones, parallel coordinates
-    and importance. Each environment has its own, since returns of several do not compare.
+    These are always learning curves; a heat map for a grid of at least two fields; parallel coordinates for more than
+    two fields or sampled ones; importance for at least two fields. Every environment has plots of its own, because
+    returns of different environments are not comparable.
+
+    Args:
+        metrics: of a sweep, with the dimensions of its table, `seed` and `updates`.
+        line: field whose values are the lines of the learning curves, see `plot_curves`.
+        panel: field whose values are their panels.
+        statistic: "iqm", "mean" or "median" over seeds, see `aggregate`.
+        title: heading of every plot; with several environments their names are the headings.
     """
     names = np.unique(metrics["env"]) if "env" in metrics.coords else []
     if len(names) > 1:
-        parts = {name: metrics.isel({metrics["env"].dims[0]: metrics["env"].values == name}) for name in names}
+        env_metrics = {name: metrics.isel({metrics["env"].dims[0]: metrics["env"].values == name}) for name in names}
         line, panel = (None if name == "env" else name for name in (line, panel))
         return {
             f"{kind}-{name}": figure
-            for name, part in parts.items()
-            for kind, figure in plot_sweep(part, line, panel, statistic, str(name)).items()
+            for name, selected in env_metrics.items()
+            for kind, figure in plot_sweep(selected, line, panel, statistic, str(name)).items()
         }
     scores = scores_to_draw(metrics)
     fields = _varied(scores)
     grid = _fields_of_grid(scores)
     figures = {"learning_curves": plot_curves(metrics, line, panel, statistic, title=title)}
     if len(grid) > 1:
-        figures["heatmap"] = plot_heatmap(metrics, statistic=statistic, title=title).figure
+        figures["heatmap"] = plot_heatmap(metrics, statistic=statistic, title=title)
     if len(fields) > 2 or len(fields) > len(grid):
-        figures["parallel"] = plot_parallel(metrics, statistic, title).figure
+        figures["parallel"] = plot_parallel(metrics, statistic, title)
     if len(fields) > 1:
-        figures["importance"] = plot_importance(metrics, title).figure
+        figures["importance"] = plot_importance(metrics, title)
     return figures
 
 
-def _varied(scores) -> list[str]:
+def _varied(scores: xarray.DataArray) -> list[str]:
     return [name for name in swept_fields(scores) if np.unique(scores[name]).size > 1]
 
 
-def _fields_of_grid(scores) -> list[str]:
+def _fields_of_grid(scores: xarray.DataArray) -> list[str]:
     return [name for name in _varied(scores) if find_field(scores, name).grid]
 
 
-def plot_curves(metrics, line=None, panel=None, statistic="iqm", confidence=0.95, max_lines=None, title=""):
+def plot_curves(
+    metrics: xarray.Dataset,
+    line: str | None = None,
+    panel: str | None = None,
+    statistic: str = "iqm",
+    confidence: float = 0.95,
+    max_lines: int | None = None,
+    title: str = "",
+) -> Figure:
     """Draws learning curves of a sweep, one line per value of the field `line`, one panel per value of `panel`.
 
-    A line is a statistic over seeds with its interval (see `aggregate`). By default `line` is the first swept field and
-    `panel` the second, if both have at most 8 values; "setting" means every setting of fields that vary together.
-    Settings are never pooled: further fields stay at the best setting, which is named. Of more values than `max_lines`
-    (8 by default), those at even distances are drawn; of settings of several fields (5) the best. A line begins where
-    half of its runs have ended an episode; a run that turned nan goes on at the lowest final score of all. Returns the
-    matplotlib figure.
+    A line is a statistic over seeds with its interval (see `aggregate`). It starts where half of its runs have ended an
+    episode; a run that turned nan continues at the lowest final score of all. Settings are never pooled: the other
+    fields stay at the best setting, which the heading names. Raises ValueError for a field that was not swept, for two
+    fields that vary together, and if no run has a score.
+
+    Args:
+        metrics: of a sweep of one environment, with the dimensions of its table, `seed` and `updates`.
+        line: field whose values are lines, by default the first swept field; "setting" means every setting of fields
+            that vary together.
+        panel: field whose values are panels, at most 12; by default the second swept field if it and `line` have at
+            most 8 values.
+        statistic: "iqm", "mean" or "median" over seeds.
+        confidence: level of the intervals, between 0 and 1.
+        max_lines: most lines of a panel, from 1 to 10. If a field has more values, evenly spaced ones are drawn (8 by
+            default); of settings of several fields the best (5 by default).
+        title: first line of the heading.
     """
     scores = scores_to_draw(metrics)
-    line, panel = choose_fields(scores, line, panel)
+    lines, panels = choose_fields(scores, line, panel)
     highest = best_index(scores, statistic)
-    members = choose_members(scores, line, highest, statistic, max_lines)
-    colors = plt.get_cmap("viridis")(np.linspace(0, 0.87, len(members))) if line.numbers is not None else COLORS
-    figure, axes = _panels(len(panel.labels))
+    members = choose_members(scores, lines, highest, statistic, max_lines)
+    colors = plt.get_cmap("viridis")(np.linspace(0, 0.87, len(members))) if lines.numbers is not None else COLORS
+    figure, axes = _panels(len(panels.labels))
     for j, ax in enumerate(axes):
         for i, color in zip(members, colors):
-            where = {dim: k for dim, k in (highest | {line.dim: i, panel.dim: j}).items() if dim}
+            where = {dim: k for dim, k in (highest | {lines.dim: i, panels.dim: j}).items() if dim}
             curve = _curve(metrics.isel(where), scores.min().item(), statistic, confidence)
-            draw_line(ax, curve["step"], curve["value"], color, line.labels[i])
+            draw_line(ax, curve["step"], curve["value"], color, lines.labels[i])
             draw_band(ax, curve["step"], curve["low"], curve["high"], color)
-        ax.set_title(f"{panel.title} = {panel.labels[j]}" if panel.dim else "", fontsize="medium")
+        ax.set_title(f"{panels.title} = {panels.labels[j]}" if panels.dim else "", fontsize="medium")
         ax.set(xlabel="environment steps", ylabel="episode return")
         ax.label_outer()
         tidy(ax)
     interval = f" with {100 * confidence:g} % interval" if metrics.sizes["seed"] > 1 else ""
-    notes = make_notes(scores, statistic + interval, highest, line.dim, panel.dim)
-    if line.dim:
-        below = line.title.count("/") > 1
+    notes = make_notes(scores, statistic + interval, highest, lines.dim, panels.dim)
+    if lines.dim:
+        below = lines.title.count("/") > 1
         figure.set_figheight(figure.get_figheight() + below * 0.23 * (len(members) + 2))
-        shown, size = len(members), len(line.labels)
-        heading = line.title + (f"\n({shown} {'' if line.grid else 'best '}of {size})" if shown < size else "")
+        shown, size = len(members), len(lines.labels)
+        heading = lines.title + (f"\n({shown} {'' if lines.grid else 'best '}of {size})" if shown < size else "")
         place = "outside lower center" if below else "outside right center"
         figure.legend(*axes[0].get_legend_handles_labels(), loc=place, title=heading, frameon=False)
     figure.suptitle(make_heading(figure, title, notes), fontsize="medium")
     return figure
 
 
-def plot_heatmap(metrics, x=None, y=None, statistic="iqm", title="", ax=None):
+def plot_heatmap(
+    metrics: xarray.Dataset,
+    x: str | None = None,
+    y: str | None = None,
+    statistic: str = "iqm",
+    title: str = "",
+    ax: Axes | None = None,
+) -> Figure:
     """Draws the final score, a statistic over seeds, for all values of two fields of a grid; the best is framed.
 
-    `x` and `y` are the first two swept fields of the grid where they are not given. Further fields stay at the best
-    setting, which is named. Runs without a score count as the lowest of all, and cells say how many they are. Returns
-    the matplotlib axes.
+    The other fields stay at the best setting, which the heading names. Runs without a score count as the lowest of all;
+    a cell states how many it has. Raises ValueError unless `x` and `y` are two fields of a grid and some run has a
+    score.
+
+    Args:
+        metrics: of a sweep of one environment, with the dimensions of its table, `seed` and `updates`.
+        x: field along the horizontal axis, by default the first free field of the grid.
+        y: field along the vertical axis, by default the next one.
+        statistic: "iqm", "mean" or "median" over seeds.
+        title: first line of the heading.
+        ax: where to draw; by default a new figure.
     """
     scores = scores_to_draw(metrics)
     free = [name for name in _fields_of_grid(scores) if name not in (x, y)]
@@ -125,10 +176,10 @@ def plot_heatmap(metrics, x=None, y=None, statistic="iqm", title="", ax=None):
     for (j, i), value in np.ndenumerate(values["value"].values):
         missing = values["missing"].values[j, i]
         text = _short(value) + (f"\n{missing} missing" if missing else "")
-        color = "white" if image.norm(value) > 0.55 else "black"
+        color = "white" if np.asarray(image.norm(value)) > 0.55 else "black"
         ax.text(i, j, text, color=color, ha="center", va="center", fontsize="small", linespacing=1)
     corner = highest[x] - 0.5, highest[y] - 0.5
-    ax.add_patch(plt.Rectangle(corner, 1, 1, fill=False, color=COLORS[3], linewidth=2.5, clip_on=False, zorder=3))
+    ax.add_patch(Rectangle(corner, 1, 1, fill=False, color=COLORS[3], linewidth=2.5, clip_on=False, zorder=3))
     slanted = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if max(map(len, fields[0].labels)) > 7 else {}
     ax.set_xticks(range(columns), fields[0].labels, **slanted)
     ax.set_yticks(range(rows), fields[1].labels)
@@ -137,15 +188,21 @@ def plot_heatmap(metrics, x=None, y=None, statistic="iqm", title="", ax=None):
     ax.spines[:].set_visible(False)
     bar = ax.figure.colorbar(image, ax=ax, label="episode return at the end", format=EngFormatter(sep=""))
     bar.outline.set_visible(False)
-    ax.set_title(make_heading(ax.figure, title, make_notes(scores, statistic, highest, x, y)), fontsize="medium")
-    return ax
+    ax.set_title(make_heading(figure_of(ax), title, make_notes(scores, statistic, highest, x, y)), fontsize="medium")
+    return figure_of(ax)
 
 
-def plot_parallel(metrics, statistic="iqm", title="", ax=None):
+def plot_parallel(metrics: xarray.Dataset, statistic: str = "iqm", title: str = "", ax: Axes | None = None) -> Figure:
     """Draws every setting as a line through its values of all swept fields to its final score, the best on top.
 
     The darker a line the higher its rank; the best is orange. Positive numbers that span a factor of ten have a
-    logarithmic axis. Runs without a score count as the lowest of all. Returns the matplotlib axes.
+    logarithmic axis. Runs without a score count as the lowest of all.
+
+    Args:
+        metrics: of a sweep of one environment, with the dimensions of its table, `seed` and `updates`.
+        statistic: "iqm", "mean" or "median" over seeds.
+        title: first line of the heading.
+        ax: where to draw; by default a new figure.
     """
     scores = scores_to_draw(metrics)
     ranked = rank(scores, statistic, num_resamples=0).isel(setting=slice(None, None, -1))
@@ -159,27 +216,27 @@ def plot_parallel(metrics, statistic="iqm", title="", ax=None):
     for i, (_, ticks) in enumerate(scales):
         ax.axvline(i, color="black", linewidth=0.8, zorder=2.5)
         side = {"ha": "left", "xytext": (5, 0)} if i == len(fields) else {"ha": "right", "xytext": (-5, 0)}
-        look = {"fontsize": "small", "bbox": {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1}}
+        style = {"fontsize": "small", "bbox": {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1}}
         for height, text in ticks:
-            ax.annotate(text, (i, height), textcoords="offset points", va="center", zorder=3, **side, **look)
+            ax.annotate(text, (i, height), textcoords="offset points", va="center", zorder=3, **side, **style)
     ax.set_xticks(range(len(scales)), [*map(in_words, fields), "episode return\nat the end"])
     ax.tick_params(length=0)
     ax.set(yticks=[], ylim=(-0.03, 1.03))
     ax.spines[:].set_visible(False)
     notes = make_notes(scores, statistic, best_index(scores, statistic))
-    ax.set_title(make_heading(ax.figure, title, notes), fontsize="medium")
-    return ax
+    ax.set_title(make_heading(figure_of(ax), title, notes), fontsize="medium")
+    return figure_of(ax)
 
 
-def plot_importance(metrics, title="", ax=None):
+def plot_importance(metrics: xarray.Dataset, title: str = "", ax: Axes | None = None) -> Figure:
     """Draws how much of the variance of final scores each swept field explains by itself (see `importance`).
 
-    Returns the matplotlib axes.
+    Draws into `ax`, or by default into a new figure.
     """
     scores = scores_to_draw(metrics)
     shares = importance(scores).to_series()
     fields = shares.drop(["seeds", "rest"]).sort_values(ascending=False)
-    bars = [(in_words(name), share, COLORS[0]) for name, share in fields.items()]
+    bars = [(in_words(str(name)), share, COLORS[0]) for name, share in fields.items()]
     num_seeds = scores.sizes["seed"]
     if num_seeds > 1:
         bars.append(("seeds", shares["seeds"], "0.7"))
@@ -195,12 +252,12 @@ def plot_importance(metrics, title="", ax=None):
     ax.tick_params(axis="y", length=0)
     ax.spines[["top", "right", "left"]].set_visible(False)
     notes = [f"{scores.size // num_seeds} settings, {num_seeds} seed{'s' if num_seeds > 1 else ''} each"]
-    ax.set_title(make_heading(ax.figure, title, notes), fontsize="medium")
-    return ax
+    ax.set_title(make_heading(figure_of(ax), title, notes), fontsize="medium")
+    return figure_of(ax)
 
 
-def _curve(metrics, lowest: float, statistic, confidence):
-    """The learning curve of a setting, `aggregate`d over seeds, where half of them have one."""
+def _curve(metrics: xarray.Dataset, lowest: float, statistic: str, confidence: float) -> xarray.Dataset:
+    """The learning curve of a setting, by `aggregate` over seeds, from where at least half of them have a value."""
     alive = ~lost(metrics)
     returns, counts = metrics["episode_return"].where(alive, lowest), metrics["num_episodes"].where(alive, 1)
     metrics = metrics.assign(episode_return=returns, num_episodes=counts)
@@ -209,8 +266,8 @@ def _curve(metrics, lowest: float, statistic, confidence):
     return found.isel(updates=(2 * found["num_runs"] >= metrics.sizes["seed"]).values)
 
 
-def _scale(column, is_score: bool = False):
-    """Heights from 0 to 1 of a column's values, and its ticks as pairs of height and text; scores are never log."""
+def _scale(column: np.ndarray, is_score: bool = False) -> tuple[np.ndarray, list[tuple[float, str]]]:
+    """Heights from 0 to 1 of a column's values, and its ticks as (height, text); scores never have a log scale."""
     values = np.unique(column)
     if not is_number(values) or not np.isfinite(values).all() or len(values) == 1:
         order = sorted(values.tolist(), key=lambda x: (len(str(x)), x))  # "64,64" before "128,128"
@@ -229,12 +286,12 @@ def _scale(column, is_score: bool = False):
     return heights[0], list(zip(heights[1], map(show_value, ticks)))
 
 
-def _axes(width: float, height: float):
+def _axes(width: float, height: float) -> Axes:
     return plt.subplots(figsize=(width, height), layout="constrained")[1]
 
 
-def _panels(number: int):
-    """A figure and its axes, side by side up to four, on common scales."""
+def _panels(number: int) -> tuple[Figure, list[Axes]]:
+    """A figure and its axes, at most four in a row, on common scales."""
     columns = min(number, 4)
     rows = -(-number // columns)
     size = (7, 4) if number == 1 else (2.6 * columns + 1.4, 2.4 * rows + 0.8)

@@ -51,11 +51,12 @@ class TextFile:
     started: bool = False
 
     @property
-    def __name__(self) -> str:
-        """The name in a warning."""
+    def __name__(self) -> str:  # in a warning
+        """The path of the file."""
         return str(self.path)
 
     def __call__(self, metrics: xarray.Dataset):
+        """Appends the lines of a chunk."""
         rows = list(to_rows(metrics))
         if not self.started:
             self._remove_updates_from(rows[0]["updates"])

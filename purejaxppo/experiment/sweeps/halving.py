@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from purejaxppo.batched import batched, seed_keys
@@ -94,7 +95,7 @@ def successive_halving(
     ppo = make(group.env, group.config)
     many = batched(ppo)
     seeds, *columns = run_arguments(sweep, ppo, list(sweep.runs().values()))
-    states = first_state(many, seed_keys(jax.random.key(sweep.seed), seeds), *columns)
+    states = first_state(many, seed_keys(jax.random.key(sweep.seed), jnp.asarray(seeds)), *columns)
     on_cpu = jax.devices()[0].platform == "cpu"
     num_threads, num_runs = num_cores() if on_cpu else 1, num_places * sweep.num_seeds
     size = best_slice_size(num_runs, num_threads, group.config) if on_cpu else num_runs

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -50,7 +51,7 @@ def continuous():
     import purejaxrl
 
     sys.path.append(*purejaxrl.__path__)  # its modules import each other by bare names
-    script = importlib.import_module("ppo_continuous_action")
+    script: Any = importlib.import_module("ppo_continuous_action")
     script.BraxGymnaxWrapper = lambda name: WithItsParams(*gymnax.make(name))
     script.ActorCritic = ActorCritic
     return script

@@ -14,7 +14,7 @@ def prepare(work: Work) -> Program:
         raise SystemExit("this peer does not offer this work")
     env, env_params = gymnax.make(work.env)
     steps = work.num_updates * work.steps_per_update
-    algorithm = PPO.create(
+    algorithm = PPO.create(  # pyright: ignore[reportAttributeAccessIssue]: it takes this file for the peer
         env=env,
         env_params=env_params,
         agent_kwargs={"hidden_layer_sizes": (64, 64), "activation": "tanh"},
