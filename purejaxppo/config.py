@@ -77,7 +77,7 @@ class Config:
     """Width of a recurrent layer (GRU) after the encoder, where 0 means none."""
 
     resets_per_step: int = 0
-    """Number of start states drawn ahead per step, where 0 draws one per environment and fewer save time and memory."""
+    """Start states drawn ahead per step (0: one per environment); fewer save time and memory if they are costly."""
 
     matmul_precision: Literal["highest", "high", "default"] = "highest"
     """Precision of float32 matrix products: full, three low-precision passes, or the fastest (TF32 on recent GPUs)."""

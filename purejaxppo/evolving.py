@@ -61,8 +61,8 @@ def evolving(
     counts in full. A run that `batched` froze has no fitness, so it is replaced before others. See `evolve` for how.
 
     The metrics are those of `batched`, and: `parent`, [R] int32, the run from which each run continues after this
-    update (itself if nothing was copied); each field in `explore` as it was in this update; and, if a schedule or
-    annealing changes such a field, its value after that as `current_<field>`.
+    update (itself if nothing was copied), and each field in `explore` as it was in this update. If `batched` reports
+    such a field, its value after schedules and annealing is `current_<field>`.
 
     Args:
         ppo: the PPO of one run.

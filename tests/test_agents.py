@@ -69,7 +69,7 @@ def test_gymnasium_is_refused_where_it_has_another_task(agents):
         evaluate_in_gymnasium(alone("Catch-bsuite"))
     with pytest.raises(ValueError, match="has observations"):
         evaluate_in_gymnasium(agents, "Acrobot-v1")
-    with pytest.raises(ValueError, match="takes Discrete"):
+    with pytest.raises(ValueError, match="has the actions Discrete"):
         evaluate_in_gymnasium(alone("MountainCarContinuous-v0"), "MountainCar-v0")
 
 
@@ -124,7 +124,7 @@ def test_grids_are_drawn(tmp_path):
 
 def test_classic_control_is_drawn(agents, tmp_path):
     pytest.importorskip("pygame")
-    from PIL import Image
+    from PIL import Image, ImageSequence
 
     episode = record_episode(agents.ppo, agents.policy(0), jax.random.key(0), max_steps=9)
     render("CartPole-v1", episode, tmp_path / "cartpole.gif")

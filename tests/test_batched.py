@@ -33,7 +33,7 @@ def test_runs_cross_settings_with_seeds_and_pair_their_draws(key):
         (lambda key: runs(key, num_seeds=0), "num_seeds=0"),
         (lambda key: grid(learning_rate=[linear(1e-3, 0.0)]), "must be a number"),
         (lambda key: runs(key, grid(num_envs=[4])), "num_envs is not a hyperparameter.*Sweep"),
-        (lambda key: batched(make_ppo("CartPole-v1", SMALL)).init(key), "one for each run"),
+        (lambda key: batched(make_ppo("CartPole-v1", SMALL)).init(key), "one key per run"),
         (
             lambda key: batched(make_ppo("CartPole-v1", SMALL)).init(runs(jax.random.key(0, impl="rbg"))[0]),
             "'rbg' draw numbers that depend on the size of the batch",

@@ -1,4 +1,4 @@
-"""Measurements of training on this machine: compile time, steps per second, memory, the time of each stage."""
+"""Benchmark of training on this machine: compile time, steps per second, memory, and the time of each stage."""
 
 import statistics
 import sys
@@ -30,17 +30,21 @@ def bench(
     seconds: float,
     report: Callable[[str], Any] = print,
 ) -> dict[str, Any]:
-    """Measures training for each number of seeds, then the stages of an update; returns plain data.
+    """Measures training for each number of seeds, then the stages of a cycle; returns plain data.
 
     Every time is a median after a warm-up and without compilation; rates of training also have the least and the most.
 
     Args:
         ppo: of one run.
-        hyperparams: of all runs.
-        num_seeds: numbers of runs to measure.
+        hyperparams: of every run.
+        num_seeds: numbers of runs that train in one call, measured one after the other.
         rounds: repetitions of every measurement.
         seconds: approximate length of a repetition.
-        report: is called with each line of text as soon as it is known.
+        report: called with each line of text as soon as its numbers are known.
+
+    Returns:
+        `training`, a row of `time_training` per number of seeds; `peak_bytes`; and `stages`, a row per stage with its
+        name `stage`, `milliseconds` and `share` (see `time_stages`).
     """
     results: dict[str, Any] = {"training": [], "stages": []}
     report(f"{'seeds':>6} {'steps/s':>13} {'least':>13} {'most':>13} {'compile':>9}  slices")
@@ -61,15 +65,19 @@ def bench(
     return results
 
 
-def time_training(ppo: PPO, hyperparams: Hyperparams, num_seeds: int, *, rounds: int, seconds: float) -> dict:
-    """Environment steps per second of whole updates of `num_seeds` runs in one call.
+def time_training(ppo: PPO, hyperparams: Hyperparams, num_seeds: int, *, rounds: int, seconds: float) -> dict[str, Any]:
+    """Environment steps per second, over all runs, of whole cycles that train in one call.
 
     Args:
         ppo: of one run.
-        hyperparams: of all runs.
+        hyperparams: of every run.
         num_seeds: number of runs.
         rounds: repetitions.
-        seconds: approximate length of a repetition.
+        seconds: approximate length of a repetition, which has at least one cycle.
+
+    Returns:
+        Median, least and most of the rates, the seconds of compilation, and how the runs are divided into slices and
+        threads.
     """
     many = batched(ppo)
     keys, columns = runs(jax.random.key(0), num_seeds=num_seeds, hyperparams=hyperparams)
@@ -98,17 +106,17 @@ def time_training(ppo: PPO, hyperparams: Hyperparams, num_seeds: int, *, rounds:
 
 
 def time_stages(ppo: PPO, hyperparams: Hyperparams, *, rounds: int, seconds: float) -> list[tuple[str, float, float]]:
-    """The stages of an update: name, milliseconds, share of the update. Each stage is a separate program.
+    """The stages of a cycle: name, milliseconds, share of the cycle. Each stage is measured as a separate program.
 
-    "acting" is the rollout minus the environment, "learning" the epochs minus the shuffles (it includes gathering
-    minibatches). A separate program may take more or less time than inside the update, so "other", the difference
-    between the update and the sum, may be negative.
+    "acting" is the rollout minus the environment; "learning" is the update minus drawing its shuffles (it includes
+    gathering the minibatches). A stage measured alone, whose inputs and outputs are read and written once per round,
+    may take more or less time than inside the cycle. "other" is the cycle minus the sum, and may be negative.
 
     Args:
         ppo: of one run.
         hyperparams: of the run.
-        rounds: repetitions.
-        seconds: approximate length of a repetition.
+        rounds: repetitions of which the median is taken.
+        seconds: approximate length of two repetitions.
     """
     state = first_state(ppo, jax.random.key(0), hyperparams)
     statics = {"network": ppo.network, "config": ppo.config}
@@ -119,7 +127,7 @@ def time_stages(ppo: PPO, hyperparams: Hyperparams, *, rounds: int, seconds: flo
     learn = partial(update, loss=partial(ppo.loss, **statics), optimizer=ppo.optimizer, config=ppo.config)
     data = state, now, rollout, batch
     stages = {
-        "whole": lambda key, state, *_: ppo.step(state.replace(key=key)),
+        "cycle": lambda key, state, *_: ppo.step(state.replace(key=key)),
         "rollout": lambda key, state, *_: ppo.collect(state.replace(key=key)),
         "environment": lambda key, state, *_: play(key, state.actors.env_state, state.env_params, ppo),
         "advantages": lambda key, state, now, rollout, batch: advantages(
@@ -129,7 +137,8 @@ def time_stages(ppo: PPO, hyperparams: Hyperparams, *, rounds: int, seconds: flo
         "update": lambda key, state, now, rollout, batch: learn(key, state.policy.params, state.opt_state, batch, now),
     }
     exact = partial(bind, ppo.config.matmul_precision)
-    times = {n: time_stage(exact(stage), data, rounds=rounds, seconds=seconds / 2) for n, stage in stages.items()}
+    timed = partial(time_stage, data=data, rounds=rounds, seconds=seconds / 2)
+    times = {name: timed(exact(stage)) for name, stage in stages.items()}
     shares = {
         "acting": times["rollout"] - times["environment"],
         "environment": times["environment"],
@@ -137,18 +146,21 @@ def time_stages(ppo: PPO, hyperparams: Hyperparams, *, rounds: int, seconds: flo
         "shuffling": times["shuffling"],
         "learning": times["update"] - times["shuffling"],
     }
-    shares["other"] = times["whole"] - sum(shares.values())
-    return [(name, 1000 * taken, taken / times["whole"]) for name, taken in shares.items()]
+    shares["other"] = times["cycle"] - sum(shares.values())
+    return [(name, 1000 * taken, taken / times["cycle"]) for name, taken in shares.items()]
 
 
-def play(key: jax.Array, env_state: Any, env_params: Any, ppo: PPO) -> Any:
-    """T steps of N environments with actions drawn ahead, with their start states.
+def play(key: jax.Array, env_state: Any, env_params: Any, ppo: PPO) -> tuple[Any, tuple[Any, jax.Array]]:
+    """Runs the environment of a rollout alone: T steps of N environments, with actions and start states drawn ahead.
 
     Args:
-        key: of the draws.
-        env_state: [N, ...].
-        env_params: of the environment.
-        ppo: has environment and sizes.
+        key: of the actions and the environments.
+        env_state: states [N, ...] of the environments.
+        env_params: parameters of the environment.
+        ppo: of one run, for its environment and its config.
+
+    Returns:
+        The last states [N, ...], and the observations [T, N, ...] and rewards [T, N].
     """
     config, env = ppo.config, ppo.env
     space: Any = action_space(env, env_params)
@@ -169,20 +181,20 @@ def play(key: jax.Array, env_state: Any, env_params: Any, ppo: PPO) -> Any:
     return jax.lax.scan(step, env_state, (draws, actions))
 
 
-def time_stage(stage: Callable, data: tuple, *, rounds: int, seconds: float) -> float:
+def time_stage(stage: Callable[..., Any], data: tuple[Any, ...], *, rounds: int, seconds: float) -> float:
     """Seconds that stage(key, *data) takes, the median of `rounds` loops of about `seconds` each.
 
     Args:
-        stage: (key, *data) -> any arrays.
-        data: its arguments.
-        rounds: repetitions.
-        seconds: approximate length of a repetition.
+        stage: a traceable function from (key, *data) to a pytree of arrays.
+        data: its other arguments, pytrees of arrays.
+        rounds: loops of which the median is taken.
+        seconds: approximate length of a loop.
     """
 
     @jax.jit
     def loop(number, data):
         def body(i, total):
-            # Inputs that depend on the round before keep XLA from moving the stage out of the loop or removing it.
+            # Inputs that depend on the previous round keep XLA from moving the stage out of the loop or removing it.
             now = jax.tree.map(lambda x: x + 0 * total if x.dtype == jnp.float32 else x, data)
             leaves = jax.tree.leaves(stage(jax.random.key(i), *now))
             sums = [x.sum(dtype=jnp.float32) for x in leaves if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
@@ -203,7 +215,7 @@ def time_stage(stage: Callable, data: tuple, *, rounds: int, seconds: float) -> 
 
 
 def peak_bytes() -> int:
-    """Peak memory of the accelerator, or of this process if there is none."""
+    """Peak memory so far in bytes: of the accelerator, or of this process if there is none."""
     stats = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]

@@ -28,11 +28,11 @@ class Agents(NamedTuple):
 
     @property
     def num(self) -> int:
-        """R."""
+        """The number of agents, R."""
         return len(jax.tree.leaves(self.policies)[0])
 
     def policy(self, agent: int) -> Policy:
-        """The policy of one agent, by its number. Raises ValueError for a number out of range."""
+        """The policy of one agent, by its position along R. Raises ValueError for one out of range."""
         if not 0 <= agent < self.num:
             raise ValueError(f"agent={agent} must be from 0 to {self.num - 1}")
         return jax.tree.map(lambda x: x[agent], self.policies)

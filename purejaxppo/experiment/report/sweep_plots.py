@@ -35,7 +35,7 @@ def plot_sweep(
     """Draws all plots that suit the swept fields; returns them by name.
 
     These are always learning curves; a heat map for a grid of at least two fields; parallel coordinates for more than
-    two fields or sampled ones; importance for at least two fields. Every environment has plots of its own, because
+    two fields or sampled ones; importance for at least two fields. Every environment has separate plots, because
     returns of different environments are not comparable.
 
     Args:
