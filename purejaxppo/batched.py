@@ -80,9 +80,7 @@ def batched(ppo: PPO, devices: int | Sequence[Any] | None = None) -> PPO:
 def _over_runs(function: Callable, state: TrainState, *args: Any) -> Any:
     """Applies a function of one state to a batch of R; a single run is passed without its axis, which is faster."""
     if state.num_updates.ndim == 0:
-        raise ValueError(
-            "a batch of runs takes states with a leading axis R (make them by its own init, with keys [R])"
-        )
+        raise ValueError("the batched PPO needs states with a leading axis R (from its own init, with keys [R])")
     if len(state.num_updates) > 1:
         return jax.vmap(function)(state, *args)
     return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], (state, *args))))

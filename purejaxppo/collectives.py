@@ -26,5 +26,5 @@ def mean_over_shards(tree: Any, axis_name: str | tuple = ()) -> Any:
 
 
 def key_of_shard(key: jax.Array, axis_name: str | tuple = ()) -> jax.Array:
-    """A different key in each shard of a mesh axis, so that each draws and shuffles its own data; the key for ()."""
+    """A different key in each shard, so that each draws and shuffles its own data; for () the key is unchanged."""
     return jax.random.fold_in(key, jax.lax.axis_index(axis_name)) if axis_name else key

@@ -61,7 +61,7 @@ class Table:
                 f"{show_setting(setting)} matches none of the {len(rows)} settings (print the table to see them)"
             )
         if len(fitting) > 1:
-            given = show_setting(setting) or "no field"
+            given = show_setting(setting) or "an empty setting"
             raise ValueError(f"{given} matches {len(fitting)} settings (name more of {', '.join(self.names)})")
         return fitting[0]
 
@@ -181,7 +181,7 @@ def _values(name: str, column: Any, distinct: bool = True) -> tuple:
         raise ValueError(f"{name}=[] must be a list of one value or more")
     if distinct and len(set(values)) < len(values):
         again = next(value for value in values if values.count(value) > 1)
-        raise ValueError(f"{name}={show(again)} is given twice (seeds repeat a setting: num_seeds)")
+        raise ValueError(f"{name}={show(again)} is given twice (use num_seeds to repeat a setting)")
     return values
 
 

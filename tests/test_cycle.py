@@ -177,7 +177,7 @@ def test_a_custom_step_is_trained_as_any_other(key):
             "step must return a TrainState with the structure .* not another Policy",
         ),
         (lambda ppo, state: (state, ppo.step(state)[1] | {"updates": 0.0}), "metric 'updates' of shape"),
-        (lambda ppo, state: (state.replace(num_updates=0.5), {}), "step made state.num_updates float32"),
+        (lambda ppo, state: (state.replace(num_updates=0.5), {}), "step changed state.num_updates from int32"),
         (lambda ppo, state: (state, ppo.step(state)[1] | {"a/b": 0.0}), "metric 'a/b' of shape"),
         (lambda ppo, state: (state, ppo.step(state)[1] | {"m": np.ones((2, 2))}), "metric 'm' of shape"),
     ],

@@ -196,7 +196,7 @@ def test_a_misfit_that_one_step_does_not_show_is_found_before_anything_compiles(
     network = Network(
         initial_memory=lambda batch: jnp.zeros(batch, jnp.int32), init=lambda *_: jnp.zeros((4, 2)), apply=longer
     )
-    memory = network, "must return a memory like the one that it takes"
+    memory = network, "must return a memory with the shapes and dtypes"
     for wrong, words in ((Transposed(), "cannot be applied"), memory):
         with pytest.raises(ValueError, match=f"network {words}"):
             make_ppo("CartPole-v1", SMALL, network=wrong)
@@ -235,7 +235,7 @@ def test_a_network_with_a_memory_is_refused_with_segments_of_one_step():
             memory, Categorical(jnp.zeros((*first.shape, 2)) + params), jnp.zeros(first.shape),
         ),
     )  # fmt: skip
-    with pytest.raises(ValueError, match="segment_length=1 leaves a network with a memory nothing.*segment_length=8"):
+    with pytest.raises(ValueError, match="segment_length=1 cuts gradients.*segment_length=8"):
         make_ppo(copy_cue(), SMALL, network=network)
     make_ppo(copy_cue(), dataclasses.replace(SMALL, segment_length=4), network=network)
 

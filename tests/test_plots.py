@@ -256,7 +256,7 @@ def test_importance_is_drawn_from_the_most_to_the_least():
         (lambda: plot_heatmap(sample(), "clip", "widths"), "'clip' varies together .*use plot_parallel"),
         (lambda: plot_heatmap(grid(), "clip", "clip"), "must be two fields"),
         (lambda: plot_parallel(grid().rename(seed="run")), "metrics have no dimension seed"),
-        (lambda: plot_importance(metrics([1.0, 2.0], env=["a", "b"])), "several environments do not compare"),
+        (lambda: plot_importance(metrics([1.0, 2.0], env=["a", "b"])), "several environments cannot be compared"),
         (lambda: plot_curves(grid() * np.nan), "no run has a score"),
     ],
 )

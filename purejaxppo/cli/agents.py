@@ -132,7 +132,7 @@ def export(arguments: list[str]) -> int:
     policy = agents.policy(options.agent)
     check_file(options.out)
     lines = export_policy(agents.ppo, policy, options.out, jax.tree.map(lambda x: x[options.agent], agents.env_params))
-    print(f"# {options.out} holds agent {options.agent} of {agents.title}; use it so:\n\n{lines}")
+    print(f"# {options.out} holds agent {options.agent} of {agents.title}; use it like this:\n\n{lines}")
     return 0
 
 

@@ -86,7 +86,7 @@ def complete(options: Any, name: str) -> Any:
 
 
 def make(options: TrainingOptions) -> PPO:
-    """The PPO of the options. Raises ValueError if they do not fit together."""
+    """Makes the PPO that the options describe. Raises ValueError if they do not fit together."""
     import jax
 
     from purejaxppo.experiment.program import cache_compilation

@@ -117,7 +117,7 @@ def _parse_sweep(arguments: list[str]):
     check_counts(options, "seed", at_least=0)
     columns = dict(_parse_column(text) for text in options.grid)
     if len(columns) < len(options.grid):
-        raise ValueError(f"grid={' '.join(options.grid)} names a field twice (write all its values in one)")
+        raise ValueError(f"grid={' '.join(options.grid)} names a field twice (put all its values in one --grid)")
     table = grid(**columns)
     distributions = dict(_parse_distribution(text) for text in options.sample)
     if bool(distributions) != bool(options.num_samples):

@@ -1,4 +1,4 @@
-"""Files and folders of results: what a folder holds, files that are whole at any moment, states as plain arrays."""
+"""Files and folders of results: what a folder holds, atomic writes, states as plain arrays."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def make_writable(folder: Path):
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]):
-    """Writes a file beside `path`, then moves it there, so that readers find the old file or the new one, never half.
+    """Writes a file atomically: beside `path`, then moved there, so that readers find the old file or the new one.
 
     `write` is given the path of the file beside it, whose name ends in .half.
     """
@@ -68,12 +68,12 @@ def flush_to_disk(path: Path):
 
 
 def save_json(path: Path, data: Any):
-    """Writes plain data as JSON, whole at any moment."""
+    """Writes plain data as JSON, atomically."""
     replace_file(path, lambda half: half.write_text(json.dumps(data, indent=2) + "\n"))
 
 
 def save_arrays(path: Path, arrays: Mapping[str, Any]):
-    """Writes arrays by name as an .npz file, whole at any moment."""
+    """Writes arrays by name as an .npz file, atomically."""
 
     def write(half: Path):
         with open(half, "wb") as file:
@@ -83,7 +83,7 @@ def save_arrays(path: Path, arrays: Mapping[str, Any]):
 
 
 def save_dataset(path: Path, dataset: Any):
-    """Writes an xarray Dataset as a netCDF file, whole at any moment."""
+    """Writes an xarray Dataset as a netCDF file, atomically."""
     replace_file(path, lambda half: dataset.to_netcdf(half, engine="scipy"))
 
 

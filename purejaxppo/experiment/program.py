@@ -192,7 +192,7 @@ def cache_compilation(folder: str | Path):
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"folder={folder} cannot be a folder: {error.strerror} (name another one)") from None
+        raise ValueError(f"folder={folder} cannot be made: {error.strerror} (name another folder)") from None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 

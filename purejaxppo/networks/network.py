@@ -112,10 +112,12 @@ def check_network(network: Network, obs: Any, action_space: Space, config: Confi
         raise ValueError(f"network cannot be applied to observations [T, B, ...]: {error}") from error
     taken, given = (jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", memory) for memory in (taken, given))
     if taken != given:
-        raise ValueError(f"network must return a memory like the one that it takes, {taken}, not {given}")
+        raise ValueError(
+            f"network must return a memory with the shapes and dtypes of the one that it takes, {taken}, not {given}"
+        )
     if jax.tree.leaves(taken) and config.segment_length == 1:
         raise ValueError(
-            "segment_length=1 leaves a network with a memory nothing to learn from the past "
+            "segment_length=1 cuts gradients after one step, so a network with a memory cannot learn to remember "
             f"(try segment_length={config.num_steps}, which is num_steps, or a divisor of it)"
         )
     needed = ("sample", "mode", "log_prob", "entropy", *(["noise"] if hasattr(distribution, "from_noise") else []))

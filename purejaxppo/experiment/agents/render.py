@@ -75,7 +75,7 @@ def record_episode(
 
 
 def render(env_name: str, episode: Episode, path: str | Path, env_params: Any = None) -> Any:
-    """Draws an episode of a gymnax environment as a GIF, which a notebook shows.
+    """Draws an episode of a gymnax environment as a GIF.
 
     Args:
         env_name: of an environment that gymnax draws; those in `CLASSIC` need pygame.
@@ -84,7 +84,7 @@ def render(env_name: str, episode: Episode, path: str | Path, env_params: Any = 
         env_params: by default those of the environment.
 
     Returns:
-        An IPython image, or the path where IPython is missing.
+        An IPython image, which a notebook shows, or the path if IPython is not installed.
 
     Raises:
         ValueError: for an environment that gymnax does not draw.

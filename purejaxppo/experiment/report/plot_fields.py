@@ -23,7 +23,7 @@ def scores_to_draw(metrics: xarray.Dataset) -> xarray.DataArray:
     if "seed" not in metrics.dims:
         raise ValueError(f"metrics have no dimension seed (theirs: {', '.join(map(str, metrics.dims))})")
     if "env" in metrics.coords and np.unique(metrics["env"]).size > 1:
-        raise ValueError("returns of several environments do not compare: select one, as in metrics.sel(env=...)")
+        raise ValueError("returns of several environments cannot be compared: select one, as in metrics.sel(env=...)")
     scores = final_scores(metrics)
     if scores.isnull().all():
         raise ValueError("no run has a score: no episode ended, or all turned nan")

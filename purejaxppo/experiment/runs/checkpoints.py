@@ -1,4 +1,4 @@
-"""Checkpoints of a run: its state, its metrics so far and its settings, whole at any moment and verified before use.
+"""Checkpoints of a run: its state, its metrics so far and its settings, written atomically and verified before use.
 
 checkpoints/0000000585/     after 585 updates; a name that ends in .half is incomplete and is ignored
     state/                  Orbax opens it: the leaves of the TrainState by their paths, random keys as their data
@@ -87,7 +87,7 @@ class Checkpoints:
                 return _read(path)
             except Exception as error:  # whatever a library raises for damaged files
                 damaged.append(f"{path} is damaged ({error})")
-                warnings.warn(f"{damaged[-1]}; trying the one before it")
+                warnings.warn(f"{damaged[-1]} and is skipped")
         if damaged:
             raise ValueError(f"no checkpoint in {self.folder} is whole: {'; '.join(damaged)}")
         return None

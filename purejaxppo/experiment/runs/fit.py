@@ -101,7 +101,9 @@ def fit(
     first = int(np.max(state.num_updates))
     last = ppo.config.num_updates if num_updates is None else first + num_updates
     if first >= last:
-        raise ValueError(f"this run is complete: its state has done all num_updates={last} of its config")
+        raise ValueError(
+            f"this run is complete: its state has done all num_updates={last} of its config (raise it to extend the run)"
+        )
     journal = open_journal(ppo, state, folder, keep=keep, save_every=save_every, notes=notes)
     if journal.num_updates >= last:
         journal.complete()

@@ -84,7 +84,7 @@ class Journal:
             self.checkpoints.save(self.num_updates, self.state, self.metrics, self.settings)
             self._saved_updates = self.num_updates
         except Exception as error:  # whatever a library raises on a full disk
-            warnings.warn(f"no checkpoint was saved in {self.checkpoints.folder}; the run continues ({error})")
+            warnings.warn(f"could not write a checkpoint to {self.checkpoints.folder}; the run continues ({error})")
         self._timer.restart()
 
     def finish(self, **timing: float):
@@ -152,4 +152,6 @@ def _warn_of_changes(before: RunSettings, now: RunSettings):
     old, new = ({**x["versions"], "device": x["device"]["kind"]} for x in (last, this))
     changed = [f"{name} {old.get(name)} is now {new[name]}" for name in new if old.get(name) != new[name]]
     if changed:
-        warnings.warn(f"the run resumes under other conditions and may round differently: {', '.join(changed)}")
+        warnings.warn(
+            f"the run resumes with another device or other package versions and may round differently: {', '.join(changed)}"
+        )

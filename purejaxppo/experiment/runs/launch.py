@@ -22,7 +22,7 @@ class Launch:
     num_seeds: int = 1
     """Agents that train side by side."""
     seed: int = 0
-    """Random seed; agent i gets a key of its own from it."""
+    """Random seed; the key of every agent comes from it."""
     num_devices: int = 1
     """Devices that share the environments of every agent."""
     save_every: float = 60.0

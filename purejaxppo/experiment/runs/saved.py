@@ -46,7 +46,9 @@ class SavedRun:
         """
         checkpoint = Checkpoints(self.folder).newest()
         if checkpoint is None:
-            raise ValueError(f"{self.folder} has no checkpoint (its policy and metrics are there)")
+            raise ValueError(
+                f"{self.folder} has no checkpoint, so the whole state is lost (policy and metrics can still be loaded)"
+            )
         return from_arrays(checkpoint.arrays, _state_like(self.ppo, self.settings), str(checkpoint.path))
 
 

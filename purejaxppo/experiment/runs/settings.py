@@ -18,7 +18,7 @@ from purejaxppo.ppo import PPO
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What a run is, the sessions that trained it, and how far it came; every field is plain JSON data but `config`."""
+    """What a run is, the sessions that trained it, and its progress. All fields except `config` are plain JSON data."""
 
     env: str
     """The name of the environment."""
@@ -101,7 +101,7 @@ def read_settings(folder: str | Path) -> RunSettings:
     path = Path(folder) / SETTINGS
     kind = kind_of(folder)
     if kind == "sweep":
-        raise ValueError(f"{folder} holds a sweep: run the command or the call that started it again to continue it")
+        raise ValueError(f"{folder} holds a sweep: to continue it, repeat the command or the call that started it")
     if kind is None:
         raise ValueError(f"{folder} holds no run: it has no {SETTINGS}")
     try:
@@ -114,5 +114,5 @@ def read_settings(folder: str | Path) -> RunSettings:
 
 
 def write_settings(folder: Path, settings: RunSettings):
-    """Writes settings.json, whole at any moment."""
+    """Writes settings.json, atomically."""
     save_json(folder / SETTINGS, settings.to_json())

@@ -71,7 +71,7 @@ class Plan:
 
     @property
     def stored_bytes(self) -> int:
-        """Approximate size of all results on disk."""
+        """Approximate size of the results of these groups on disk."""
         return sum(compiled.num_runs * compiled.stored_bytes for compiled in self.groups)
 
     def __str__(self) -> str:
@@ -117,7 +117,7 @@ def plan_sweep(
         sweep: what to train.
         folder: results so far; what it holds is not planned again.
         slice_size: runs that a device trains at a time, in each group; by default as many as fit its caches or its
-            memory. In a folder with slices it is theirs, since another size would round differently.
+            memory. If the folder holds slices, their size is used, since another would round differently.
         updates_per_chunk: updates between two saves or interrupts; by default a fiftieth of the run.
         devices: devices or their number; by default all of this process.
         make: `make(env, config)` makes the PPO of a group.

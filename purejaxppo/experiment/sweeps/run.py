@@ -52,17 +52,17 @@ def run_sweep(
             missing.
         progress: whether to show a progress bar.
         save_every: seconds between two saves of a slice that is training; a finished slice is saved at once.
-        slice_size: see `plan_sweep`, as for `updates_per_chunk`, `devices` and `make`.
-        updates_per_chunk: updates between two saves or interrupts.
-        devices: devices or their number.
-        make: `make(env, config)` makes the PPO of a group; `make_ppo` by default.
+        slice_size: see `plan_sweep`.
+        updates_per_chunk: see `plan_sweep`.
+        devices: see `plan_sweep`.
+        make: see `plan_sweep`.
     """
     if folder is None and jax.process_count() > 1:
         raise ValueError(f"{jax.process_count()} processes need a folder that all of them see (folder=...)")
     options = {"slice_size": slice_size, "updates_per_chunk": updates_per_chunk, "devices": devices, "make": make}
     options = {name: value for name, value in options.items() if value is not None}
     if isinstance(sweep, Plan) and options:
-        raise ValueError(f"{min(options)} is part of the plan (give it to plan_sweep, or a sweep to run_sweep)")
+        raise ValueError(f"{min(options)} cannot be changed after planning (pass it to plan_sweep)")
     plan = sweep if isinstance(sweep, Plan) else plan_sweep(sweep, folder, **options)
     sweep = plan.sweep
     _check_disk(folder, plan)

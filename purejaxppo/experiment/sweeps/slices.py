@@ -24,7 +24,8 @@ from purejaxppo.experiment.files import (
     save_json,
 )
 from purejaxppo.experiment.provenance import describe_machine
-from purejaxppo.experiment.sweeps.sweep import Sweep, name_run
+from purejaxppo.experiment.sweeps.sweep import Sweep
+from purejaxppo.text import show_setting
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Slices:
         self._in_memory: dict[str, Slice] = {}
 
     def write(self, slice_: Slice):
-        """Stores a slice in place of its older self; on disk it is whole at any moment."""
+        """Replaces the stored version of a slice, atomically on disk."""
         if self.folder is None:
             self._in_memory[slice_.name] = slice_
             return
@@ -165,17 +166,14 @@ def _check_same(folder: Path, sweep: Sweep):
             f"folder={folder} holds another sweep, with {name}={old.get(name)} instead of {new.get(name)} "
             "(name another folder)"
         )
-    missing = set(_names_of_settings(stored)) - set(_names_of_settings(sweep))
+    rows = sweep.table.rows()
+    missing = [row for row in stored.table.rows() if row not in rows]
     if missing:
         raise ValueError(
-            f"folder={folder} holds another sweep, with the setting {sorted(missing)[0]} (name another folder)"
+            f"folder={folder} holds another sweep, with the setting {show_setting(missing[0])} (name another folder)"
         )
     if stored.num_seeds > sweep.num_seeds:
         raise ValueError(
             f"folder={folder} holds {stored.num_seeds} seeds of every setting, more than num_seeds={sweep.num_seeds} "
             "(name another folder, or as many seeds)"
         )
-
-
-def _names_of_settings(sweep: Sweep) -> list[str]:
-    return [name_run(row, 0) for row in sweep.table.rows()]
