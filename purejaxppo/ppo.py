@@ -415,8 +415,8 @@ def _check_rollout(rollout: Rollout, config: Config) -> Rollout:
         exact = path[0].name in numbers
         if x.shape != shape if exact else x.ndim and x.shape[:2] != shape:
             raise ValueError(
-                f"rollout{jax.tree_util.keystr(path)} has shape {x.shape}, but must be [T, N{'' if exact else ', ...'}] with "
-                f"[T, N] = {list(shape)}"
+                f"rollout{jax.tree_util.keystr(path)} has shape {x.shape}, but must be "
+                f"[T, N{'' if exact else ', ...'}] with [T, N] = {list(shape)}"
             )
     return rollout
 
@@ -434,9 +434,7 @@ def _check_step(state: TrainState, after: Any) -> tuple[TrainState, dict]:
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(new), jax.tree.leaves(state)):
         if (x.shape, x.dtype) != (jnp.shape(y), jnp.result_type(y)):
             where, kept = f"state{jax.tree_util.keystr(path)}", f"{jnp.result_type(y)}{list(jnp.shape(y))}"
-            raise ValueError(
-                f"step changed {where} from {kept} to {x.dtype}{list(x.shape)}; it must keep shape and dtype"
-            )
+            raise ValueError(f"step changed {where} from {kept} to {x.dtype}{list(x.shape)} (keep shape and dtype)")
     missing = {"episode_return", "num_episodes", "learning_rate"} - metrics.keys()
     if missing:
         raise ValueError(f"metrics of a step must hold {min(missing)} (add others to those that ppo.learn returns)")

@@ -191,10 +191,10 @@ def test_a_step_that_returns_something_else_is_refused_in_a_sentence(step, words
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda r: {"reward": r.reward[..., None]}, r"rollout.reward of shape \(8, 4, 1\) must be \[T, N\]"),
-        (lambda r: {"reward": r.reward[0]}, r"rollout.reward of shape \(4,\) must be \[T, N\]"),
-        (lambda r: {"metrics": {"a": r.obs}}, r"rollout.metrics\['a'\] of shape"),
-        (lambda r: {"obs": r.obs[:4]}, r"rollout.obs of shape \(4, 4, 2\) must be \[T, N, ...\]"),
+        (lambda r: {"reward": r.reward[..., None]}, r"rollout.reward has shape \(8, 4, 1\), but must be \[T, N\]"),
+        (lambda r: {"reward": r.reward[0]}, r"rollout.reward has shape \(4,\), but must be \[T, N\]"),
+        (lambda r: {"metrics": {"a": r.obs}}, r"rollout.metrics\['a'\] has shape"),
+        (lambda r: {"obs": r.obs[:4]}, r"rollout.obs has shape \(4, 4, 2\), but must be \[T, N, ...\]"),
     ],
 )
 def test_a_rollout_of_another_shape_is_refused_in_a_sentence(change, words, key):

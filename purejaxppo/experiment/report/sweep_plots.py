@@ -99,8 +99,8 @@ def plot_curves(
             most 8 values.
         statistic: "iqm", "mean" or "median" over seeds.
         confidence: level of the intervals, between 0 and 1.
-        max_lines: most lines of a panel, from 1 to 10. If a field has more values, evenly spaced ones are drawn (8 by
-            default); of settings of several fields the best (5 by default).
+        max_lines: maximum lines per panel, from 1 to 10: evenly spaced values of one field (8 by default), or the best
+            settings of fields that vary together (5 by default).
         title: first line of the heading.
     """
     scores = scores_to_draw(metrics)
