@@ -102,7 +102,7 @@ def fit(
     last = ppo.config.num_updates if num_updates is None else first + num_updates
     if first >= last:
         raise ValueError(
-            f"this run is complete: its state has done all num_updates={last} of its config (raise it to extend the run)"
+            f"this run is complete: its state has done all num_updates={last} of its config (raise it to extend)"
         )
     journal = open_journal(ppo, state, folder, keep=keep, save_every=save_every, notes=notes)
     if journal.num_updates >= last:

@@ -153,5 +153,5 @@ def _warn_of_changes(before: RunSettings, now: RunSettings):
     changed = [f"{name} {old.get(name)} is now {new[name]}" for name in new if old.get(name) != new[name]]
     if changed:
         warnings.warn(
-            f"the run resumes with another device or other package versions and may round differently: {', '.join(changed)}"
+            f"the run resumes with another device or other versions and may round differently: {', '.join(changed)}"
         )
