@@ -32,7 +32,7 @@ class Config:
     num_steps: int = 128
     """Number of steps of each environment in one rollout (T)."""
     num_updates: int = 976
-    """Number of rollout-and-update cycles in the whole run (U), which is the horizon of every schedule."""
+    """Number of updates (rollout and learning) in the whole run (U), which is the horizon of every schedule."""
     num_epochs: int = 4
     """Number of passes over each rollout."""
     num_minibatches: int = 4
@@ -77,7 +77,7 @@ class Config:
     """Width of a recurrent layer (GRU) after the encoder, where 0 means none."""
 
     resets_per_step: int = 0
-    """Start states drawn ahead per step (0: one per environment); fewer save time and memory if they are costly."""
+    """Start states drawn ahead per step and shared by episodes that end (0: one per environment); fewer save memory."""
 
     matmul_precision: Literal["highest", "high", "default"] = "highest"
     """Precision of float32 matrix products: full, three low-precision passes, or the fastest (TF32 on recent GPUs)."""

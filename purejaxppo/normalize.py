@@ -35,22 +35,22 @@ def measure(values: jax.Array, axes: int | Sequence[int] | None = None) -> Momen
     )
 
 
-def pool(parts: Moments) -> Moments:
+def pool(shards: Moments) -> Moments:
     """The moments of D shards of equal size taken together, from those of each, [D, ...] (Chan et al., 1979).
 
     The variance includes the spread of their means.
     """
-    mean = parts.mean.mean(0)
-    variance = (parts.variance + (parts.mean - mean[None]) ** 2).mean(0)
-    return Moments(count=parts.count.sum(0), mean=mean, variance=variance)
+    mean = shards.mean.mean(0)
+    variance = (shards.variance + (shards.mean - mean[None]) ** 2).mean(0)
+    return Moments(count=shards.count.sum(0), mean=mean, variance=variance)
 
 
-def merge(moments: Moments, parts: Moments) -> Moments:
-    """The moments after counting in D shards of new values, of which `parts` holds the moments [D, ...].
+def merge(moments: Moments, shards: Moments) -> Moments:
+    """The moments after counting in D shards of new values, of which `shards` holds the moments [D, ...].
 
     Pairwise, and so numerically stable (Chan et al., 1979).
     """
-    new = pool(parts)
+    new = pool(shards)
     count = moments.count + new.count
     share = new.count / count
     delta = new.mean - moments.mean
@@ -98,10 +98,10 @@ def measure_observations(moments: Any, obs: Any) -> Any:
     return jax.tree.map(measure_part, moments, obs, is_leaf=_is_part)
 
 
-def merge_observations(moments: Any, parts: Any) -> Any:
+def merge_observations(moments: Any, shards: Any) -> Any:
     """The moments of every part of an observation after counting in those of D shards, leaves [D, ...]."""
     return jax.tree.map(
-        lambda old, new: merge(old, new) if isinstance(old, Moments) else old, moments, parts, is_leaf=_is_part
+        lambda old, new: merge(old, new) if isinstance(old, Moments) else old, moments, shards, is_leaf=_is_part
     )
 
 

@@ -53,7 +53,7 @@ def update(
         loss: (params, minibatch, hyperparams) -> loss, report.
         optimizer: hyperparams -> optax transformation.
         config: of the PPO.
-        axis_name: mesh axis of the shards, each with an equal part of every minibatch; () for one shard.
+        axis_name: mesh axis of the shards, each with an equal share of every minibatch; () for one shard.
 
     Returns:
         `params`, `opt_state`, and the report of the loss, means over the minibatches.
@@ -69,7 +69,7 @@ def update(
     def learn(carry, minibatch):
         params, opt_state, stopped = carry
         chosen, advantage, random = minibatch
-        minibatch = take(segments, chosen).replace(advantage=advantage)
+        minibatch = take(segments, chosen).replace(advantage=advantage)  # standardised
         (_, report), grads = jax.value_and_grad(loss, has_aux=True)(params, minibatch, hyperparams, **random)
         _check_report(report, config)
         report = {name: jnp.asarray(value, jnp.float32) for name, value in report.items()}

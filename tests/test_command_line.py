@@ -11,7 +11,10 @@ import pytest
 import xarray
 
 from purejaxppo import load
-from purejaxppo.cli.main import main
+from purejaxppo.cli.agents import RenderOptions
+from purejaxppo.cli.main import main, name_flags
+from purejaxppo.cli.sweep import SweepOptions
+from purejaxppo.cli.train import ResumeOptions, TrainOptions
 from purejaxppo.experiment.runs.saved import SavedRun
 
 pytestmark = pytest.mark.full
@@ -91,6 +94,27 @@ REFUSALS = [
     (["train", "CartPole-v1", "--gru-width", "8"], "segment_length=32"),
     (["envs", "--all"], "--all"),
 ]
+
+
+@pytest.mark.parametrize(
+    "options, arguments, sentence, expected",
+    [
+        (TrainOptions, [], "num_envs=6 must be 8 (try num_steps=4)", "--num-envs=6 must be 8 (try --num-steps=4)"),
+        (TrainOptions, [], "target_kl=1 and stop_on_kl=False", "--target-kl=1 and --no-stop-on-kl"),
+        (TrainOptions, [], "folder=runs/lr=1 holds (name=x)", "--out=runs/lr=1 holds (name=x)"),
+        (TrainOptions, [], "env='Cart' is not known", "env='Cart' is not known"),
+        (SweepOptions, ["--grid", "clip=fast"], "clip='fast' must be a number", "clip='fast' must be a number"),
+        (SweepOptions, [], "grid=clip must be A=B, such as clip=1", "--grid=clip must be A=B, such as clip=1"),
+        (SweepOptions, ["clip=fast"], "discount=2 and clip=3", "--discount=2 and clip=3"),
+        (ResumeOptions, [], "call fit(..., folder=...) again", "call fit(..., folder=...) again"),
+        (ResumeOptions, [], "folder=x cannot be written", "folder=x cannot be written"),
+        (RenderOptions, [], "path=a.png must end in .gif", "--out=a.png must end in .gif"),
+        (RenderOptions, [], "learning_rate=1 seed=0 is not trained", "learning_rate=1 seed=0 is not trained"),
+        (None, [], "folder=x", "folder=x"),
+    ],
+)
+def test_errors_name_flags_and_nothing_else(options, arguments, sentence, expected):
+    assert name_flags(sentence, options, arguments) == expected
 
 
 @pytest.mark.parametrize("arguments, words", REFUSALS)

@@ -1,5 +1,6 @@
 """`purejaxppo bench` and `purejaxppo envs`."""
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,7 +39,6 @@ def bench(arguments: list[str]) -> int:
         raise ValueError(f"seconds={options.seconds} must be a positive number")
 
     from purejaxppo.experiment.bench import bench as measure
-    from purejaxppo.experiment.files import save_json
     from purejaxppo.experiment.provenance import as_json, describe_machine
 
     ppo = make(options)
@@ -58,7 +58,7 @@ def bench(arguments: list[str]) -> int:
     if options.out:
         hyperparams = {name: as_json(options.hyperparams.get(name)) for name in options.hyperparams.names}
         work = {"env": options.env, "config": asdict(options.config), "hyperparams": hyperparams}
-        save_json(options.out, work | machine | results)
+        options.out.write_text(json.dumps(work | machine | results, indent=2) + "\n")
     return 0
 
 

@@ -4,14 +4,16 @@ import importlib
 import re
 import sys
 import warnings
+from dataclasses import fields
+from typing import Any
+
+from purejaxppo.config import Config, Hyperparams
 
 # Command -> the module here that has it, as a function of the same name.
 COMMANDS = {
     "train": "train", "resume": "train", "sweep": "sweep", "plot": "sweep", "evaluate": "agents", "render": "agents",
     "export": "agents", "show": "agents", "bench": "bench", "envs": "bench",
 }  # fmt: skip
-# Arguments of the library that have another name here.
-FLAGS = {"folder": "out", "path": "out"}
 
 USAGE = """usage: purejaxppo COMMAND ...
 
@@ -38,29 +40,46 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if command not in COMMANDS:
         return _refuse(f"unknown command {command!r} (known: {', '.join(COMMANDS)})")
-    run = getattr(importlib.import_module(f"purejaxppo.cli.{COMMANDS[command]}"), command)
+    module = importlib.import_module(f"purejaxppo.cli.{COMMANDS[command]}")
+    run, options = getattr(module, command), getattr(module, f"{command.capitalize()}Options", None)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
             return run(rest)
     except ValueError as error:
-        return _refuse(_name_flags(str(error), rest))
+        return _refuse(name_flags(str(error), options, rest))
     except KeyboardInterrupt:
         return _refuse("interrupted", status=130)
 
 
-def _name_flags(sentence: str, arguments: list[str]) -> str:
-    """The sentence of an error with flags in place of the library's arguments, unless the caller wrote those."""
+def name_flags(sentence: str, options: Any, arguments: list[str]) -> str:
+    """The sentence of an error with flags in place of the arguments of the library.
+
+    The first word is translated if the command has such a flag. The others are if all are settings of the algorithm,
+    as in a sentence about two of them, or in a remedy. What the caller wrote as `name=value` stays.
+
+    Args:
+        sentence: of a ValueError.
+        options: the dataclass of the command's flags, or None.
+        arguments: what the caller wrote.
+    """
+    own = {field.name for field in fields(options)} - {"env", "folder"} if options else set()
+    algorithm = {field.name for kind in (Config, Hyperparams) for field in fields(kind)} if "config" in own else set()
+    has_folder = bool(options) and "folder" in options.__dataclass_fields__  # an argument without a flag
+    renamed = {"path": "out", **({} if has_folder else {"folder": "out"})} if "out" in own else {}
     written = {"env", *re.findall(r"(?<!-)\b(\w+)=", " ".join(a for a in arguments if not a.startswith("--")))}
 
     def flag(match: re.Match) -> str:
         name, value = str(match[1]), str(match[2])
-        if name in written:
-            return str(match[0])
-        kebab = FLAGS.get(name, name).replace("_", "-")
+        kebab = renamed.get(name, name).replace("_", "-")
         return {"True": f"--{kebab}", "False": f"--no-{kebab}"}.get(value, f"--{kebab}={value}")
 
-    return re.sub(r"(?<![\w.{'\"-])([a-z]\w*)=(True\b|False\b|[^\s=])", flag, sentence)
+    first = re.match(r"(\w+)=", sentence)
+    if not first or first[1] in written or first[1] not in own | algorithm | renamed.keys():
+        return sentence
+    if first[1] not in algorithm:
+        return re.sub(r"^(\w+)=(\S)", flag, sentence)
+    return re.sub(rf"\b({'|'.join(algorithm - written)})=(True\b|False\b|\S)", flag, sentence)
 
 
 def _refuse(sentence: str, status: int = 2) -> int:

@@ -1,7 +1,6 @@
 """What the commands that train share: flags made from `Config` and `Hyperparams`, on top of a preset."""
 
 import datetime
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,15 +84,24 @@ def complete(options: Any, name: str) -> Any:
     return options if options.out else replace(options, out=Path("runs") / f"{name}-{time}")
 
 
+def cache(options: TrainingOptions):
+    """Caches compiled programs if asked. Raises ValueError if the folder cannot be made."""
+    from purejaxppo.experiment.program import cache_compilation
+
+    if options.compile_cache is not None:
+        try:
+            cache_compilation(options.compile_cache)
+        except ValueError as error:
+            raise ValueError(str(error).replace("folder=", "compile_cache=", 1)) from None
+
+
 def make(options: TrainingOptions) -> PPO:
     """Makes the PPO that the options describe. Raises ValueError if they do not fit together."""
     import jax
 
-    from purejaxppo.experiment.program import cache_compilation
     from purejaxppo.ppo import make_ppo
 
-    if options.compile_cache is not None:
-        cache_compilation(options.compile_cache)
+    cache(options)
     ppo = make_ppo(options.env, options.config)
     jax.eval_shape(lambda key: ppo.init(key, options.hyperparams), jax.random.key(0))
     return ppo
@@ -101,7 +109,6 @@ def make(options: TrainingOptions) -> PPO:
 
 def draw_without_screen():
     """Has matplotlib draw into files, whatever screen there is."""
-    os.environ["MPLBACKEND"] = "Agg"
     import matplotlib
 
     matplotlib.use("Agg")

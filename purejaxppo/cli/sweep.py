@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from purejaxppo.cli.options import TrainingOptions, check_counts, complete, draw_without_screen, parse
+from purejaxppo.cli.options import TrainingOptions, cache, check_counts, complete, draw_without_screen, parse
 from purejaxppo.config import Config, spec_of
 
 
@@ -58,15 +58,13 @@ def sweep(arguments: list[str]) -> int:
     """Prints the plan, trains, prints a ranking, and leaves data and plots."""
     options, table = _parse_sweep(arguments)
 
-    from purejaxppo.experiment.program import cache_compilation
     from purejaxppo.experiment.report.ranking import as_table
     from purejaxppo.experiment.sweeps.plan import plan_sweep
     from purejaxppo.experiment.sweeps.run import run_sweep
     from purejaxppo.experiment.sweeps.sweep import Sweep
 
     wanted = Sweep(options.env, table, options.num_seeds, options.config, options.hyperparams, options.seed)
-    if options.compile_cache is not None:
-        cache_compilation(options.compile_cache)
+    cache(options)
     print(wanted, flush=True)
     plan = plan_sweep(wanted, options.out, slice_size=options.slice_size)
     print(plan, flush=True)

@@ -30,7 +30,7 @@ def bench(
     seconds: float,
     report: Callable[[str], Any] = print,
 ) -> dict[str, Any]:
-    """Measures training for each number of seeds, then the stages of a cycle; returns plain data.
+    """Measures training for each number of seeds, then the stages of an update; returns plain data.
 
     Every time is a median after a warm-up and without compilation; rates of training also have the least and the most.
 
@@ -66,14 +66,14 @@ def bench(
 
 
 def time_training(ppo: PPO, hyperparams: Hyperparams, num_seeds: int, *, rounds: int, seconds: float) -> dict[str, Any]:
-    """Environment steps per second, over all runs, of whole cycles that train in one call.
+    """Environment steps per second, over all runs, of whole updates that train in one call.
 
     Args:
         ppo: of one run.
         hyperparams: of every run.
         num_seeds: number of runs.
         rounds: repetitions.
-        seconds: approximate length of a repetition, which has at least one cycle.
+        seconds: approximate length of a repetition, which has at least one update.
 
     Returns:
         Median, least and most of the rates, the seconds of compilation, and how the runs are divided into slices and
@@ -106,11 +106,11 @@ def time_training(ppo: PPO, hyperparams: Hyperparams, num_seeds: int, *, rounds:
 
 
 def time_stages(ppo: PPO, hyperparams: Hyperparams, *, rounds: int, seconds: float) -> list[tuple[str, float, float]]:
-    """The stages of a cycle: name, milliseconds, share of the cycle. Each stage is measured as a separate program.
+    """The stages of an update: name, milliseconds, share of the update. Each stage is measured as a separate program.
 
-    "acting" is the rollout minus the environment; "learning" is the update minus drawing its shuffles (it includes
+    "acting" is the rollout minus the environment; "learning" is the epochs minus drawing its shuffles (it includes
     gathering the minibatches). A stage measured alone, whose inputs and outputs are read and written once per round,
-    may take more or less time than inside the cycle. "other" is the cycle minus the sum, and may be negative.
+    may take more or less time than inside the update. "other" is the whole update minus the sum, and may be negative.
 
     Args:
         ppo: of one run.
@@ -119,15 +119,15 @@ def time_stages(ppo: PPO, hyperparams: Hyperparams, *, rounds: int, seconds: flo
         seconds: approximate length of two repetitions.
     """
     state = first_state(ppo, jax.random.key(0), hyperparams)
-    statics = {"network": ppo.network, "config": ppo.config}
+    fixed = {"network": ppo.network, "config": ppo.config}
     now = jax.tree.map(jnp.asarray, state.hyperparams.at(0, ppo.config))
     state, rollout = jax.jit(ppo.collect)(state)
-    advantages = partial(estimate, **statics)
+    advantages = partial(estimate, **fixed)
     batch = jax.jit(advantages)(state.policy, rollout, rollout.reward, state.actors.memory, now)
-    learn = partial(update, loss=partial(ppo.loss, **statics), optimizer=ppo.optimizer, config=ppo.config)
+    learn = partial(update, loss=partial(ppo.loss, **fixed), optimizer=ppo.optimizer, config=ppo.config)
     data = state, now, rollout, batch
     stages = {
-        "cycle": lambda key, state, *_: ppo.step(state.replace(key=key)),
+        "whole": lambda key, state, *_: ppo.step(state.replace(key=key)),
         "rollout": lambda key, state, *_: ppo.collect(state.replace(key=key)),
         "environment": lambda key, state, *_: play(key, state.actors.env_state, state.env_params, ppo),
         "advantages": lambda key, state, now, rollout, batch: advantages(
@@ -146,8 +146,8 @@ def time_stages(ppo: PPO, hyperparams: Hyperparams, *, rounds: int, seconds: flo
         "shuffling": times["shuffling"],
         "learning": times["update"] - times["shuffling"],
     }
-    shares["other"] = times["cycle"] - sum(shares.values())
-    return [(name, 1000 * taken, taken / times["cycle"]) for name, taken in shares.items()]
+    shares["other"] = times["whole"] - sum(shares.values())
+    return [(name, 1000 * taken, taken / times["whole"]) for name, taken in shares.items()]
 
 
 def play(key: jax.Array, env_state: Any, env_params: Any, ppo: PPO) -> tuple[Any, tuple[Any, jax.Array]]:

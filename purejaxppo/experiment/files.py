@@ -50,9 +50,12 @@ def replace_file(path: Path, write: Callable[[Path], Any]):
     `write` is given the path of the file beside it, whose name ends in .half.
     """
     half = path.with_name(f"{path.name}.{os.getpid()}.half")
-    write(half)
-    flush_to_disk(half)
-    os.replace(half, path)
+    try:
+        write(half)
+        flush_to_disk(half)
+        os.replace(half, path)
+    finally:
+        half.unlink(missing_ok=True)
 
 
 def flush_to_disk(path: Path):

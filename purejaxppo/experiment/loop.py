@@ -36,7 +36,14 @@ def chunks(
 
 
 def step_bar(*, total: int | None = None, initial: int = 0, description: str = "", progress: bool = True) -> tqdm:
-    """A progress bar that counts environment steps; it stays silent without a terminal, or if `progress` is off."""
+    """A progress bar that counts environment steps; without a terminal it is silent.
+
+    Args:
+        total: steps in the end.
+        initial: steps at the start.
+        description: text before the bar.
+        progress: whether to show it.
+    """
     return tqdm(
         total=total, initial=initial, desc=description or None, unit=" steps", unit_scale=True, mininterval=0.2,
         disable=None if progress else True,

@@ -86,7 +86,8 @@ def compile_training(ppo: PPO, state: Any, num_updates: int | None = None, *, sl
         state: a state, or its shapes.
         num_updates: maximum updates per call, by default those of the config.
         slice_size: runs of a batch that train together. By default all on an accelerator; on a CPU few enough to stay
-            in a core's cache, with the slices side by side on the cores.
+            in a core's cache, with the slices side by side on the cores: one large batch leaves the caches, and its
+            threads wait for each other.
     """
     if state.num_updates.ndim > 1:
         raise ValueError("a state of a batch of batches cannot be trained; give runs one leading axis")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 from flax.errors import FlaxError
 
 from purejaxppo.envs.base import Box, Discrete, action_space, bound_action, observation_space
-from purejaxppo.experiment.files import save_arrays, to_arrays
+from purejaxppo.experiment.files import to_arrays
 from purejaxppo.networks.actor_critic import make_network
 from purejaxppo.ppo import PPO, bind
 from purejaxppo.rollout import Policy, add_time, apply_policy
@@ -50,7 +50,7 @@ def export(
     env_params = ppo.env.params if env_params is None else env_params
     if path.suffix == ".npz":
         arrays, lines = _as_numpy(ppo, policy, env_params, path)
-        save_arrays(path, arrays)
+        np.savez(path, **cast(dict[str, Any], arrays))
         return lines
     path.write_bytes(_as_stablehlo(ppo, policy, env_params, platforms))
     memory = ", memory, first" if jax.tree.leaves(ppo.network.initial_memory(1)) else ""

@@ -46,14 +46,16 @@ def load(folder: str | Path, ppo: PPO | None = None, *, make: Callable = make_pp
 
     Args:
         folder: what `fit`, `run_sweep` or the command line wrote.
-        ppo: the PPO that a run was trained with, unless that was `make_ppo(name, config)`.
+        ppo: the PPO of the training, unless that was `make_ppo(name, config)`; in a sweep that of every run.
         make: `make(env, config)` makes the PPOs of a sweep.
 
     Raises:
         ValueError: if the folder holds neither, an unfinished run, or damaged files.
     """
     if kind_of(folder) == "sweep":
-        return load_sweep(folder, make)
+        return load_sweep(folder, make if ppo is None else lambda *_: ppo)
+    if make is not make_ppo:
+        raise ValueError(f"make is for sweeps, and {folder} holds none (give the PPO of a run as ppo=)")
     return load_run(folder, ppo)
 
 

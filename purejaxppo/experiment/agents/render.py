@@ -87,7 +87,7 @@ def render(env_name: str, episode: Episode, path: str | Path, env_params: Any = 
         An IPython image, which a notebook shows, or the path if IPython is not installed.
 
     Raises:
-        ValueError: for an environment that gymnax does not draw.
+        ValueError: for an environment that gymnax does not draw (the episode has its states).
     """
     path = Path(path)
     check_drawable(env_name, path)

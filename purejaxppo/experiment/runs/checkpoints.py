@@ -48,7 +48,14 @@ class Checkpoints:
         return sorted((path for path in found if path.suffix != ".half"), reverse=True)
 
     def save(self, num_updates: int, state: Any, metrics: xarray.Dataset, settings: RunSettings):
-        """Writes the checkpoint after `num_updates` updates and removes the oldest; a kill at any moment is safe."""
+        """Writes a checkpoint and removes the oldest; a kill at any moment is safe.
+
+        Args:
+            num_updates: updates that the state has done.
+            state: of the run.
+            metrics: of all updates so far.
+            settings: of the run.
+        """
         import orbax.checkpoint as ocp
 
         path = self.folder / "checkpoints" / f"{num_updates:010d}"

@@ -110,12 +110,21 @@ def open_journal(
 ) -> Journal:
     """The journal of a run that starts from `state`, or resumes from the newest intact checkpoint of its folder.
 
-    Raises ValueError if the folder cannot be written, holds another run or a sweep, or if all checkpoints are damaged.
+    Args:
+        ppo: of the run.
+        state: the first state.
+        folder: of the run; None keeps everything in memory.
+        keep: newest checkpoints to keep.
+        save_every: seconds between two checkpoints.
+        notes: JSON data to keep in settings.json.
+
+    Raises:
+        ValueError: if the folder cannot be written, holds another run or a sweep, or if all checkpoints are damaged.
     """
-    settings = describe_run(ppo, state, notes)
     if folder is None:
-        return Journal(ppo, state, settings, None, save_every)
-    folder = Path(folder)
+        # Nothing is compared or written: describing a run would copy all its numbers from the device.
+        return Journal(ppo, state, RunSettings(ppo.env.name, ppo.config, {}, {}, None, []), None, save_every)
+    folder, settings = Path(folder), describe_run(ppo, state, notes)
     checkpoints = Checkpoints(folder, keep)
     kind = kind_of(folder)
     if kind == "sweep":

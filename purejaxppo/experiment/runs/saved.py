@@ -39,21 +39,29 @@ class SavedRun:
     """With the seed as leading axis if the run was a batch."""
     metrics: xarray.Dataset
 
-    def state(self) -> TrainState:
+    def state(self, hyperparams: Hyperparams | None = None) -> TrainState:
         """The whole state of the newest intact checkpoint, ready to train further.
 
-        Raises ValueError if every checkpoint is damaged or none is left.
+        `hyperparams` must be given if some are schedules, of which settings.json keeps only the numbers. Raises
+        ValueError if every checkpoint is damaged or none is left.
         """
         checkpoint = Checkpoints(self.folder).newest()
         if checkpoint is None:
             raise ValueError(
                 f"{self.folder} has no checkpoint, so the whole state is lost (policy and metrics can still be loaded)"
             )
-        return from_arrays(checkpoint.arrays, _state_like(self.ppo, self.settings), str(checkpoint.path))
+        return from_arrays(checkpoint.arrays, _state_like(self.ppo, self.settings, hyperparams), str(checkpoint.path))
 
 
 def save(folder: Path, settings: RunSettings, metrics: xarray.Dataset, policy: Policy):
-    """Writes what `load_run` reads; the dimension `run` of a batch is named `seed` there."""
+    """Writes what `load_run` reads; the dimension `run` of a batch is named `seed` there.
+
+    Args:
+        folder: of the run.
+        settings: at its end.
+        metrics: of all updates.
+        policy: at its end.
+    """
     metrics = metrics.rename(run="seed") if "run" in metrics.dims else metrics
     save_dataset(folder / "metrics.nc", metrics)
     write_settings(folder, settings)
@@ -104,8 +112,8 @@ def remake(settings: RunSettings, num_devices: int = 1, config: Config | None = 
     return ppo if settings.num_runs is None else batched(ppo)
 
 
-def _state_like(ppo: PPO, settings: RunSettings):
+def _state_like(ppo: PPO, settings: RunSettings, hyperparams: Hyperparams | None = None):
     """Shapes of the state of a run."""
     split = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), settings.num_runs or 1))
     keys = split if settings.num_runs else jax.eval_shape(lambda: jax.random.key(0))
-    return jax.eval_shape(ppo.init, keys, settings.to_hyperparams())
+    return jax.eval_shape(ppo.init, keys, hyperparams or settings.to_hyperparams())

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,11 @@ class RunSettings:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "RunSettings":
-        """The settings that `to_json` wrote. Raises KeyError or TypeError if a field is missing or not known."""
+        """The settings that `to_json` wrote; unknown keys are ignored. Raises KeyError for a missing one."""
         known = {f.name for f in fields(cls)}
-        for name in ("env", "config", "hyperparams", "env_params", "num_runs", "first_key"):
-            data[name]
+        missing = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING} - data.keys()
+        if missing:
+            raise KeyError(min(missing))
         return cls(
             **{name: value for name, value in data.items() if name in known - {"config", "sessions"}},
             config=Config(**data["config"]),

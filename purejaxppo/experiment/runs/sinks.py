@@ -192,7 +192,7 @@ def check_package(name: str):
     """Raises ValueError if the package is missing that the sink of this name needs (see `make_sink`)."""
     package = {"tensorboard": "tensorboardX", "wandb": "wandb"}.get(name)
     if package and importlib.util.find_spec(package) is None:
-        raise ValueError(f"log={name} needs {package} (pip install {package})")
+        raise ValueError(f"the sink {name!r} needs {package} (pip install {package})")
 
 
 def make_sink(name: str, folder: Path) -> Sink:

@@ -136,7 +136,14 @@ def plan_sweep(
 
 
 def pending_slices(sweep: Sweep, group: Group, stored: Sequence[Slice], slice_size: int) -> list[Slice]:
-    """The slices of a group that are still to train: unfinished ones, then those of runs that have none yet."""
+    """The slices of a group that are still to train: unfinished ones, then those of runs that have none yet.
+
+    Args:
+        sweep: has the runs.
+        group: of its settings.
+        stored: all slices so far.
+        slice_size: runs of a new slice.
+    """
     names = sweep.runs(group.settings)
     of_group = [slice_ for slice_ in stored if slice_.runs[0] in names]
     unfinished = [slice_ for slice_ in of_group if slice_.num_updates < group.config.num_updates]

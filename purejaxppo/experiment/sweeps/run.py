@@ -114,6 +114,8 @@ class Session:
         try:
             done, config = wave[0].num_updates, compiled.group.config
             first_state, metrics = self.load_wave(compiled, wave)
+            if self.interrupt.is_set():
+                return
             num_runs = len({name for slice_ in wave for name in slice_.runs})
             timer = Timer(self.save_every)
             for state, new in chunks(compiled.program, first_state, done, config.num_updates, donate=True):
@@ -138,14 +140,25 @@ class Session:
             runs = self.sweep.runs(compiled.group.settings)
             members = [runs[name] for slice_ in filled for name in slice_.runs]
             return compiled.start(*run_arguments(self.sweep, compiled.ppo, members)), []
-        loaded = [self.slices.load(slice_.name) for slice_ in filled]
+        loaded = [self.slices.load(slice_.name) for slice_ in wave]
+        loaded += [loaded[-1]] * (compiled.num_devices - len(wave))
         arrays = {name: np.concatenate([slice_.state[name] for slice_ in loaded]) for name in loaded[0].state}
         shardings = jax.tree.map(lambda x: x.sharding, compiled.like)
         state = jax.device_put(from_arrays(arrays, compiled.like), shardings)
         return state, [{n: np.concatenate([slice_.metrics[n] for slice_ in loaded]) for n in loaded[0].metrics}]
 
     def store_wave(self, compiled: CompiledGroup, wave: Sequence[Slice], state: Any, metrics: list[dict]) -> dict:
-        """Stores every slice of a wave as it is now; returns the metrics of all its chunks as one."""
+        """Stores every slice of a wave as it is now.
+
+        Args:
+            compiled: the group.
+            wave: the slices.
+            state: of the wave.
+            metrics: of its chunks so far.
+
+        Returns:
+            The metrics of all chunks as one.
+        """
         arrays = to_arrays(state)
         joined = {name: np.concatenate([chunk[name] for chunk in metrics], axis=1) for name in metrics[0]}
         for i, slice_ in enumerate(wave):

@@ -24,7 +24,7 @@ from purejaxppo.experiment.files import (
     save_json,
 )
 from purejaxppo.experiment.provenance import describe_machine
-from purejaxppo.experiment.sweeps.sweep import Sweep
+from purejaxppo.experiment.sweeps.sweep import Sweep, name_run
 from purejaxppo.text import show_setting
 
 
@@ -166,8 +166,8 @@ def _check_same(folder: Path, sweep: Sweep):
             f"folder={folder} holds another sweep, with {name}={old.get(name)} instead of {new.get(name)} "
             "(name another folder)"
         )
-    rows = sweep.table.rows()
-    missing = [row for row in stored.table.rows() if row not in rows]
+    wanted = {name_run(row, 0) for row in sweep.table.rows()}
+    missing = [row for row in stored.table.rows() if name_run(row, 0) not in wanted]
     if missing:
         raise ValueError(
             f"folder={folder} holds another sweep, with the setting {show_setting(missing[0])} (name another folder)"
