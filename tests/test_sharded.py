@@ -217,5 +217,5 @@ for call in (
 
 def test_a_state_without_the_axis_of_runs_is_refused_by_a_batch(key):
     ppo = pjp.make_ppo("CartPole-v1", SMALL)
-    with pytest.raises(ValueError, match="takes states with a leading axis R"):
+    with pytest.raises(ValueError, match="needs states with a leading axis R"):
         jax.eval_shape(pjp.batched(ppo).step, jax.eval_shape(ppo.init, key))
