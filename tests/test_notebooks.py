@@ -18,6 +18,8 @@ def test_a_notebook_runs(path):
 def test_a_notebook_is_short_and_kept_with_its_outputs(path):
     import json
 
-    cells = json.loads(path.read_text())["cells"]
+    text = path.read_text()
+    assert "site-packages" not in text and "/tmp/" not in text  # paths of the machine that ran it
+    cells = json.loads(text)["cells"]
     assert len(cells) <= 10
     assert all(cell["outputs"] for cell in cells if cell["cell_type"] == "code")
