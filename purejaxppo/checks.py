@@ -1,5 +1,6 @@
 """Checks of the numbers and words that a user gives; each raises a ValueError of one sentence."""
 
+import math
 from dataclasses import Field
 from typing import Any, Literal
 
@@ -62,7 +63,8 @@ def check_range(
 
 def nearest_divisors(number: int, wanted: int) -> str:
     """The remedy of an error message: the divisors of a number just below and above the one wanted."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, min(math.isqrt(number), 10**5) + 1) if number % d == 0]
+    divisors = sorted({*small, *(number // d for d in small)})
     below = [d for d in divisors if d < wanted][-1:]
     above = [d for d in divisors if d > wanted][:1]
     return "try " + " or ".join(map(str, below + above))

@@ -11,6 +11,8 @@ from flax import struct
 
 from purejaxppo.checks import check_choice, check_range, check_whole, nearest_divisors
 
+MAX_INT = 2**31 - 1
+
 if TYPE_CHECKING:
     Traced = Any  # a number, an array, or a schedule
 else:
@@ -84,14 +86,14 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("num_envs", "num_steps", "num_updates", "num_epochs", "num_minibatches", "segment_length"):
-            check_whole(name, getattr(self, name), at_least=1)
+            check_whole(name, getattr(self, name), at_least=1, at_most=MAX_INT)
         for name in ("gru_width", "resets_per_step"):
-            check_whole(name, getattr(self, name), at_least=0)
+            check_whole(name, getattr(self, name), at_least=0, at_most=MAX_INT)
         if not isinstance(self.widths, (tuple, list)):
             raise ValueError(f"widths={self.widths!r} must be a sequence of whole numbers, such as (64, 64)")
         object.__setattr__(self, "widths", tuple(self.widths))
         for width in self.widths:
-            check_whole("widths", width, at_least=1)
+            check_whole("widths", width, at_least=1, at_most=MAX_INT)
         for option in fields(self):
             check_choice(option, getattr(self, option.name))
         for name in ("observation_clip", "reward_clip", "initial_std"):

@@ -2,11 +2,12 @@
 
 import json
 import os
+import stat
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,22 @@ def flush_to_disk(path: Path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a file for reading. Raises ValueError for a folder, a pipe or a device, whose reading might never end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("it is not a regular file")
+    return open(path, "rb")
+
+
+def read_bytes(path: Path, at_most: int) -> bytes:
+    """The contents of a file. Raises ValueError if it is not a regular file, or larger than `at_most` bytes."""
+    with open_regular(path) as file:
+        data = file.read(at_most + 1)
+    if len(data) > at_most:
+        raise ValueError(f"it has more than {at_most:,} bytes")
+    return data
 
 
 def save_json(path: Path, data: Any):

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
@@ -18,7 +18,29 @@ import purejaxppo
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "gymnax", "numpy")
 
 
-def describe_machine() -> dict:
+class Device(TypedDict):
+    """The devices of a process, which are of one kind."""
+
+    platform: str
+    kind: str
+    count: int
+
+
+class Machine(TypedDict):
+    """What made a result: one process."""
+
+    versions: dict[str, str]
+    """Of purejaxppo, Python and `PACKAGES`."""
+    code: str | None
+    """See `code_version`."""
+    device: Device
+    cpu_cores: int | None
+    command: list[str]
+    started: str
+    """The time in UTC."""
+
+
+def describe_machine() -> Machine:
     """Versions, code, device, command and time of this process."""
     device = jax.devices()[0]
     return {

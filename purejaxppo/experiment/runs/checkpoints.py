@@ -20,6 +20,7 @@ import xarray
 
 from purejaxppo.checks import check_whole
 from purejaxppo.experiment.files import flush_to_disk, to_arrays
+from purejaxppo.experiment.records import OtherVersion, read_record
 from purejaxppo.experiment.runs.settings import RunSettings
 
 
@@ -92,6 +93,8 @@ class Checkpoints:
         for path in self.paths():
             try:
                 return _read(path)
+            except OtherVersion:
+                raise
             except Exception as error:  # whatever a library raises for damaged files
                 damaged.append(f"{path} is damaged ({error})")
                 warnings.warn(f"{damaged[-1]} and is skipped")
@@ -110,7 +113,7 @@ def _read(path: Path) -> Checkpoint:
             raise ValueError(f"{name} {'has changed since it was written' if name in found else 'is missing'}")
     arrays = ocp.PyTreeCheckpointer().restore((path / "state").absolute())
     metrics = xarray.load_dataset(path / "metrics.nc", engine="scipy")
-    settings = RunSettings.from_json(json.loads((path / "settings.json").read_text()))
+    settings = read_record(path / "settings.json", RunSettings.from_json)
     return Checkpoint(arrays, metrics, settings, path)
 
 

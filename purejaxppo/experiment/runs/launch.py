@@ -6,8 +6,11 @@ from pathlib import Path
 import jax
 
 from purejaxppo.batched import runs
+from purejaxppo.checks import check_whole
 from purejaxppo.config import Hyperparams
+from purejaxppo.experiment.files import SETTINGS
 from purejaxppo.experiment.program import first_state
+from purejaxppo.experiment.records import as_record
 from purejaxppo.experiment.runs.fit import Fit, fit
 from purejaxppo.experiment.runs.saved import remake
 from purejaxppo.experiment.runs.settings import RunSettings, read_settings
@@ -33,6 +36,13 @@ class Launch:
     """Updates between two evaluations; None for none."""
     log: tuple[str, ...] = ()
     """Names of sinks, see `make_sink`."""
+
+    def __post_init__(self):
+        for name, least in (("num_seeds", 1), ("seed", 0), ("num_devices", 1), ("keep", 1), ("evaluate_every", 1)):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name), at_least=least, at_most=2**31 - 1)
+        if not self.save_every >= 0:
+            raise ValueError(f"save_every={self.save_every} must be a number of seconds, at least 0")
 
 
 def launch_run(ppo: PPO, hyperparams: Hyperparams, launch: Launch, folder: str | Path, *, progress: bool = True) -> Fit:
@@ -78,7 +88,13 @@ def resume(folder: str | Path, *, num_updates: int | None = None, progress: bool
 
 
 def read_launch(settings: RunSettings, folder: str | Path) -> Launch:
-    """How a run was started. Raises ValueError if it was started in Python."""
+    """How a run was started. Raises ValueError if it was started in Python, or if its settings are damaged."""
     if "launch" not in settings.notes:
         raise ValueError(f"the run in {folder} was started in Python: call fit(..., folder=...) again to continue it")
-    return Launch(**settings.notes["launch"] | {"log": tuple(settings.notes["launch"]["log"])})
+    try:
+        launch = as_record(Launch, settings.notes["launch"], name="notes.launch")
+        if launch.num_seeds != settings.num_runs:
+            raise ValueError(f"num_seeds={launch.num_seeds} does not fit num_runs={settings.num_runs}")
+    except ValueError as error:
+        raise ValueError(f"{Path(folder) / SETTINGS} is damaged: {error} (every checkpoint has a copy of it)") from None
+    return launch

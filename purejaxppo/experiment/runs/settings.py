@@ -1,8 +1,7 @@
 """What a run is and what made it, as settings.json holds it."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from purejaxppo.checks import check_whole
 from purejaxppo.config import Config, Hyperparams
 from purejaxppo.experiment.files import SETTINGS, kind_of, name_leaf, save_json, to_arrays
-from purejaxppo.experiment.provenance import as_json, describe_machine
+from purejaxppo.experiment.provenance import Machine, as_json, describe_machine
+from purejaxppo.experiment.records import Numbers, as_record, complete_hyperparams, read_record
 from purejaxppo.ppo import PPO
 
 
@@ -23,19 +24,19 @@ class RunSettings:
     env: str
     """The name of the environment."""
     config: Config
-    hyperparams: dict[str, Any]
+    hyperparams: dict[str, Numbers]
     """Name -> a number, or a list of one per agent if they differ; of a schedule its numbers."""
-    env_params: dict[str, Any]
+    env_params: dict[str, Numbers]
     """The environment's parameters by their paths in the pytree."""
     num_runs: int | None
     """Agents of a batch; None for a run without a batch axis."""
-    first_key: list
+    first_key: Numbers
     """The random key of the first state, as its data."""
     notes: dict[str, Any] = field(default_factory=dict)
     """What the caller of `fit` wanted to keep; `launch` holds the options of `purejaxppo train`."""
     slice_size: int | None = None
     """Agents that train together in one program: another size would round differently."""
-    sessions: tuple[dict, ...] = ()
+    sessions: tuple[Machine, ...] = ()
     """Versions, code, device, command and time of every process that trained the run (see `describe_machine`)."""
     num_updates_done: int | None = None
     """Updates at the end of the last session that ended; None before."""
@@ -49,17 +50,22 @@ class RunSettings:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "RunSettings":
-        """The settings that `to_json` wrote; unknown keys are ignored. Raises KeyError for a missing one."""
-        known = {f.name for f in fields(cls)}
-        missing = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING} - data.keys()
-        if missing:
-            raise KeyError(min(missing))
-        return cls(
-            **{name: value for name, value in data.items() if name in known - {"config", "sessions"}},
-            config=Config(**data["config"]),
-            sessions=tuple(data.get("sessions", ())),
-        )
+    def from_json(cls, data: Any, lacking: list[str] | None = None) -> "RunSettings":
+        """The settings that `to_json` wrote. Raises ValueError for other data.
+
+        `lacking` receives the names of fields that the data lack, which have their defaults.
+        """
+        lacking = [] if lacking is None else lacking
+        settings = as_record(cls, data, lacking)
+        for name, least in (("num_runs", 1), ("slice_size", 1), ("num_updates_done", 0)):
+            if getattr(settings, name) is not None:
+                check_whole(name, getattr(settings, name), at_least=least)
+        num_runs, key = settings.num_runs, np.shape(settings.first_key)
+        if len(key) != 1 and (num_runs is None or key[:-1] != (num_runs,)):
+            raise ValueError(f"first_key of shape {key} does not fit num_runs={num_runs}")
+        if not settings.sessions:
+            raise ValueError("sessions=[] must have one entry or more")
+        return replace(settings, hyperparams=complete_hyperparams(settings.hyperparams, lacking))
 
     def identity(self) -> dict[str, Any]:
         """What must not change when a run resumes, flat: name -> value."""
@@ -105,13 +111,7 @@ def read_settings(folder: str | Path) -> RunSettings:
         raise ValueError(f"{folder} holds a sweep: to continue it, repeat the command or the call that started it")
     if kind is None:
         raise ValueError(f"{folder} holds no run: it has no {SETTINGS}")
-    try:
-        data = json.loads(path.read_text())
-        return RunSettings.from_json(data)
-    except KeyError as error:
-        raise ValueError(f"{path} does not describe a run: missing key {error}") from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error} (every checkpoint has a copy of it)") from None
+    return read_record(path, RunSettings.from_json, "every checkpoint has a copy of it")
 
 
 def write_settings(folder: Path, settings: RunSettings):

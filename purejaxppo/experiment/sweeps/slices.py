@@ -6,10 +6,10 @@ results.nc       all metrics, labelled: xarray.load_dataset opens it
 """
 
 import hashlib
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
@@ -23,7 +23,8 @@ from purejaxppo.experiment.files import (
     save_arrays,
     save_json,
 )
-from purejaxppo.experiment.provenance import describe_machine
+from purejaxppo.experiment.provenance import Machine, describe_machine
+from purejaxppo.experiment.records import as_record, read_record
 from purejaxppo.experiment.sweeps.sweep import Sweep, name_run
 from purejaxppo.text import show_setting
 
@@ -66,7 +67,7 @@ class Slices:
         arrays |= {f"state/{name}": x for name, x in slice_.state.items()}
         save_arrays(self.folder / "slices" / f"{slice_.name}.npz", {"runs": np.array(slice_.runs), **arrays})
 
-    def machine(self) -> dict:
+    def machine(self) -> Machine:
         """The machine of the last session, see `describe_machine`."""
         if self.folder is None:
             return describe_machine()
@@ -82,7 +83,7 @@ class Slices:
         slices = []
         for path in sorted((self.folder / "slices").glob("*.npz")):
             try:
-                slices.append(_read(path, only="num_updates"))
+                slices.append(_read_slice(path, only="num_updates"))
             except DAMAGE as error:
                 warnings.warn(f"{path} is damaged and is ignored; its runs are trained again ({error})")
         return slices
@@ -93,7 +94,7 @@ class Slices:
             return self._in_memory[name]
         path = self.folder / "slices" / f"{name}.npz"
         try:
-            return _read(path)
+            return _read_slice(path)
         except DAMAGE as error:
             raise ValueError(f"{path} is damaged: {error} (remove it and run the sweep again)") from None
 
@@ -124,21 +125,36 @@ def open_slices(folder: str | Path | None, sweep: Sweep) -> Slices:
 
 def read_sweep(folder: str | Path) -> Sweep:
     """The sweep that a folder holds. Raises ValueError if it holds none."""
-    path = Path(folder) / SWEEP
+    return _read(folder)[0]
+
+
+def read_sessions(folder: str | Path) -> list[Machine]:
+    """The machines that trained the sweep in a folder, one entry per call (see `describe_machine`)."""
+    return _read(folder)[1]
+
+
+def _read(folder: str | Path) -> tuple[Sweep, list[Machine]]:
     if kind_of(folder) != "sweep":
         raise ValueError(f"{folder} holds no sweep: it has no {SWEEP}")
-    try:
-        return Sweep.from_json(json.loads(path.read_text())["sweep"])
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+    return read_record(Path(folder) / SWEEP, _from_json, "results.nc has a copy of the sweep in its attributes")
 
 
-def read_sessions(folder: str | Path) -> list[dict]:
-    """The machines that trained the sweep in a folder, one entry per call (see `describe_machine`)."""
-    return json.loads((Path(folder) / SWEEP).read_text())["sessions"]
+class SweepRecord(TypedDict):
+    """The contents of sweep.json."""
+
+    sweep: Any
+    """See `Sweep.to_json`."""
+    sessions: list[Machine]
 
 
-def _read(path: Path, only: str = "") -> Slice:
+def _from_json(data: Any, lacking: list[str]) -> tuple[Sweep, list[Machine]]:
+    record = as_record(SweepRecord, data)
+    if not record["sessions"]:
+        raise ValueError("sessions=[] must have one entry or more")
+    return Sweep.from_json(record["sweep"], lacking), record["sessions"]
+
+
+def _read_slice(path: Path, only: str = "") -> Slice:
     """A slice from its file, with all leaves of the states, or `only` one."""
     kinds = {"metrics": {}, "state": {}}
     with np.load(path, allow_pickle=False) as file:

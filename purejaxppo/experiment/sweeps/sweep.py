@@ -4,17 +4,34 @@ import difflib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
-from typing import NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypedDict
 
 from purejaxppo.checks import check_whole
 from purejaxppo.config import EXTRA, Config, Hyperparams, spec_of
 from purejaxppo.experiment.presets import preset
-from purejaxppo.table import Table
+from purejaxppo.experiment.records import as_record, complete_hyperparams
+from purejaxppo.table import Table, paired
 from purejaxppo.text import align
 
 CONFIG_FIELDS = tuple(field.name for field in fields(Config))
 HYPERPARAM_FIELDS = Hyperparams().names
 ENV_PREFIX = "env."
+MAX_RUNS = 10**6
+
+
+Value = bool | int | float | str
+
+
+class SweepData(TypedDict):
+    """A sweep as JSON holds it."""
+
+    env: str
+    axes: list[dict[str, list[Value | list[Value]]]]
+    num_seeds: int
+    seed: int
+    config: Config
+    hyperparams: dict[str, float | Literal["inf", "-inf"]]
 
 
 class Group(NamedTuple):
@@ -52,6 +69,11 @@ class Sweep:
             raise ValueError(f"table={self.table!r} must be a Table, such as grid(learning_rate=[1e-4, 1e-3])")
         check_whole("num_seeds", self.num_seeds, at_most=2**31 - 1)
         check_whole("seed", self.seed, at_least=0, at_most=2**31 - 1)
+        if self.num_runs > MAX_RUNS:
+            raise ValueError(
+                f"num_seeds={self.num_seeds} of {len(self.table):,} settings make {self.num_runs:,} runs, more than "
+                f"the {MAX_RUNS:,} that a sweep can hold"
+            )
         object.__setattr__(self, "num_seeds", int(self.num_seeds))
         object.__setattr__(self, "seed", int(self.seed))
         default = preset(self.env)
@@ -130,19 +152,27 @@ class Sweep:
         }  # fmt: skip
 
     @classmethod
-    def from_json(cls, data: dict) -> "Sweep":
-        """The sweep that `to_json` wrote."""
+    def from_json(cls, data: Any, lacking: list[str] | None = None) -> "Sweep":
+        """The sweep that `to_json` wrote. Raises ValueError for other data.
+
+        `lacking` receives the names of fields that the data lack, which have their defaults.
+        """
+        lacking = [] if lacking is None else lacking
+        plain = as_record(SweepData, data, lacking)
         axes = [
-            {name: tuple(_from_number(name, value) for value in column) for name, column in axis.items()}
-            for axis in data["axes"]
+            {name: tuple(map(partial(_from_number, name), x)) for name, x in axis.items()} for axis in plain["axes"]
         ]
+        for axis in axes:
+            if not paired(**axis).names:  # raises for columns that are empty or not equally long
+                raise ValueError("axes must not be empty")
+        hyperparams = complete_hyperparams(plain["hyperparams"], lacking)
         return cls(
-            env=data["env"],
+            env=plain["env"],
             table=Table(tuple(axes)),
-            num_seeds=data["num_seeds"],
-            seed=data["seed"],
-            config=Config(**data["config"]),
-            hyperparams=Hyperparams().set({name: float(value) for name, value in data["hyperparams"].items()}),
+            num_seeds=plain["num_seeds"],
+            seed=plain["seed"],
+            config=plain["config"],
+            hyperparams=Hyperparams().set({name: float(value) for name, value in hyperparams.items()}),
         )
 
 
