@@ -49,7 +49,7 @@ def make_sweep():
 
 def read_run(folder):
     settings = read_settings(folder)
-    settings.to_hyperparams(), settings.identity(), read_launch(settings, folder)
+    assert settings.to_hyperparams() and settings.identity() and read_launch(settings, folder)
     return settings
 
 

@@ -10,6 +10,7 @@ from purejaxppo.cli.options import check_counts, check_file
 from purejaxppo.text import count, interval
 
 if TYPE_CHECKING:
+    from purejaxppo.experiment.provenance import Machine
     from purejaxppo.experiment.runs.settings import RunSettings
 
 
@@ -169,7 +170,7 @@ def _show_run(folder: Path, settings: "RunSettings"):
     print(f"  {'precision':<12} {config.matmul_precision}")
 
 
-def _show_session(session: dict):
+def _show_session(session: "Machine"):
     versions = ", ".join(f"{name} {version}" for name, version in session["versions"].items())
     device = session["device"]
     print(f"  {session['started']}  {' '.join(session['command'])}")
