@@ -121,7 +121,8 @@ def evolving(
         num_episodes = jnp.where(due, 0, num_episodes)
         return Population(runs=runs, key=key, fitness=fitness, num_episodes=num_episodes), metrics | {"parent": parent}
 
-    return replace_step(many, step)._replace(init=init, collect=collect, learn=learn, freeze=None)
+    changes = (*many.changes, partial(evolving, every=every, explore=explore, fraction=fraction, factors=factors))
+    return replace_step(many, step)._replace(init=init, collect=collect, learn=learn, freeze=None, changes=changes)
 
 
 def count_episodes(state: Population, metrics: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:

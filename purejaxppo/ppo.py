@@ -70,6 +70,7 @@ class PPO(NamedTuple):
     mesh: Any = None  # of devices that share the environments of a run (`sharded`) or the runs of a batch (`batched`)
     freeze: Callable | None = None  # state, next state, metrics -> next state, metrics; keeps runs that would turn nan
     custom: "Custom | None" = None  # the arguments of `with_step`
+    changes: tuple = ()  # functions that make it learn otherwise: custom steps and inits, `evolving`
 
     def __repr__(self) -> str:
         config = self.config
@@ -210,7 +211,8 @@ def with_step(ppo: PPO, step: Callable, init: Callable | None = None) -> PPO:
 
     bound = partial(bind, ppo.config.matmul_precision)
     new = replace_step(ppo, wraps(ppo.step)(bound(whole_step)))
-    return new._replace(init=wraps(ppo.init)(bound(whole_init)), custom=Custom(ppo, step, init))
+    changes = (*ppo.changes, step, *([init] if init else []))
+    return new._replace(init=wraps(ppo.init)(bound(whole_init)), custom=Custom(ppo, step, init), changes=changes)
 
 
 def replace_step(ppo: PPO, step: Callable) -> PPO:

@@ -9,7 +9,19 @@ import jax
 import numpy as np
 
 from purejaxppo.checks import check_whole
-from purejaxppo.text import align, show, show_setting, to_coordinate
+from purejaxppo.text import align, shorten, show, show_setting, to_coordinate
+
+
+class Named(str):
+    """A name in a table that stands for an object, such as a loss; it equals the bare name."""
+
+    value: Any
+
+    def __new__(cls, name: str, value: Any) -> "Named":
+        """The name `name` for `value`."""
+        named = super().__new__(cls, name)
+        named.value = value
+        return named
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,9 @@ def grid(**values: Any) -> Table:
          0.1      0.99
          0.2       0.9
          0.2      0.99
+
+    Environments, networks, losses, optimizers and steps are values too: functions have names, and a dict names the
+    others, as in `grid(loss={"ppo": ppo_loss, "spo": partial(ppo_loss, surrogate=spo)})`.
 
     Raises ValueError for an empty list, or a value given twice.
     """
@@ -167,13 +182,18 @@ def choice(*values: Any) -> Distribution:
 
 
 def _same(value: Any, wanted: Any) -> bool:
+    if isinstance(value, Named) and value.value is wanted:
+        return True
     return value == (tuple(wanted) if isinstance(wanted, list) else wanted) or to_coordinate(value) == wanted
 
 
 def _values(name: str, column: Any, distinct: bool = True) -> tuple:
     """A column as plain Python values."""
+    if isinstance(column, dict):
+        column = [Named(key, value) if isinstance(key, str) else key for key, value in column.items()]
     try:
-        values = [column] if isinstance(column, (str, dict)) or np.ndim(column) == 0 else list(column)
+        single = isinstance(column, str) or hasattr(column, "_fields") or np.ndim(column) == 0
+        values = [column] if single else list(column)
     except ValueError:  # lists of unequal length, such as widths
         values = list(column)
     values = tuple(_plain(name, value) for value in values)
@@ -181,6 +201,8 @@ def _values(name: str, column: Any, distinct: bool = True) -> tuple:
         raise ValueError(f"{name}=[] must be a list of one value or more")
     if distinct and len(set(values)) < len(values):
         again = next(value for value in values if values.count(value) > 1)
+        if isinstance(again, Named):
+            raise ValueError(f"{name} has two values called {again} (name them: {name}={{{str(again)!r}: ..., ...}})")
         raise ValueError(f"{name}={show(again)} is given twice (use num_seeds to repeat a setting)")
     return values
 
@@ -188,11 +210,21 @@ def _values(name: str, column: Any, distinct: bool = True) -> tuple:
 def _plain(name: str, value: Any) -> Any:
     if isinstance(value, (jax.Array, np.ndarray, np.generic)) and np.ndim(value) == 0:
         value = np.asarray(value).item()
+    if callable(value) or hasattr(value, "_fields") or hasattr(value, "step_env"):
+        return named(name, value)
     if isinstance(value, (tuple, list)):
         return tuple(_plain(name, entry) for entry in value)
     if isinstance(value, (bool, int, float, str)):
         return value
-    raise ValueError(f"{name}={value!r} must be a number, a word, True, False or a tuple of numbers")
+    raise ValueError(f"{name}={shorten(value)} must be a number, a word, True, False or a tuple of numbers")
+
+
+def named(field: str, value: Any) -> Named:
+    """A value of a field with its own name. Raises ValueError if it has none."""
+    name = getattr(value, "__name__", None) or getattr(value, "name", None)
+    if not isinstance(name, str) or name == "<lambda>":
+        raise ValueError(f"{field}={shorten(value)} has no name (give one: {field}={{'NAME': ...}})")
+    return Named(name, value)
 
 
 def _length(axis: dict) -> int:

@@ -14,10 +14,12 @@ from purejaxppo.experiment.files import SETTINGS, SWEEP
 from purejaxppo.experiment.provenance import as_json, describe_machine
 from purejaxppo.experiment.records import OtherVersion
 from purejaxppo.experiment.runs.launch import Launch, read_launch
-from purejaxppo.experiment.runs.settings import RunSettings, read_settings
-from purejaxppo.experiment.sweeps.slices import read_sessions, read_sweep
+from purejaxppo.experiment.runs.settings import RunSession, RunSettings, read_settings
+from purejaxppo.experiment.sweeps.slices import SweepSession, read_sessions, read_sweep
 
 MACHINE = describe_machine()
+RUN_SESSION: RunSession = {**MACHINE, "identity": {}}
+SWEEP_SESSION: SweepSession = {**MACHINE, "identities": {}}
 DEFAULTS = pjp.Hyperparams()
 
 
@@ -31,7 +33,7 @@ def make_settings():
         first_key=[[1, 2], [3, 4]],
         notes={"launch": dataclasses.asdict(Launch(2))},
         slice_size=1,
-        sessions=(MACHINE,),
+        sessions=(RUN_SESSION,),
         num_updates_done=3,
         compile_seconds=1.5,
     )
@@ -49,7 +51,7 @@ def make_sweep():
 
 def read_run(folder):
     settings = read_settings(folder)
-    assert settings.to_hyperparams() and settings.identity() and read_launch(settings, folder)
+    assert settings.to_hyperparams() and settings.constants() and read_launch(settings, folder)
     return settings
 
 
@@ -60,7 +62,7 @@ def read_whole_sweep(folder):
 # Name of the file, its data, and what reads it.
 FILES = {
     "run": (SETTINGS, make_settings().to_json(), read_run),
-    "sweep": (SWEEP, {"sweep": make_sweep().to_json(), "sessions": [MACHINE]}, read_whole_sweep),
+    "sweep": (SWEEP, {"sweep": make_sweep().to_json(), "sessions": [SWEEP_SESSION]}, read_whole_sweep),
 }
 DAMAGES = {
     "empty": "", "null": "null", "a list": "[]", "half": '{"env": "Cart', "nested": "[" * 10**5, "number": "1" * 5000,

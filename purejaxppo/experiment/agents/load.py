@@ -1,6 +1,6 @@
 """Loads what a folder holds: a run, a sweep, or the agents of either."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +38,14 @@ class Agents(NamedTuple):
         return jax.tree.map(lambda x: x[agent], self.policies)
 
 
-def load(folder: str | Path, ppo: PPO | None = None, *, make: Callable = make_ppo) -> SavedRun | SweepResult:
+def load(
+    folder: str | Path,
+    ppo: PPO | None = None,
+    *,
+    make: Callable = make_ppo,
+    values: Mapping[str, Mapping[str, Any]] | None = None,
+    allow_changed: Sequence[str] = (),
+) -> SavedRun | SweepResult:
     """Reads back what a folder holds: a run (see `SavedRun`) or a sweep (see `SweepResult`); nothing is unpickled.
 
         >>> saved = pjp.load(folder)
@@ -48,15 +55,18 @@ def load(folder: str | Path, ppo: PPO | None = None, *, make: Callable = make_pp
         folder: what `fit`, `run_sweep` or the command line wrote.
         ppo: the PPO of the training, unless that was `make_ppo(name, config)`; in a sweep that of every run.
         make: `make(env, config)` makes the PPOs of a sweep.
+        values: what swept names stand for, as {"loss": {"spo": spo_loss}}.
+        allow_changed: what may differ from the training, such as "network".
 
     Raises:
         ValueError: if the folder holds neither, an unfinished run, or damaged files.
     """
     if kind_of(folder) == "sweep":
-        return load_sweep(folder, make if ppo is None else lambda *_: ppo)
-    if make is not make_ppo:
-        raise ValueError(f"make is for sweeps, and {folder} holds none (give the PPO of a run as ppo=)")
-    return load_run(folder, ppo)
+        make = make if ppo is None else lambda *_, **__: ppo
+        return load_sweep(folder, make, values=values, allow_changed=allow_changed)
+    if make is not make_ppo or values:
+        raise ValueError(f"make and values are for sweeps, and {folder} holds none (give the PPO of a run as ppo=)")
+    return load_run(folder, ppo, allow_changed=allow_changed)
 
 
 def load_agents(folder: str | Path, ppo: PPO | None = None) -> Agents:

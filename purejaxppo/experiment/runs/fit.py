@@ -64,6 +64,7 @@ def fit(
     evaluate_every: int | None = None,
     sinks: Sequence[Callable[[xarray.Dataset], Any]] = (),
     notes: Mapping[str, Any] | None = None,
+    allow_changed: Sequence[str] = (),
 ) -> Fit:
     """Trains a run or a batch of runs from `state`, to the end of the run or for `num_updates` updates.
 
@@ -85,14 +86,15 @@ def fit(
         progress: whether to show a progress bar.
         folder: keeps the whole run: checkpoints, and at the end all that `load` reads. The same call resumes from the
             newest intact checkpoint; the result is that of an uninterrupted run, bit for bit on the same device and
-            package versions, otherwise it warns. A custom network, loss or optimizer must be the same again. More
-            updates in the config extend the run.
+            package versions, otherwise it warns. What was plugged in (environment, network, loss, optimizer, step) must
+            be the same again. More updates in the config extend the run.
         save_every: seconds between two checkpoints; one is written at the end too.
         keep: newest checkpoints to keep.
         evaluate_every: updates between two evaluations, in which each policy plays 128 whole episodes in fresh
             environments; their mean return is the metric `evaluation_return`.
         sinks: functions that are given the metrics of every chunk, see `pjp.sinks`.
         notes: JSON data to keep in the folder's settings.json.
+        allow_changed: what may differ from what the folder was trained with: names such as "loss" and "optimizer".
     """
     numbers = {"num_updates": num_updates, "updates_per_chunk": updates_per_chunk, "evaluate_every": evaluate_every}
     for name, number in numbers.items():
@@ -104,7 +106,9 @@ def fit(
         raise ValueError(
             f"this run is complete: its state has done all num_updates={last} of its config (raise it to extend)"
         )
-    journal = open_journal(ppo, state, folder, keep=keep, save_every=save_every, notes=notes)
+    journal = open_journal(
+        ppo, state, folder, keep=keep, save_every=save_every, notes=notes, allow_changed=allow_changed
+    )
     if journal.num_updates >= last:
         journal.complete()
         return Fit(ppo, journal.state, journal.metrics)

@@ -1,7 +1,7 @@
 """The state and the metrics of a run so far: in memory and, if the run has a folder, in checkpoints there."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 import xarray
 
 from purejaxppo.experiment.files import differing_fields, from_arrays, kind_of, make_writable
+from purejaxppo.experiment.identity import check_identity
 from purejaxppo.experiment.loop import Timer
 from purejaxppo.experiment.report.metrics import label
 from purejaxppo.experiment.runs import saved
@@ -42,13 +43,13 @@ class Journal:
             self._chunks = [xarray.concat(self._chunks, "updates", data_vars="minimal")]
         return self._chunks[0]
 
-    def resume_from(self, checkpoint: Checkpoint):
+    def resume_from(self, checkpoint: Checkpoint, allow_changed: Sequence[str] = ()):
         """Takes state, metrics and settings from a checkpoint, in which this process becomes the newest session.
 
-        Raises ValueError for the checkpoint of another run.
+        `allow_changed` names what may have another identity. Raises ValueError for the checkpoint of another run.
         """
         assert self.checkpoints is not None
-        _check_same(checkpoint.settings, self.settings, self.checkpoints.folder)
+        _check_same(checkpoint.settings, self.settings, self.checkpoints.folder, allow_changed)
         _warn_of_changes(checkpoint.settings, self.settings)
         state = from_arrays(checkpoint.arrays, jax.eval_shape(lambda: self.state), str(checkpoint.path))
         self.state = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), state, self.state)
@@ -107,6 +108,7 @@ def open_journal(
     keep: int = 2,
     save_every: float = 60.0,
     notes: Mapping[str, Any] | None = None,
+    allow_changed: Sequence[str] = (),
 ) -> Journal:
     """The journal of a run that starts from `state`, or resumes from the newest intact checkpoint of its folder.
 
@@ -117,6 +119,7 @@ def open_journal(
         keep: newest checkpoints to keep.
         save_every: seconds between two checkpoints.
         notes: JSON data to keep in settings.json.
+        allow_changed: what may have another identity than in the folder, see `identify_ppo`.
 
     Raises:
         ValueError: if the folder cannot be written, holds another run or a sweep, or if all checkpoints are damaged.
@@ -133,15 +136,15 @@ def open_journal(
     journal = Journal(ppo, state, settings, checkpoints, save_every)
     checkpoint = checkpoints.newest()
     if checkpoint:
-        journal.resume_from(checkpoint)
+        journal.resume_from(checkpoint, allow_changed)
     elif kind == "run":  # started, but killed before its first checkpoint
-        _check_same(read_settings(folder), settings, folder)
+        _check_same(read_settings(folder), settings, folder, allow_changed)
     return journal
 
 
-def _check_same(before: RunSettings, now: RunSettings, folder: Path):
+def _check_same(before: RunSettings, now: RunSettings, folder: Path, allow_changed: Sequence[str]):
     """Refuses the folder of another run; the same run with more updates is extended, with a warning."""
-    old, new = before.identity(), now.identity()
+    old, new = before.constants(), now.constants()
     differing = differing_fields(old, new)
     extended = "num_updates" in differing and new["num_updates"] > old["num_updates"]
     if extended:
@@ -149,6 +152,7 @@ def _check_same(before: RunSettings, now: RunSettings, folder: Path):
     if differing:
         fields = [f"{n}={shorten(old.get(n))} instead of {shorten(new.get(n))}" for n in differing]
         raise ValueError(f"folder={folder} holds another run, with {'; '.join(fields)} (name another folder)")
+    check_identity(before.identity, now.identity, folder, allow_changed)
     if extended:
         warnings.warn(
             f"the run in {folder} is extended from num_updates={old['num_updates']} to {new['num_updates']}; its "

@@ -7,6 +7,7 @@ policy.npz           numpy.load opens it: one array per parameter, with the seed
 learning_curve.png
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import xarray
 from purejaxppo.batched import batched
 from purejaxppo.config import Config, Hyperparams
 from purejaxppo.experiment.files import DAMAGE, from_arrays, save_arrays, save_dataset, to_arrays
+from purejaxppo.experiment.identity import DEFAULTS, check_loaded, identify_ppo
 from purejaxppo.experiment.runs.checkpoints import Checkpoints
 from purejaxppo.experiment.runs.settings import RunSettings, read_settings, write_settings
 from purejaxppo.ppo import PPO, TrainState, make_ppo
@@ -79,16 +81,25 @@ def remove_results(folder: Path):
         (folder / name).unlink(missing_ok=True)
 
 
-def load_run(folder: str | Path, ppo: PPO | None = None) -> SavedRun:
-    """Reads a run back from its folder; nothing is unpickled.
+def load_run(folder: str | Path, ppo: PPO | None = None, *, allow_changed: Sequence[str] = ()) -> SavedRun:
+    """Reads a run back from its folder; nothing is unpickled, and no code is imported.
 
-    `ppo` is the PPO that the run was trained with; it must be given unless that was `make_ppo(name, config)`. Raises
-    ValueError if the folder holds no run, an unfinished one, one of another shape, or damaged files.
+    Args:
+        folder: what `fit` wrote.
+        ppo: the PPO that the run was trained with; it must be given unless that was `make_ppo(name, config)`.
+        allow_changed: "env" or "network", if it may be another one than in the training.
+
+    Raises:
+        ValueError: if the folder holds no run, an unfinished one, one of another shape, one with another environment or
+            network, or damaged files.
     """
     folder = Path(folder)
     settings = read_settings(folder)
     if not is_complete(folder):
         raise ValueError(f"the run in {folder} is not finished (`purejaxppo resume {folder}` continues it)")
+    # Without a PPO a name that is no environment of this package should not be looked up.
+    now = DEFAULTS | {"env": settings.env} if ppo is None else identify_ppo(ppo, settings.to_hyperparams())
+    check_loaded(settings.identity, now, folder, allow_changed)
     ppo = remake(settings) if ppo is None else ppo
     like = _state_like(ppo, settings)
     try:

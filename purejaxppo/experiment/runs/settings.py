@@ -12,9 +12,17 @@ import numpy as np
 from purejaxppo.checks import check_whole
 from purejaxppo.config import Config, Hyperparams
 from purejaxppo.experiment.files import SETTINGS, kind_of, name_leaf, save_json, to_arrays
+from purejaxppo.experiment.identity import identify_ppo
 from purejaxppo.experiment.provenance import Machine, as_json, describe_machine
 from purejaxppo.experiment.records import Numbers, as_record, complete_hyperparams, read_record
 from purejaxppo.ppo import PPO
+
+
+class RunSession(Machine, total=False):
+    """One process that trained a run."""
+
+    identity: dict[str, str]
+    """What was plugged in, see `identify_ppo`; older versions lack it."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +44,8 @@ class RunSettings:
     """What the caller of `fit` wanted to keep; `launch` holds the options of `purejaxppo train`."""
     slice_size: int | None = None
     """Agents that train together in one program: another size would round differently."""
-    sessions: tuple[Machine, ...] = ()
-    """Versions, code, device, command and time of every process that trained the run (see `describe_machine`)."""
+    sessions: tuple[RunSession, ...] = ()
+    """Versions, code, device, command, time and plug-ins of every process that trained the run."""
     num_updates_done: int | None = None
     """Updates at the end of the last session that ended; None before."""
     compile_seconds: float | None = None
@@ -67,8 +75,13 @@ class RunSettings:
             raise ValueError("sessions=[] must have one entry or more")
         return replace(settings, hyperparams=complete_hyperparams(settings.hyperparams, lacking))
 
-    def identity(self) -> dict[str, Any]:
-        """What must not change when a run resumes, flat: name -> value."""
+    @property
+    def identity(self) -> dict[str, str]:
+        """What the newest session plugged in, see `identify_ppo`; empty in folders of older versions."""
+        return self.sessions[-1].get("identity", {}) if self.sessions else {}
+
+    def constants(self) -> dict[str, Any]:
+        """The numbers and words that must not change when a run resumes, flat: name -> value."""
         config = {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(self.config).items()}
         env_params = {f"env.{name}": value for name, value in self.env_params.items()}
         return {"env": self.env} | config | self.hyperparams | env_params | {"first_key": self.first_key}
@@ -99,7 +112,7 @@ def describe_run(ppo: PPO, state: Any, notes: Mapping[str, Any] | None = None) -
         num_runs=state.num_updates.size if state.num_updates.ndim else None,
         first_key=np.asarray(jax.random.key_data(state.key)).tolist(),
         notes=dict(notes or {}),
-        sessions=(describe_machine(),),
+        sessions=({**describe_machine(), "identity": identify_ppo(ppo, hyperparams)},),
     )
 
 

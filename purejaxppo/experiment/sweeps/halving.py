@@ -21,7 +21,7 @@ from purejaxppo.experiment.program import (
 )
 from purejaxppo.experiment.report.statistics import STATISTICS
 from purejaxppo.experiment.sweeps.columns import run_arguments
-from purejaxppo.experiment.sweeps.sweep import Sweep
+from purejaxppo.experiment.sweeps.sweep import Sweep, make_group
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 
 
@@ -92,7 +92,7 @@ def successive_halving(
     if not 1 <= num_places <= len(sweep.table):
         raise ValueError(f"num_places={num_places} must be from 1 to the {len(sweep.table)} settings")
     (group,) = sweep.groups()
-    ppo = make(group.env, group.config)
+    ppo = make_group(group, make)
     many = batched(ppo)
     seeds, *columns = run_arguments(sweep, ppo, list(sweep.runs().values()))
     states = first_state(many, seed_keys(jax.random.key(sweep.seed), jnp.asarray(seeds)), *columns)

@@ -13,10 +13,11 @@ import jax
 from purejaxppo.batched import batched, seed_keys
 from purejaxppo.checks import check_whole
 from purejaxppo.config import Config
+from purejaxppo.experiment.identity import check_identity, identify_ppo
 from purejaxppo.experiment.program import SELDOM, Program, best_slice_size, compile_training, num_cores
 from purejaxppo.experiment.sweeps.columns import env_columns, run_arguments
-from purejaxppo.experiment.sweeps.slices import Slice, find_slices
-from purejaxppo.experiment.sweeps.sweep import CONFIG_FIELDS, Group, Sweep
+from purejaxppo.experiment.sweeps.slices import Slice, find_slices, read_identities
+from purejaxppo.experiment.sweeps.sweep import CONFIG_FIELDS, PLUGGED, Group, Sweep, make_group
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.sharded import choose_devices
 from purejaxppo.text import align, show
@@ -63,6 +64,8 @@ class Plan:
     groups: list[CompiledGroup]
     """Those with runs that are not finished yet."""
     make: Callable
+    identities: dict[str, dict[str, str]]
+    """What was plugged in, by the text of each group, see `identify_ppo`."""
 
     @property
     def total_steps(self) -> int:
@@ -107,6 +110,7 @@ def plan_sweep(
     updates_per_chunk: int | None = None,
     devices: int | Sequence[Any] | None = None,
     make: Callable = make_ppo,
+    allow_changed: Sequence[str] = (),
 ) -> Plan:
     """Compiles what a sweep needs: one program for all settings with the same environment and `Config`.
 
@@ -120,19 +124,24 @@ def plan_sweep(
             memory. If the folder holds slices, their size is used, since another would round differently.
         updates_per_chunk: updates between two saves or interrupts; by default a fiftieth of the run.
         devices: devices or their number; by default all of this process.
-        make: `make(env, config)` makes the PPO of a group.
+        make: `make(env, config)` makes the PPO of a group, see `make_group`.
+        allow_changed: what may differ from what the folder was trained with: names such as "loss" and "optimizer".
     """
     known = jax.local_devices()
     devices = known if devices is None else choose_devices(devices, known)
     stored = find_slices(folder, sweep).read()
     groups = sweep.groups()
     sizes = {group: _stored_size(sweep, group, stored, slice_size) for group in groups}
-    ppos = {group: make(group.env, group.config) for group in groups}
+    ppos = {group: make_group(group, make) for group in groups}
+    identities = {str(group): identify_ppo(ppo, sweep.hyperparams) for group, ppo in ppos.items()}
+    before = read_identities(folder)
+    for name, identity in identities.items():
+        check_identity(before.get(name, {}), identity, str(folder), allow_changed)
     for group, ppo in ppos.items():
         env_columns(sweep, group.settings, ppo)
     missing = [group for group in groups if pending_slices(sweep, group, stored, 1)]
     compiled = [_compile(sweep, group, ppos[group], devices, sizes[group], updates_per_chunk) for group in missing]
-    return Plan(sweep, compiled, make)
+    return Plan(sweep, compiled, make, identities)
 
 
 def pending_slices(sweep: Sweep, group: Group, stored: Sequence[Slice], slice_size: int) -> list[Slice]:
@@ -224,7 +233,7 @@ def _slice_size(num_runs: int, at_once: int, config: Config, on_cpu: bool) -> in
 def _static(sweep: Sweep, group: Group) -> dict[str, str]:
     """The swept fields that make a group, as text."""
     row = sweep.table.rows()[group.settings[0]]
-    return {name: show(value) for name, value in row.items() if name == "env" or name in CONFIG_FIELDS}
+    return {name: show(value) for name, value in row.items() if name in ("env", *PLUGGED, *CONFIG_FIELDS)}
 
 
 def _bytes_of(program: Program) -> int:

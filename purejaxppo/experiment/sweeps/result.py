@@ -13,11 +13,12 @@ import pandas
 import xarray
 
 from purejaxppo.experiment.files import from_arrays, save_dataset
+from purejaxppo.experiment.identity import check_loaded, identify_ppo
 from purejaxppo.experiment.report.metrics import label_metric, to_dataframe
 from purejaxppo.experiment.report.ranking import best, rank
 from purejaxppo.experiment.report.statistics import final_scores
-from purejaxppo.experiment.sweeps.slices import Slice, Slices, read_sweep
-from purejaxppo.experiment.sweeps.sweep import Sweep, name_run
+from purejaxppo.experiment.sweeps.slices import Slice, Slices, read_identities, read_sweep
+from purejaxppo.experiment.sweeps.sweep import Sweep, make_group, name_run
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.rollout import Policy
 from purejaxppo.text import show_setting, to_coordinate
@@ -34,6 +35,8 @@ class SweepResult:
     nan, or 0."""
     slices: Slices
     make: Callable = make_ppo
+    allow_changed: Sequence[str] = ()
+    """What may differ from what the folder was trained with."""
     steps: int = 0
     """Environment steps of all runs that this call made."""
     run_seconds: float = 0.0
@@ -65,8 +68,11 @@ class SweepResult:
 
     def ppo(self, **setting: Any) -> PPO:
         """The PPO of one setting, which is given by the values of as many fields as single it out."""
-        row = self.sweep.table.rows()[self.sweep.table.index(**setting)]
-        return self.make(self.sweep.env_of(row), self.sweep.config_of(row))
+        group = self.sweep.group_of(self.sweep.table.rows()[self.sweep.table.index(**setting)])
+        ppo = make_group(group, self.make)
+        before = read_identities(self.slices.folder).get(str(group), {})
+        check_loaded(before, identify_ppo(ppo, self.sweep.hyperparams), str(self.slices.folder), self.allow_changed)
+        return ppo
 
     def state(self, seed: int = 0, **setting: Any) -> TrainState:
         """The whole state of one run, ready to train further. Raises ValueError if it has not been trained."""
@@ -109,16 +115,29 @@ def make_result(
     metrics = label_sweep(sweep, stored, slices.machine())
     if slices.folder and jax.process_index() == 0:
         save_dataset(slices.folder / "results.nc", metrics)
-    return SweepResult(sweep, metrics, slices, make, steps, run_seconds)
+    return SweepResult(sweep, metrics, slices, make, steps=steps, run_seconds=run_seconds)
 
 
-def load_sweep(folder: str | Path, make: Callable = make_ppo) -> SweepResult:
+def load_sweep(
+    folder: str | Path,
+    make: Callable = make_ppo,
+    *,
+    values: Mapping[str, Mapping[str, Any]] | None = None,
+    allow_changed: Sequence[str] = (),
+) -> SweepResult:
     """Reads a sweep back from its folder, whether it is finished or not.
 
-    `make(env, config)` makes the PPO of a group. Raises ValueError if the folder holds no sweep.
+    Args:
+        folder: what `run_sweep` wrote.
+        make: makes the PPO of a group, see `make_group`.
+        values: what swept names stand for, see `Sweep.with_values`; only the PPOs need them.
+        allow_changed: what may differ from what the folder was trained with.
+
+    Raises:
+        ValueError: if the folder holds no sweep.
     """
-    sweep, slices = read_sweep(folder), Slices(Path(folder))
-    return SweepResult(sweep, label_sweep(sweep, slices.read(), slices.machine()), slices, make)
+    sweep, slices = read_sweep(folder).with_values(values or {}), Slices(Path(folder))
+    return SweepResult(sweep, label_sweep(sweep, slices.read(), slices.machine()), slices, make, allow_changed)
 
 
 def label_sweep(sweep: Sweep, slices: Sequence[Slice], machine: Mapping) -> xarray.Dataset:
@@ -175,7 +194,7 @@ def _longest(slices: Sequence[Slice], name: str) -> tuple[int, ...]:
 def _attributes(sweep: Sweep, machine: Mapping) -> dict:
     """The origin of the metrics: plain text, and JSON under `sweep` and `machine`."""
     return {
-        "env": sweep.env,
+        "env": str(sweep.env),
         "purejaxppo": machine["versions"]["purejaxppo"],
         "jax": machine["versions"]["jax"],
         "device": machine["device"]["kind"],

@@ -34,6 +34,7 @@ def run_sweep(
     updates_per_chunk: int | None = None,
     devices: int | Sequence[Any] | None = None,
     make: Callable | None = None,
+    allow_changed: Sequence[str] = (),
 ) -> SweepResult:
     """Trains every run of a sweep, or of a plan, and returns the result.
 
@@ -56,17 +57,19 @@ def run_sweep(
         updates_per_chunk: see `plan_sweep`.
         devices: see `plan_sweep`.
         make: see `plan_sweep`.
+        allow_changed: see `plan_sweep`.
     """
     if folder is None and jax.process_count() > 1:
         raise ValueError(f"{jax.process_count()} processes need a folder that all of them see (folder=...)")
     options = {"slice_size": slice_size, "updates_per_chunk": updates_per_chunk, "devices": devices, "make": make}
     options = {name: value for name, value in options.items() if value is not None}
+    options |= {"allow_changed": allow_changed} if allow_changed else {}
     if isinstance(sweep, Plan) and options:
         raise ValueError(f"{min(options)} cannot be changed after planning (pass it to plan_sweep)")
     plan = sweep if isinstance(sweep, Plan) else plan_sweep(sweep, folder, **options)
     sweep = plan.sweep
     _check_disk(folder, plan)
-    slices = open_slices(folder, sweep)
+    slices = open_slices(folder, sweep, plan.identities)
     stored = slices.read()
     _wait_for_all_processes("begin")
 

@@ -7,6 +7,7 @@ results.nc       all metrics, labelled: xarray.load_dataset opens it
 
 import hashlib
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -109,8 +110,16 @@ def find_slices(folder: str | Path | None, sweep: Sweep) -> Slices:
     return Slices(folder)
 
 
-def open_slices(folder: str | Path | None, sweep: Sweep) -> Slices:
-    """As `find_slices`, in a folder that is made ready for more. Raises ValueError if it cannot be written."""
+def open_slices(
+    folder: str | Path | None, sweep: Sweep, identities: Mapping[str, Mapping[str, str]] | None = None
+) -> Slices:
+    """As `find_slices`, in a folder that is made ready for more. Raises ValueError if it cannot be written.
+
+    Args:
+        folder: of the sweep; None keeps everything in memory.
+        sweep: what is trained.
+        identities: what is plugged in, see `Plan`; kept with this session.
+    """
     slices = find_slices(folder, sweep)
     if slices.folder is None:
         return slices
@@ -118,25 +127,19 @@ def open_slices(folder: str | Path | None, sweep: Sweep) -> Slices:
     (slices.folder / "slices").mkdir(exist_ok=True)
     if jax.process_index() == 0:
         sessions = read_sessions(slices.folder) if kind_of(slices.folder) == "sweep" else []
-        data = {"sweep": sweep.to_json(), "sessions": [*sessions, describe_machine()]}
+        data = {
+            "sweep": sweep.to_json(),
+            "sessions": [*sessions, {**describe_machine(), "identities": dict(identities or {})}],
+        }
         save_json(slices.folder / SWEEP, data)
     return slices
 
 
-def read_sweep(folder: str | Path) -> Sweep:
-    """The sweep that a folder holds. Raises ValueError if it holds none."""
-    return _read(folder)[0]
+class SweepSession(Machine, total=False):
+    """One call that trained a sweep."""
 
-
-def read_sessions(folder: str | Path) -> list[Machine]:
-    """The machines that trained the sweep in a folder, one entry per call (see `describe_machine`)."""
-    return _read(folder)[1]
-
-
-def _read(folder: str | Path) -> tuple[Sweep, list[Machine]]:
-    if kind_of(folder) != "sweep":
-        raise ValueError(f"{folder} holds no sweep: it has no {SWEEP}")
-    return read_record(Path(folder) / SWEEP, _from_json, "results.nc has a copy of the sweep in its attributes")
+    identities: dict[str, dict[str, str]]
+    """What was plugged in, see `Plan`; older versions lack it."""
 
 
 class SweepRecord(TypedDict):
@@ -144,14 +147,36 @@ class SweepRecord(TypedDict):
 
     sweep: Any
     """See `Sweep.to_json`."""
-    sessions: list[Machine]
+    sessions: list[SweepSession]
 
 
-def _from_json(data: Any, lacking: list[str]) -> tuple[Sweep, list[Machine]]:
-    record = as_record(SweepRecord, data)
+def read_sweep(folder: str | Path) -> Sweep:
+    """The sweep that a folder holds. Raises ValueError if it holds none."""
+    return _read(folder)[0]
+
+
+def read_sessions(folder: str | Path) -> list[SweepSession]:
+    """The machines that trained the sweep in a folder, one entry per call (see `describe_machine`)."""
+    return _read(folder)[1]
+
+
+def _read(folder: str | Path) -> tuple[Sweep, list[SweepSession]]:
+    if kind_of(folder) != "sweep":
+        raise ValueError(f"{folder} holds no sweep: it has no {SWEEP}")
+    return read_record(Path(folder) / SWEEP, _from_json, "results.nc has a copy of the sweep in its attributes")
+
+
+def _from_json(data: Any, lacking: list[str]) -> tuple[Sweep, list[SweepSession]]:
+    record = as_record(SweepRecord, data, lacking)
     if not record["sessions"]:
         raise ValueError("sessions=[] must have one entry or more")
     return Sweep.from_json(record["sweep"], lacking), record["sessions"]
+
+
+def read_identities(folder: str | Path | None) -> dict[str, dict[str, str]]:
+    """What the sweep in a folder was trained with, by the text of each group; empty without one."""
+    sessions = read_sessions(folder) if folder is not None and kind_of(folder) == "sweep" else []
+    return {group: identity for session in sessions for group, identity in session.get("identities", {}).items()}
 
 
 def _read_slice(path: Path, only: str = "") -> Slice:

@@ -1,22 +1,26 @@
 """A sweep as data: an environment, a table of settings, and a number of seeds."""
 
 import difflib
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypedDict
 
 from purejaxppo.checks import check_whole
 from purejaxppo.config import EXTRA, Config, Hyperparams, spec_of
-from purejaxppo.experiment.presets import preset
+from purejaxppo.experiment.presets import Preset, preset
 from purejaxppo.experiment.records import as_record, complete_hyperparams
-from purejaxppo.table import Table, paired
-from purejaxppo.text import align
+from purejaxppo.ppo import PPO, make_ppo, with_step
+from purejaxppo.table import Named, Table, named, paired
+from purejaxppo.text import align, show_setting
 
 CONFIG_FIELDS = tuple(field.name for field in fields(Config))
 HYPERPARAM_FIELDS = Hyperparams().names
 ENV_PREFIX = "env."
+# Fields whose values are objects with a name.
+PLUGGED = ("network", "loss", "optimizer", "step")
 MAX_RUNS = 10**6
 
 
@@ -39,20 +43,28 @@ class Group(NamedTuple):
 
     env: str
     config: Config
-    settings: tuple[int, ...]  # rows of the table
+    plugged: tuple[tuple[str, str], ...] = ()  # fields in `PLUGGED` with the names of their values
+    settings: tuple[int, ...] = ()  # rows of the table
+
+    def __str__(self) -> str:
+        """The group in one line of text, by which its identity is kept."""
+        config = json.dumps({**asdict(self.config), "num_updates": None})
+        return f"{self.env} {show_setting(dict(self.plugged))} {hashlib.sha256(config.encode()).hexdigest()[:12]}"
 
 
 @dataclass(frozen=True)
 class Sweep:
     """A sweep: every setting of a table times `num_seeds` seeds; seeds vary fastest.
 
-    A field of the table is a field of `Config` or of `Hyperparams` (`extra.NAME` for a custom coefficient), `env` (the
-    name of the environment), or `env.NAME` (a parameter of the environment). Settings that change the size of a
-    rollout (`num_envs`, `num_steps`) get as many updates as keep the number of environment steps, unless `num_updates`
-    is swept too. Raises ValueError for an unknown field or a value out of range.
+    A field of the table is a field of `Config` or of `Hyperparams` (`extra.NAME` for a custom coefficient), `env`,
+    `env.NAME` (a parameter of the environment), or `network`, `loss`, `optimizer` or `step`, whose values are what
+    `make_ppo` and `with_step` take (a pair for `step` and `init`, None for the default; see `grid`). Settings that
+    change the size of a rollout (`num_envs`, `num_steps`) get as many updates as keep the number of environment steps,
+    unless `num_updates` is swept too. Raises ValueError for an unknown field or a value out of range.
     """
 
-    env: str
+    env: Any
+    """What `make_ppo` takes; kept as its name."""
     table: Table = Table()
     num_seeds: int = 1
     config: Config = None  # pyright: ignore[reportAssignmentType]
@@ -64,7 +76,8 @@ class Sweep:
 
     def __post_init__(self):
         if not isinstance(self.env, str):
-            raise ValueError(f"env={self.env!r} must be a name (for a custom environment see make= of plan_sweep)")
+            environment = self.env[0] if type(self.env) is tuple and self.env else self.env
+            object.__setattr__(self, "env", Named(named("env", environment), self.env))
         if not isinstance(self.table, Table):
             raise ValueError(f"table={self.table!r} must be a Table, such as grid(learning_rate=[1e-4, 1e-3])")
         check_whole("num_seeds", self.num_seeds, at_most=2**31 - 1)
@@ -76,9 +89,10 @@ class Sweep:
             )
         object.__setattr__(self, "num_seeds", int(self.num_seeds))
         object.__setattr__(self, "seed", int(self.seed))
-        default = preset(self.env)
-        object.__setattr__(self, "config", self.config or default.config)
-        object.__setattr__(self, "hyperparams", self.hyperparams or default.hyperparams)
+        if self.config is None or self.hyperparams is None:
+            default = Preset(Config(), Hyperparams()) if isinstance(self.env, Named) else preset(str(self.env))
+            object.__setattr__(self, "config", self.config or default.config)
+            object.__setattr__(self, "hyperparams", self.hyperparams or default.hyperparams)
         scheduled = [name for name in self.hyperparams.names if callable(self.hyperparams.get(name))]
         if scheduled:
             raise ValueError(
@@ -126,11 +140,33 @@ class Sweep:
         return self.hyperparams.set(changed)
 
     def groups(self) -> list[Group]:
-        """The settings by environment and config: each group shares one compiled program."""
-        groups: dict[tuple[str, Config], list[int]] = {}
+        """The settings by all that is static: each group shares one compiled program."""
+        groups: dict[Group, list[int]] = {}
         for i, row in enumerate(self.table.rows()):
-            groups.setdefault((self.env_of(row), self.config_of(row)), []).append(i)
-        return [Group(env, config, tuple(settings)) for (env, config), settings in groups.items()]
+            groups.setdefault(self.group_of(row), []).append(i)
+        return [group._replace(settings=tuple(settings)) for group, settings in groups.items()]
+
+    def group_of(self, row: dict) -> Group:
+        """The group of a setting, without its members."""
+        plugged = tuple((name, row[name]) for name in PLUGGED if name in row)
+        return Group(self.env_of(row), self.config_of(row), plugged)
+
+    def with_values(self, values: Mapping[str, Mapping[str, Any]]) -> "Sweep":
+        """The same sweep with values for names that were read from disk, as {"loss": {"spo": spo_loss}}.
+
+        Raises ValueError for a name that the sweep lacks.
+        """
+        for field, named_values in values.items():
+            known = [x for axis in self.table.axes for x in axis.get(field, ())] + [self.env] * (field == "env")
+            unknown = [name for name in named_values if name not in known]
+            if unknown:
+                raise ValueError(f"values={{{field!r}: {unknown}}} are no values of the sweep (it has {known})")
+
+        def fill(field: str, name: Any) -> Any:
+            return Named(name, values[field][name]) if name in values.get(field, {}) else name
+
+        axes = [{field: tuple(fill(field, x) for x in axis[field]) for field in axis} for axis in self.table.axes]
+        return replace(self, env=fill("env", self.env), table=Table(tuple(axes)))
 
     def runs(self, settings: Iterable[int] | None = None) -> dict[str, tuple[int, int]]:
         """All runs, or those of some settings: name on disk -> (setting, seed)."""
@@ -176,19 +212,38 @@ class Sweep:
         )
 
 
+def make_group(group: Group, make: Callable = make_ppo) -> PPO:
+    """The PPO of a group of settings.
+
+    `make(env, config, **plugged)` makes it, where `plugged` are those of network, loss and optimizer that are swept.
+    Raises ValueError for a name without a value.
+    """
+    values = {}
+    for field, name in group.plugged:
+        if not isinstance(name, Named):
+            raise ValueError(
+                f"{field}={name!r} is only a name here, as in {field}={{{name!r}: ...}} (give its value; for a sweep "
+                f"from disk as values={{{field!r}: {{{name!r}: ...}}}})"
+            )
+        values |= {field: name.value} if name.value is not None else {}
+    step = values.pop("step", ())
+    ppo = make(group.env.value if isinstance(group.env, Named) else group.env, group.config, **values)
+    return with_step(ppo, *(step if isinstance(step, tuple) else (step,))) if step else ppo
+
+
 def name_run(row: dict, seed: int) -> str:
     """A run's name on disk."""
     return json.dumps({name: _to_number(value) for name, value in row.items()} | {"seed": seed})
 
 
 def _check_known(name: str):
-    if name.startswith(ENV_PREFIX) or name == "env" or name in CONFIG_FIELDS or spec_of(name):
+    if name.startswith(ENV_PREFIX) or name in ("env", *PLUGGED, *CONFIG_FIELDS) or spec_of(name):
         return
     if name.startswith(EXTRA):
         raise ValueError(f"{name} must be {EXTRA}NAME with a name such as beta")
     if name in ("seed", "num_seeds"):
         raise ValueError(f"{name} cannot be swept: num_seeds says how many seeds every setting gets")
-    near = difflib.get_close_matches(name, CONFIG_FIELDS + HYPERPARAM_FIELDS + ("env",), n=1, cutoff=0)
+    near = difflib.get_close_matches(name, CONFIG_FIELDS + HYPERPARAM_FIELDS + PLUGGED + ("env",), n=1, cutoff=0)
     raise ValueError(
         f"{name} is not a field of a sweep (did you mean {near[0]}? Environment parameters are env.NAME, custom "
         "coefficients extra.NAME)"
