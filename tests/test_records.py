@@ -100,7 +100,7 @@ def mutate(data, path, value):
 def test_a_record_is_read_as_it_was_written(kind, tmp_path):
     write(tmp_path, kind, FILES[kind][1])
     found = FILES[kind][2](tmp_path)
-    assert found == (plain(make_settings()) if kind == "run" else (make_sweep(), [MACHINE]))
+    assert found == (plain(make_settings()) if kind == "run" else (make_sweep(), [SWEEP_SESSION]))
 
 
 @pytest.mark.filterwarnings("ignore:.*lacks")
