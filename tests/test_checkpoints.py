@@ -1,5 +1,6 @@
 """Runs that go on: killed, interrupted, damaged, extended, under other settings."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -20,7 +21,10 @@ import xarray
 
 from probes import SMALL
 from purejaxppo import batched, fit, load, make_ppo, runs
+from purejaxppo.cli.main import main
 from purejaxppo.experiment.files import to_arrays
+from purejaxppo.experiment.lock import LOCK, claim_folder
+from purejaxppo.experiment.program import Program
 from purejaxppo.experiment.runs.checkpoints import Checkpoints
 from purejaxppo.experiment.runs.launch import resume
 from purejaxppo.experiment.runs.saved import SavedRun
@@ -247,6 +251,48 @@ def test_a_signal_saves_and_the_same_call_goes_on(tmp_path, number, whole):
     assert result.interrupted and result.num_updates == 4 and signal.getsignal(number) is before
     assert newest(tmp_path / "run").name == "0000000004"
     same(fit(*begin(), folder=tmp_path / "run", progress=False).state, whole.state)
+
+
+def test_a_folder_has_one_writer_and_the_second_call_is_told_who_it_is(tmp_path, whole):
+    folder, told = tmp_path / "run", []
+
+    def nested(metrics):
+        if metrics["updates"][0] == 1:
+            with pytest.raises(ValueError, match=f"^folder={folder} is being written by this process since .*UTC"):
+                fit(*begin(), folder=folder, progress=False)
+            with pytest.raises(ValueError, match="is being written by"):
+                resume(folder)
+            told.append(True)
+
+    result = fit(*begin(), folder=folder, sinks=[nested], progress=False)
+    assert told and not (folder / LOCK).exists()
+    same(result.state, whole.state)
+    assert fit(*begin(), folder=folder, progress=False).num_updates == 0
+    assert main(["train", "CartPole-v1", "--out", str(folder)]) == 2
+
+
+def test_a_run_that_was_taken_over_writes_nothing_more_and_returns_what_it_has(tmp_path):
+    folder = tmp_path / "run"
+
+    def sleep(metrics):
+        if metrics["updates"][-1] == 4:
+            (folder / LOCK).unlink()
+            stack.enter_context(claim_folder(folder))
+
+    with contextlib.ExitStack() as stack, pytest.warns(UserWarning, match="now held by this process .* in memory"):
+        result = fit(*begin(), folder=folder, updates_per_chunk=2, sinks=[sleep], progress=False)
+    assert result.interrupted and result.num_updates == 6 and not list(folder.glob("*.n*"))
+    assert {path.name for path in folder.iterdir()} == {"settings.json"}
+
+
+def test_an_error_in_training_releases_the_folder(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(Program, "__call__", fail)
+    with pytest.raises(RuntimeError, match="no"):
+        fit(*begin(), folder=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / LOCK).exists()
 
 
 def test_logs_go_on_where_the_checkpoint_was(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from purejaxppo.experiment import lock as module
+from purejaxppo.experiment.files import make_new
 from purejaxppo.experiment.lock import LOCK, LockHeld, LockLost, claim, claim_folder, read_holder
 
 
@@ -168,6 +169,15 @@ def hold_in_turn(path: str, times: int):
             before = int(number.read_text())
             lock.check()
             number.write_text(str(before + 1))
+
+
+def test_default_folders_never_collide(tmp_path):
+    (tmp_path / "run-3").symlink_to("nowhere")
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: make_new(tmp_path / "run"), range(20)))
+    assert len(set(made)) == 20 and all(path.is_dir() for path in made)
+    assert sorted(made)[:3] == [tmp_path / "run", tmp_path / "run-10", tmp_path / "run-11"]
+    assert tmp_path / "run-3" not in made
 
 
 @pytest.mark.full

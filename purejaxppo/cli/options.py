@@ -76,12 +76,19 @@ def check_file(path: Path):
         path.unlink()
 
 
-def complete(options: Any, name: str) -> Any:
-    """Options with the number of updates that `total_steps` implies, and with a folder."""
-    if options.total_steps is not None:
-        options = replace(options, config=options.config.with_total_steps(options.total_steps))
+def complete(options: Any) -> Any:
+    """Options with the number of updates that `total_steps` implies."""
+    if options.total_steps is None:
+        return options
+    return replace(options, config=options.config.with_total_steps(options.total_steps))
+
+
+def make_folder(name: str) -> Path:
+    """Makes the default folder of a command, runs/NAME-TIME; commands that start at once get folders of their own."""
+    from purejaxppo.experiment.files import make_new
+
     time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return options if options.out else replace(options, out=Path("runs") / f"{name}-{time}")
+    return make_new(Path("runs") / f"{name.replace('/', '-')}-{time}")
 
 
 def cache(options: TrainingOptions):

@@ -6,7 +6,15 @@ from typing import Literal
 
 import tyro
 
-from purejaxppo.cli.options import TrainingOptions, cache, check_counts, complete, draw_without_screen, parse
+from purejaxppo.cli.options import (
+    TrainingOptions,
+    cache,
+    check_counts,
+    complete,
+    draw_without_screen,
+    make_folder,
+    parse,
+)  # fmt: skip
 from purejaxppo.config import Config, spec_of
 
 
@@ -70,18 +78,19 @@ def sweep(arguments: list[str]) -> int:
     print(plan, flush=True)
     if options.dry_run:
         return 0
-    result = run_sweep(plan, options.out)
+    out = make_folder(f"sweep-{options.env}") if options.out is None else options.out
+    result = run_sweep(plan, out)
     print(as_table(result.ranked()))
     failed = result.failed()
     for sentence in failed[:5]:
         print(f"  {sentence}")
     if len(failed) > 5:
         print(f"  ... and {len(failed) - 5} more turned nan (failed_update in results.nc)")
-    plots = _draw_sweep(result.metrics, options.out, options.env)
+    plots = _draw_sweep(result.metrics, out, options.env)
     if result.steps:
         rate = result.steps / max(result.run_seconds, 1e-9)
         print(f"  {result.steps:,} steps in {result.run_seconds:.1f} s, {rate:,.0f} per second")
-    print(f"  saved in {options.out}: {', '.join(['results.nc', *plots])}")
+    print(f"  saved in {out}: {', '.join(['results.nc', *plots])}")
     return 0
 
 
@@ -128,7 +137,7 @@ def _parse_sweep(arguments: list[str]):
         table *= sample(key, options.num_samples, sobol=options.sobol, **distributions)
     if table == Table():
         raise ValueError("nothing is swept: give --grid FIELD=VALUE,VALUE,... (or train with --num-seeds)")
-    return complete(options, f"sweep-{options.env}"), table
+    return complete(options), table
 
 
 def _parse_column(text: str) -> tuple[str, list]:

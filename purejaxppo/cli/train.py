@@ -12,6 +12,7 @@ from purejaxppo.cli.options import (
     complete,
     draw_without_screen,
     make,
+    make_folder,
     parse,
     prepare_cpu,
 )
@@ -75,12 +76,12 @@ def train(arguments: list[str]) -> int:
     check_counts(options, "seed", at_least=0)
     if not options.save_every >= 0:
         raise ValueError(f"save_every={options.save_every} must be a number of seconds, at least 0")
-    options = complete(options, options.env)
+    options = complete(options)
 
     import jax
 
     from purejaxppo.batched import batched
-    from purejaxppo.experiment.files import prepare
+    from purejaxppo.experiment.lock import claim_folder
     from purejaxppo.experiment.runs.launch import Launch, launch_run
     from purejaxppo.experiment.runs.sinks import check_package
     from purejaxppo.sharded import sharded
@@ -92,13 +93,13 @@ def train(arguments: list[str]) -> int:
             "of cores)"
         )
     ppo = batched(sharded(ppo, options.num_devices) if options.num_devices > 1 else ppo)
-    prepare(options.out)
     for name in options.log:
         check_package(name)
     names = "num_seeds", "seed", "num_devices", "save_every", "keep", "evaluate_every", "log"
     launch = Launch(**{name: getattr(options, name) for name in names})
-    _print_header(options.env, options.config, launch)
-    return _report(launch_run(ppo, options.hyperparams, launch, options.out), launch, options.out)
+    with claim_folder(make_folder(options.env) if options.out is None else options.out, new=True) as lock:
+        _print_header(options.env, options.config, launch)
+        return _report(launch_run(ppo, options.hyperparams, launch, lock), launch, lock.folder)
 
 
 def resume(arguments: list[str]) -> int:
@@ -106,6 +107,7 @@ def resume(arguments: list[str]) -> int:
     prepare_cpu(arguments)
     options = tyro.cli(ResumeOptions, args=arguments, prog="purejaxppo resume")
 
+    from purejaxppo.experiment.lock import claim_folder
     from purejaxppo.experiment.program import cores_as_devices
     from purejaxppo.experiment.runs.launch import read_launch
     from purejaxppo.experiment.runs.launch import resume as resume_run
@@ -122,8 +124,9 @@ def resume(arguments: list[str]) -> int:
             raise ValueError(
                 f"total_steps={options.total_steps} must be at least the {settings.config.total_steps} of the run"
             )
-    _print_header(settings.env, config, launch)
-    return _report(resume_run(options.folder, num_updates=num_updates), launch, options.folder)
+    with claim_folder(options.folder) as lock:
+        _print_header(settings.env, config, launch)
+        return _report(resume_run(lock, num_updates=num_updates), launch, options.folder)
 
 
 def _print_header(env: str, config: Config, launch: "Launch"):

@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -26,7 +27,7 @@ def kind_of(folder: str | Path) -> Literal["run", "sweep"] | None:
 
 
 def prepare(folder: Path):
-    """Makes a folder for a new run. Raises ValueError if it holds a run already or cannot be written."""
+    """Makes a folder for new results. Raises ValueError if it holds a run already or cannot be written."""
     if folder == Path():
         raise ValueError(f"folder={folder} is the current directory (name a folder for the results)")
     if kind_of(folder) == "run":
@@ -38,11 +39,26 @@ def make_writable(folder: Path):
     """Makes a folder if it does not exist. Raises ValueError if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.write_text("")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise ValueError(f"folder={folder} cannot be written: {error.strerror} (name another folder)") from None
+
+
+def make_new(folder: Path) -> Path:
+    """Makes a folder that nobody else has: `folder`, or if that exists `folder-2`, `folder-3` and so on.
+
+    Raises ValueError if the folder above it cannot be written.
+    """
+    make_writable(folder.parent)
+    new, number = folder, 1
+    while True:
+        try:
+            new.mkdir()
+            return new
+        except FileExistsError:
+            number += 1
+            new = folder.with_name(f"{folder.name}-{number}")
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]):

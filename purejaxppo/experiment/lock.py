@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from purejaxppo.experiment.files import make_writable
+from purejaxppo.experiment.files import make_writable, prepare
 
 LOCK = "writer.lock"
 RENEW_EVERY = 20.0  # seconds
@@ -70,6 +70,11 @@ class Lock:
         threading.Thread(target=self._renew, name=f"renew {path}", daemon=True).start()
         atexit.register(self.release)
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the lock file."""
+        return self.path.parent
+
     def check(self):
         """Call it before every write. Raises LockLost if the lock is lost, so that two processes never write."""
         found = read_holder(self.path)
@@ -102,10 +107,11 @@ class Lock:
 
 
 @contextlib.contextmanager
-def claim_folder(folder: str | Path | Lock) -> Iterator[Lock]:
-    """Makes a folder and holds its lock; one that the caller holds already is passed through, and stays held.
+def claim_folder(folder: str | Path | Lock, *, new: bool = False) -> Iterator[Lock]:
+    """Makes a folder and holds its lock; a lock that the caller holds already is passed through, and stays held.
 
-    Raises ValueError if another writer has the folder (the message says who), or if it cannot be written.
+    Raises ValueError if another writer has the folder (the message says who), or if it cannot be written. With `new`
+    also if it holds a run already, or is the current directory.
     """
     if isinstance(folder, Lock):
         yield folder
@@ -120,6 +126,8 @@ def claim_folder(folder: str | Path | Lock) -> Iterator[Lock]:
     except OSError as error:
         raise ValueError(f"folder={folder} cannot be written: {error.strerror} (name another folder)") from None
     with lock:
+        if new:
+            prepare(folder)
         yield lock
 
 

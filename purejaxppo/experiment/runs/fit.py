@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from purejaxppo.checks import check_whole
 from purejaxppo.envs.check import metric_names
+from purejaxppo.experiment.lock import Lock
 from purejaxppo.experiment.loop import INTERRUPTED, chunks, noted_interrupt, step_bar
 from purejaxppo.experiment.program import Program, compile_training
 from purejaxppo.experiment.report.metrics import to_dataframe
@@ -58,7 +59,7 @@ def fit(
     updates_per_chunk: int | None = None,
     slice_size: int | None = None,
     progress: bool = True,
-    folder: str | Path | None = None,
+    folder: str | Path | Lock | None = None,
     save_every: float = 60.0,
     keep: int = 2,
     evaluate_every: int | None = None,
@@ -70,7 +71,7 @@ def fit(
 
     The numbers are those of `ppo.train`, in compiled chunks, and `state` stays usable. An interrupt (Ctrl-C, SIGTERM)
     ends the loop after the current chunk, and the result holds everything up to there. Raises ValueError if the folder
-    holds another run, or if all its checkpoints are damaged.
+    holds another run, has a writer, or if all its checkpoints are damaged.
 
         >>> ppo = pjp.make_ppo("CartPole-v1", pjp.Config(num_updates=2))
         >>> result = pjp.fit(ppo, ppo.init(jax.random.key(0)), progress=False)
@@ -87,7 +88,8 @@ def fit(
         folder: keeps the whole run: checkpoints, and at the end all that `load` reads. The same call resumes from the
             newest intact checkpoint; the result is that of an uninterrupted run, bit for bit on the same device and
             package versions, otherwise it warns. What was plugged in (environment, network, loss, optimizer, step) must
-            be the same again. More updates in the config extend the run.
+            be the same again. More updates in the config extend the run. A folder has one writer; a second call is told
+            who that is.
         save_every: seconds between two checkpoints; one is written at the end too.
         keep: newest checkpoints to keep.
         evaluate_every: updates between two evaluations, in which each policy plays 128 whole episodes in fresh
@@ -106,25 +108,25 @@ def fit(
         raise ValueError(
             f"this run is complete: its state has done all num_updates={last} of its config (raise it to extend)"
         )
-    journal = open_journal(
-        ppo, state, folder, keep=keep, save_every=save_every, notes=notes, allow_changed=allow_changed
-    )
-    if journal.num_updates >= last:
-        journal.complete()
-        return Fit(ppo, journal.state, journal.metrics)
     chunk = min(updates_per_chunk or -(-(last - first) // 100), evaluate_every or last, last - first)
-    with step_bar(
-        total=(last - first) * journal.steps_per_update,
-        initial=(journal.num_updates - first) * journal.steps_per_update,
-        description="compiling",
-        progress=progress,
-    ) as bar:
-        size = slice_size or journal.settings.slice_size  # another size would round differently
-        program = compile_training(ppo, journal.state, chunk, slice_size=size)
-        journal.start(program.slice_size)
-        bar.set_description(f"compiled in {program.compile_seconds:.1f} s, training")
-        bar.unpause()
-        return _train(program, journal, last, evaluate_every, [guarded(sink) for sink in sinks], bar)
+    with open_journal(
+        ppo, state, folder, keep=keep, save_every=save_every, notes=notes, allow_changed=allow_changed
+    ) as journal:
+        if journal.num_updates >= last:
+            journal.complete()
+            return Fit(ppo, journal.state, journal.metrics)
+        with step_bar(
+            total=(last - first) * journal.steps_per_update,
+            initial=(journal.num_updates - first) * journal.steps_per_update,
+            description="compiling",
+            progress=progress,
+        ) as bar:
+            size = slice_size or journal.settings.slice_size  # another size would round differently
+            program = compile_training(ppo, journal.state, chunk, slice_size=size)
+            journal.start(program.slice_size)
+            bar.set_description(f"compiled in {program.compile_seconds:.1f} s, training")
+            bar.unpause()
+            return _train(program, journal, last, evaluate_every, [guarded(sink) for sink in sinks], bar)
 
 
 def _train(
@@ -141,6 +143,8 @@ def _train(
                 due = (journal.num_updates + metrics["learning_rate"].shape[-1]) % evaluate_every == 0
                 metrics["evaluation_return"] = _evaluation(evaluate, state, metrics["learning_rate"].shape, due)
             labelled = journal.add(state, metrics)
+            if not journal.is_writer():
+                break
             for sink in sinks:
                 sink(labelled)
             latest = {n: _latest(metrics[n], before) if n in metrics else before for n, before in latest.items()}

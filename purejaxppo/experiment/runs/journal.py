@@ -1,7 +1,8 @@
 """The state and the metrics of a run so far: in memory and, if the run has a folder, in checkpoints there."""
 
+import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import jax
 import numpy as np
 import xarray
 
-from purejaxppo.experiment.files import differing_fields, from_arrays, kind_of, make_writable
+from purejaxppo.experiment.files import differing_fields, from_arrays, kind_of
 from purejaxppo.experiment.identity import check_identity
+from purejaxppo.experiment.lock import Lock, LockLost, claim_folder
 from purejaxppo.experiment.loop import Timer
 from purejaxppo.experiment.report.metrics import label
 from purejaxppo.experiment.runs import saved
@@ -24,8 +26,16 @@ from purejaxppo.text import shorten
 class Journal:
     """A run's state and all its metrics so far; `open_journal` makes one."""
 
-    def __init__(self, ppo: PPO, state: Any, settings: RunSettings, checkpoints: Checkpoints | None, save_every: float):
-        self.ppo, self.state, self.settings, self.checkpoints = ppo, state, settings, checkpoints
+    def __init__(
+        self,
+        ppo: PPO,
+        state: Any,
+        settings: RunSettings,
+        save_every: float,
+        checkpoints: Checkpoints | None = None,
+        lock: Lock | None = None,
+    ):
+        self.ppo, self.state, self.settings, self.checkpoints, self.lock = ppo, state, settings, checkpoints, lock
         self.num_updates = int(np.max(state.num_updates))
         self._chunks: list[xarray.Dataset] = []
         self._saved_updates: int | None = None  # in the newest checkpoint of this session
@@ -72,6 +82,17 @@ class Journal:
         self.num_updates += self._chunks[-1].sizes["updates"]
         return self._chunks[-1]
 
+    def is_writer(self) -> bool:
+        """Whether the run has no folder, or this process is still its writer; warns the first time that it is not."""
+        if self.lock:
+            try:
+                self.lock.check()
+            except LockLost as error:
+                self.checkpoints, self.lock = None, None
+                warnings.warn(f"{error}; this process writes nothing more there and stops; the result is in memory")
+                return False
+        return True
+
     def save_if_due(self):
         """Writes a checkpoint if the last one is old enough."""
         if self._timer.is_due():
@@ -100,46 +121,50 @@ class Journal:
             self.finish()
 
 
+@contextlib.contextmanager
 def open_journal(
     ppo: PPO,
     state: Any,
-    folder: str | Path | None = None,
+    folder: str | Path | Lock | None = None,
     *,
     keep: int = 2,
     save_every: float = 60.0,
     notes: Mapping[str, Any] | None = None,
     allow_changed: Sequence[str] = (),
-) -> Journal:
+) -> Iterator[Journal]:
     """The journal of a run that starts from `state`, or resumes from the newest intact checkpoint of its folder.
+
+    Its process is the only writer of the folder until the end of the `with` statement.
 
     Args:
         ppo: of the run.
         state: the first state.
-        folder: of the run; None keeps everything in memory.
+        folder: of the run, or its lock if the caller holds it; None keeps everything in memory.
         keep: newest checkpoints to keep.
         save_every: seconds between two checkpoints.
         notes: JSON data to keep in settings.json.
         allow_changed: what may have another identity than in the folder, see `identify_ppo`.
 
     Raises:
-        ValueError: if the folder cannot be written, holds another run or a sweep, or if all checkpoints are damaged.
+        ValueError: if the folder cannot be written, has another writer, holds another run or a sweep, or if all
+            checkpoints are damaged.
     """
     if folder is None:
         # Nothing is compared or written: describing a run would copy all its numbers from the device.
-        return Journal(ppo, state, RunSettings(ppo.env.name, ppo.config, {}, {}, None, []), None, save_every)
-    folder, settings = Path(folder), describe_run(ppo, state, notes)
-    checkpoints = Checkpoints(folder, keep)
-    kind = kind_of(folder)
-    if kind == "sweep":
-        raise ValueError(f"folder={folder} holds a sweep (name another folder)")
-    make_writable(folder)
-    journal = Journal(ppo, state, settings, checkpoints, save_every)
-    checkpoint = checkpoints.newest()
-    if checkpoint:
-        journal.resume_from(checkpoint, allow_changed)
-    elif kind == "run":  # started, but killed before its first checkpoint
-        _check_same(read_settings(folder), settings, folder, allow_changed)
-    return journal
+        yield Journal(ppo, state, RunSettings(ppo.env.name, ppo.config, {}, {}, None, []), save_every)
+        return
+    path, settings = folder.folder if isinstance(folder, Lock) else Path(folder), describe_run(ppo, state, notes)
+    checkpoints = Checkpoints(path, keep)
+    if kind_of(path) == "sweep":
+        raise ValueError(f"folder={path} holds a sweep (name another folder)")
+    with claim_folder(folder) as lock:
+        journal = Journal(ppo, state, settings, save_every, checkpoints, lock)
+        checkpoint = checkpoints.newest()
+        if checkpoint:
+            journal.resume_from(checkpoint, allow_changed)
+        elif kind_of(path) == "run":  # started, but killed before its first checkpoint
+            _check_same(read_settings(path), settings, path, allow_changed)
+        yield journal
 
 
 def _check_same(before: RunSettings, now: RunSettings, folder: Path, allow_changed: Sequence[str]):

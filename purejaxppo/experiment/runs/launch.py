@@ -9,6 +9,7 @@ from purejaxppo.batched import runs
 from purejaxppo.checks import check_whole
 from purejaxppo.config import Hyperparams
 from purejaxppo.experiment.files import SETTINGS
+from purejaxppo.experiment.lock import Lock, claim_folder
 from purejaxppo.experiment.program import first_state
 from purejaxppo.experiment.records import as_record
 from purejaxppo.experiment.runs.fit import Fit, fit
@@ -45,7 +46,9 @@ class Launch:
             raise ValueError(f"save_every={self.save_every} must be a number of seconds, at least 0")
 
 
-def launch_run(ppo: PPO, hyperparams: Hyperparams, launch: Launch, folder: str | Path, *, progress: bool = True) -> Fit:
+def launch_run(
+    ppo: PPO, hyperparams: Hyperparams, launch: Launch, folder: str | Path | Lock, *, progress: bool = True
+) -> Fit:
     """Trains a batched PPO in a folder, from its newest checkpoint if it has one.
 
     Args:
@@ -55,30 +58,31 @@ def launch_run(ppo: PPO, hyperparams: Hyperparams, launch: Launch, folder: str |
         folder: where everything is written, see `fit`.
         progress: whether to show a progress bar.
     """
-    folder = Path(folder)
-    keys, hyperparams = runs(jax.random.key(launch.seed), num_seeds=launch.num_seeds, hyperparams=hyperparams)
-    return fit(
-        ppo,
-        first_state(ppo, keys, hyperparams),
-        folder=folder,
-        save_every=launch.save_every,
-        keep=launch.keep,
-        evaluate_every=launch.evaluate_every,
-        sinks=[make_sink(name, folder) for name in launch.log],
-        notes={"launch": asdict(launch)},
-        progress=progress,
-    )
+    with claim_folder(folder) as lock:
+        keys, hyperparams = runs(jax.random.key(launch.seed), num_seeds=launch.num_seeds, hyperparams=hyperparams)
+        return fit(
+            ppo,
+            first_state(ppo, keys, hyperparams),
+            folder=lock,
+            save_every=launch.save_every,
+            keep=launch.keep,
+            evaluate_every=launch.evaluate_every,
+            sinks=[make_sink(name, lock.folder) for name in launch.log],
+            notes={"launch": asdict(launch)},
+            progress=progress,
+        )
 
 
-def resume(folder: str | Path, *, num_updates: int | None = None, progress: bool = True) -> Fit:
+def resume(folder: str | Path | Lock, *, num_updates: int | None = None, progress: bool = True) -> Fit:
     """Resumes the run that `purejaxppo train` started in a folder; the result is that of an uninterrupted run.
 
     With `num_updates`, the updates of the whole run, it is extended: its schedules then end there, as a warning says.
     Raises ValueError if the folder holds no run, one that was started in Python (call `fit` again to continue it),
     or if all its checkpoints are damaged.
     """
-    settings = read_settings(folder)
-    launch, config = read_launch(settings, folder), settings.config
+    path = folder.folder if isinstance(folder, Lock) else Path(folder)
+    settings = read_settings(path)
+    launch, config = read_launch(settings, path), settings.config
     if num_updates is not None:
         if num_updates < config.num_updates:
             raise ValueError(f"num_updates={num_updates} must be at least the {config.num_updates} of the run")
