@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import random
@@ -6,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,8 +23,10 @@ import xarray
 import purejaxppo as pjp
 from probes import SMALL
 from purejaxppo.experiment.files import from_arrays, to_arrays
+from purejaxppo.experiment.lock import claim
 from purejaxppo.experiment.program import Program
-from purejaxppo.experiment.sweeps.plan import plan_sweep
+from purejaxppo.experiment.sweeps.plan import pending_slices, plan_sweep
+from purejaxppo.experiment.sweeps.slices import Slices
 
 pytestmark = pytest.mark.full
 
@@ -307,6 +312,60 @@ def test_an_interrupt_keeps_what_is_done_and_the_next_call_goes_on(plan, result,
     rest = run(plan, tmp_path)
     assert rest.steps + part.steps == 8 * SMALL.total_steps
     xarray.testing.assert_equal(rest.metrics, result.metrics)
+
+
+@pytest.fixture(scope="module")
+def small_slices():
+    """Four slices of two runs."""
+    return plan_sweep(make_sweep(), slice_size=2)
+
+
+def test_calls_that_share_a_folder_divide_the_slices_and_say_so(small_slices, tmp_path, monkeypatch):
+    folder, written, real = tmp_path / "shared", [], Slices.write
+
+    def write(self, slice_):
+        time.sleep(0.2)  # so that the one that starts later finds some that are being trained
+        written.append((id(self), slice_.name, slice_.num_updates))
+        real(self, slice_)
+
+    monkeypatch.setattr(Slices, "write", write)
+    with warnings.catch_warnings(record=True) as told, ThreadPoolExecutor(2) as pool:
+        warnings.simplefilter("always")
+        results = list(pool.map(lambda _: run(small_slices, folder), range(2)))
+    by_call = [{name for call, name, _ in written if call == id(result.slices)} for result in results]
+    assert all(by_call) and not by_call[0] & by_call[1] and len(set(written)) == len(written)
+    assert sum(result.steps for result in results) == 8 * SMALL.total_steps
+    sentences = [str(warning.message) for warning in told if warning.category is UserWarning]
+    assert all("is shared with other calls: this one left" in sentence for sentence in sentences)
+    monkeypatch.undo()
+    alone = run(small_slices)
+    xarray.testing.assert_equal(run(small_slices, folder).metrics, alone.metrics)
+    xarray.testing.assert_equal(xarray.load_dataset(folder / "results.nc", engine="scipy"), alone.metrics)
+    assert {path.suffix for path in folder.rglob("*.*")} == {".json", ".nc", ".npz"}
+
+
+def test_a_slice_is_left_out_if_another_call_trains_some_of_its_runs(plan, small_slices, tmp_path):
+    """The other call has begun the first of four slices of two runs; slices of four runs overlap with it."""
+    (compiled,) = small_slices.groups
+    first = pending_slices(small_slices.sweep, compiled.group, [], 2)[0]
+    (tmp_path / "slices").mkdir()
+    lock = claim(tmp_path / "slices" / f"{first.name}.lock", note="\n".join(first.runs))
+    with lock, pytest.warns(UserWarning, match="this one left 1 slice to this process since .* holds what is stored"):
+        result = run(plan, tmp_path)
+    assert 0 < result.steps < 8 * SMALL.total_steps
+    (tmp_path / "slices" / f"{first.name}.npz.{'0' * 32}.half").write_text("")  # of a writer that was killed
+    assert run(small_slices, tmp_path).steps == 8 * SMALL.total_steps - result.steps
+    assert not list(tmp_path.rglob("*.half"))
+
+
+def test_a_call_that_can_train_nothing_says_who_has_it(small_slices, tmp_path):
+    (compiled,) = small_slices.groups
+    (tmp_path / "slices").mkdir()
+    with contextlib.ExitStack() as locks:
+        for slice_ in pending_slices(small_slices.sweep, compiled.group, [], 2):
+            locks.enter_context(claim(tmp_path / "slices" / f"{slice_.name}.lock"))
+        with pytest.raises(ValueError, match=f"^folder={tmp_path} is shared .* left 4 slices to this process since"):
+            run(small_slices, tmp_path)
 
 
 def start(folder, *args):

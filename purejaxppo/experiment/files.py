@@ -1,9 +1,12 @@
 """Files and folders of results: what a folder holds, atomic writes, states as plain arrays."""
 
+import contextlib
 import json
 import os
 import stat
+import re
 import tempfile
+import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -64,9 +67,11 @@ def make_new(folder: Path) -> Path:
 def replace_file(path: Path, write: Callable[[Path], Any]):
     """Writes a file atomically: beside `path`, then moved there, so that readers find the old file or the new one.
 
-    `write` is given the path of the file beside it, whose name ends in .half.
+    `write` is given the path of the file beside it, whose name ends in .half. It is new and its name is not known
+    before, so no link stands there that would lead elsewhere; a link at `path` is replaced.
     """
-    half = path.with_name(f"{path.name}.{os.getpid()}.half")
+    half = path.with_name(f"{path.name}.{uuid.uuid4().hex}.half")
+    os.close(os.open(half, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         write(half)
         flush_to_disk(half)
@@ -75,12 +80,27 @@ def replace_file(path: Path, write: Callable[[Path], Any]):
         half.unlink(missing_ok=True)
 
 
+def remove_halves(folder: Path, name: str = "*"):
+    """Removes what killed processes left of `replace_file` and of locks, for one file or all of a folder.
+
+    Only the writer of these files may call it.
+    """
+    for half in folder.glob(f"{name}.half"):
+        if re.fullmatch(r".+\.([0-9a-f]{32}|\d+)\.half", half.name) and (half.is_symlink() or half.is_file()):
+            half.unlink(missing_ok=True)
+
+
 def flush_to_disk(path: Path):
-    """Waits until a file or a folder is on its disk; does nothing where the system does not open folders."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
+    """Waits until a file or a folder is on its disk; does nothing for a folder where the system has no such call."""
+    if path.is_dir():
+        with contextlib.suppress(OSError):
+            _flush(path, os.O_RDONLY)
+    else:
+        _flush(path, os.O_RDWR)  # Windows does not flush what is open for reading
+
+
+def _flush(path: Path, flags: int):
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:

@@ -25,7 +25,7 @@ from purejaxppo.experiment.files import make_writable, prepare
 LOCK = "writer.lock"
 RENEW_EVERY = 20.0  # seconds
 STALE_AFTER = 120.0  # seconds without renewal; disks over a network may show files as they were a minute ago
-LONGEST = 4096  # bytes of a lock file
+LONGEST = 4096  # bytes that are read of a lock file to find its holder
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,17 @@ class Lock:
 
 
 @contextlib.contextmanager
-def claim_folder(folder: str | Path | Lock, *, new: bool = False) -> Iterator[Lock]:
+def claim_folder(folder: str | Path | Lock, *, new: bool = False, wait: float = 0.0) -> Iterator[Lock]:
     """Makes a folder and holds its lock; a lock that the caller holds already is passed through, and stays held.
 
-    Raises ValueError if another writer has the folder (the message says who), or if it cannot be written. With `new`
-    also if it holds a run already, or is the current directory.
+    Args:
+        folder: to make, or a lock that `claim_folder` gave.
+        new: whether the folder must not hold a run yet.
+        wait: seconds to wait for another writer.
+
+    Raises:
+        ValueError: if another writer has the folder (the message says who), if it cannot be written, or if it is to be
+            new and holds a run, or is the current directory.
     """
     if isinstance(folder, Lock):
         yield folder
@@ -119,7 +125,7 @@ def claim_folder(folder: str | Path | Lock, *, new: bool = False) -> Iterator[Lo
     folder = Path(folder)
     make_writable(folder)
     try:
-        lock = claim(folder / LOCK)
+        lock = claim(folder / LOCK, wait=wait)
     except LockHeld as error:
         sentence = f"folder={folder} is being written by {error.holder} (wait for its end, or name another folder)"
         raise LockHeld(error.holder, sentence) from None
@@ -131,7 +137,7 @@ def claim_folder(folder: str | Path | Lock, *, new: bool = False) -> Iterator[Lo
         yield lock
 
 
-def claim(path: Path, *, wait: float = 0.0) -> Lock:
+def claim(path: Path, *, wait: float = 0.0, note: str = "") -> Lock:
     """Takes a lock; that of a process that is gone, or that was not renewed for two minutes, is taken over.
 
     Raises LockHeld if another writer holds it, in this process or in any other, and OSError if it cannot be written.
@@ -139,11 +145,12 @@ def claim(path: Path, *, wait: float = 0.0) -> Lock:
     Args:
         path: of the lock file, in a folder that exists.
         wait: seconds to wait for another writer.
+        note: what others may want to know of the lock, see `read_note`.
     """
     deadline = time.monotonic() + wait
     while True:
         try:
-            return _claim(path)
+            return _claim(path, note)
         except LockHeld:
             if time.monotonic() >= deadline:
                 raise
@@ -163,6 +170,12 @@ def read_holder(path: Path) -> Holder | None:
     return None
 
 
+def read_note(path: Path) -> str:
+    """The note of a lock whose holder is not gone; empty if there is none. Raises OSError if it cannot be read."""
+    holder = read_holder(path)
+    return "" if holder is None or is_stale(path, holder) else _read(path, longest=-1).partition("\n")[2]
+
+
 def is_stale(path: Path, holder: Holder) -> bool:
     """Whether the holder of a lock is gone: its process has ended, or has not renewed the lock for two minutes.
 
@@ -176,10 +189,10 @@ def is_stale(path: Path, holder: Holder) -> bool:
         return True
 
 
-def _claim(path: Path) -> Lock:
+def _claim(path: Path, note: str) -> Lock:
     while True:
         mine = _this_process()
-        if _create(path, mine):
+        if _create(path, mine, note):
             return Lock(path, mine)
         holder = read_holder(path)
         if holder and not is_stale(path, holder):
@@ -188,7 +201,7 @@ def _claim(path: Path) -> Lock:
             _remove(path, holder)
 
 
-def _create(path: Path, holder: Holder) -> bool:
+def _create(path: Path, holder: Holder, note: str = "") -> bool:
     """Writes a lock file; False if there is one."""
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
@@ -196,7 +209,7 @@ def _create(path: Path, holder: Holder) -> bool:
         return False
     try:
         with open(descriptor, "w") as file:
-            json.dump(asdict(holder), file)
+            file.write(f"{json.dumps(asdict(holder))}\n{note}")
     except OSError:  # a full disk
         path.unlink(missing_ok=True)
         raise
@@ -225,15 +238,15 @@ def _remove(path: Path, holder: Holder):
         gate.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, longest: int = LONGEST) -> str:
     with open(path, "rb") as file:
-        return file.read(LONGEST).decode(errors="replace")
+        return file.read(longest).decode(errors="replace")
 
 
 def _parse(text: str) -> Holder | None:
     """The holder that a lock file describes; None if it is damaged."""
     try:
-        holder = Holder(**json.loads(text))
+        holder = Holder(**json.loads(text.partition("\n")[0]))
     except (ValueError, TypeError):
         return None
     words = holder.host, holder.machine, holder.since, holder.token

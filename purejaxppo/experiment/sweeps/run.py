@@ -3,6 +3,7 @@
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,7 +17,9 @@ from jax.experimental import multihost_utils
 from tqdm.auto import tqdm
 
 from purejaxppo.experiment.files import from_arrays, to_arrays
+from purejaxppo.experiment.lock import LockLost
 from purejaxppo.experiment.loop import INTERRUPTED, Timer, chunks, noted_interrupt, step_bar
+from purejaxppo.experiment.sweeps.claims import Claims, turn
 from purejaxppo.experiment.sweeps.columns import run_arguments
 from purejaxppo.experiment.sweeps.plan import CompiledGroup, Plan, pending_slices, plan_sweep
 from purejaxppo.experiment.sweeps.result import SweepResult, make_result
@@ -39,8 +42,9 @@ def run_sweep(
     """Trains every run of a sweep, or of a plan, and returns the result.
 
     An interrupt (Ctrl-C, SIGTERM) ends it after the current chunks, and the result holds everything up to there. With
-    `jax.distributed` every process trains a part of the slices; all must see the folder. Raises ValueError for a
-    folder of another sweep, or a disk that is too small for the results.
+    `jax.distributed` every process trains a part of the slices; all must see the folder. Calls that share a folder at
+    the same time divide the slices: each leaves out those that another trains, and a warning says whose they are.
+    Raises ValueError for a folder of another sweep, or a disk that is too small for the results.
 
         >>> sweep = pjp.Sweep("CartPole-v1", pjp.grid(learning_rate=[1e-3, 1e-2]), config=pjp.Config(num_updates=2))
         >>> result = pjp.run_sweep(sweep, progress=False)
@@ -69,23 +73,31 @@ def run_sweep(
     plan = sweep if isinstance(sweep, Plan) else plan_sweep(sweep, folder, **options)
     sweep = plan.sweep
     _check_disk(folder, plan)
-    slices = open_slices(folder, sweep, plan.identities)
-    stored = slices.read()
+    with turn(folder):
+        slices = open_slices(folder, sweep, plan.identities)
+        stored = slices.read()
     _wait_for_all_processes("begin")
 
     start = time.perf_counter()
     total, done = _steps(sweep, stored)
     bar = step_bar(total=total, initial=done, description=f"{sweep.num_runs} runs", progress=progress)
     with bar, noted_interrupt() as interrupt:
-        session = Session(sweep, slices, save_every, bar, interrupt)
+        session = Session(sweep, slices, save_every, bar, interrupt, Claims(slices))
+        session.claims.expect(stored)
         for compiled in plan.groups:
             session.run(compiled, pending_slices(sweep, compiled.group, stored, compiled.slice_size))
         if interrupt.is_set():
             bar.write(INTERRUPTED + (f", and the same sweep in {folder} resumes from there" if folder else ""))
     _wait_for_all_processes("end")
     seconds = time.perf_counter() - start
-    stored = slices.read()
-    return make_result(sweep, slices, stored, plan.make, steps=_steps(sweep, stored)[1] - done, run_seconds=seconds)
+    with turn(folder):  # of calls that end at the same time, the last writes the results of all
+        stored, left = slices.read(), session.claims.describe_left() if session.claims.left else ""
+        if left and not stored:
+            raise ValueError(f"{left}; nothing is stored yet (the same call later resumes)")
+        result = make_result(sweep, slices, stored, plan.make, steps=session.steps, run_seconds=seconds)
+    if left:
+        warnings.warn(f"{left}; the result holds what is stored of them so far, and the same call later the rest")
+    return result
 
 
 @dataclass
@@ -97,6 +109,9 @@ class Session:
     save_every: float
     bar: tqdm
     interrupt: threading.Event
+    claims: Claims
+    steps: int = 0
+    """Environment steps of all runs that this process made."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self, compiled: CompiledGroup, pending: Sequence[Slice]):
@@ -107,34 +122,47 @@ class Session:
             together = [slice_ for slice_ in own if slice_.num_updates == done]
             size = compiled.num_devices
             waves += [together[i : i + size] for i in range(0, len(together), size)]
+        self.claims.expect(pending)
         with ThreadPoolExecutor(compiled.num_threads) as pool:
             list(pool.map(partial(self.run_wave, compiled), waves))
+            left = [[slice_ for slice_ in wave if slice_.name in self.claims.left] for wave in waves]
+            list(pool.map(partial(self.run_wave, compiled), filter(None, left)))  # their writer may have been killed
 
     def run_wave(self, compiled: CompiledGroup, wave: Sequence[Slice]):
-        """Trains one slice on every device to the end, or until an interrupt or an error elsewhere."""
+        """Trains one slice on every device, but those that another call trains or has finished."""
         if self.interrupt.is_set():
             return
         try:
-            done, config = wave[0].num_updates, compiled.group.config
-            first_state, metrics = self.load_wave(compiled, wave)
-            if self.interrupt.is_set():
-                return
-            num_runs = len({name for slice_ in wave for name in slice_.runs})
-            timer = Timer(self.save_every)
-            for state, new in chunks(compiled.program, first_state, done, config.num_updates, donate=True):
-                metrics.append(new)
-                with self.lock:
-                    length = next(iter(new.values())).shape[1]
-                    self.bar.update(length * config.steps_per_update * num_runs)
-                if self.interrupt.is_set():
-                    break
-                if timer.is_due():
-                    metrics = [self.store_wave(compiled, wave, state, metrics)]
-                    timer.restart()
-            self.store_wave(compiled, wave, state, metrics)
+            with self.claims.claim(wave) as claimed:
+                for done in sorted({slice_.num_updates for slice_ in claimed}):
+                    if done < compiled.group.config.num_updates:
+                        self.train_wave(compiled, [slice_ for slice_ in claimed if slice_.num_updates == done])
+        except LockLost as error:
+            warnings.warn(f"{error}; this call leaves its slices to that process")
         except BaseException:
             self.interrupt.set()  # so that the other threads store what they have and stop
             raise
+
+    def train_wave(self, compiled: CompiledGroup, wave: Sequence[Slice]):
+        """Trains slices to the end, or until an interrupt or an error elsewhere."""
+        done, config = wave[0].num_updates, compiled.group.config
+        first_state, metrics = self.load_wave(compiled, wave)
+        if self.interrupt.is_set():
+            return
+        num_runs = len({name for slice_ in wave for name in slice_.runs})
+        timer = Timer(self.save_every)
+        for state, new in chunks(compiled.program, first_state, done, config.num_updates, donate=True):
+            metrics.append(new)
+            with self.lock:
+                steps = next(iter(new.values())).shape[1] * config.steps_per_update * num_runs
+                self.steps += steps
+                self.bar.update(steps)
+            if self.interrupt.is_set():
+                break
+            if timer.is_due():
+                metrics = [self.store_wave(compiled, wave, state, metrics)]
+                timer.restart()
+        self.store_wave(compiled, wave, state, metrics)
 
     def load_wave(self, compiled: CompiledGroup, wave: Sequence[Slice]) -> tuple[Any, list[dict]]:
         """The state of a wave on the devices, stored or new, and its metrics so far; its last slice fills it up."""
@@ -143,12 +171,10 @@ class Session:
             runs = self.sweep.runs(compiled.group.settings)
             members = [runs[name] for slice_ in filled for name in slice_.runs]
             return compiled.start(*run_arguments(self.sweep, compiled.ppo, members)), []
-        loaded = [self.slices.load(slice_.name) for slice_ in wave]
-        loaded += [loaded[-1]] * (compiled.num_devices - len(wave))
-        arrays = {name: np.concatenate([slice_.state[name] for slice_ in loaded]) for name in loaded[0].state}
+        arrays = {name: np.concatenate([slice_.state[name] for slice_ in filled]) for name in wave[0].state}
         shardings = jax.tree.map(lambda x: x.sharding, compiled.like)
         state = jax.device_put(from_arrays(arrays, compiled.like), shardings)
-        return state, [{n: np.concatenate([slice_.metrics[n] for slice_ in loaded]) for n in loaded[0].metrics}]
+        return state, [{n: np.concatenate([slice_.metrics[n] for slice_ in filled]) for n in wave[0].metrics}]
 
     def store_wave(self, compiled: CompiledGroup, wave: Sequence[Slice], state: Any, metrics: list[dict]) -> dict:
         """Stores every slice of a wave as it is now.
@@ -167,6 +193,7 @@ class Session:
         for i, slice_ in enumerate(wave):
             rows = slice(i * compiled.slice_size, (i + 1) * compiled.slice_size)
             own_metrics, own_state = ({name: x[rows] for name, x in kind.items()} for kind in (joined, arrays))
+            self.claims.check(slice_)
             self.slices.write(Slice(slice_.runs, own_metrics, own_state))
         return joined
 

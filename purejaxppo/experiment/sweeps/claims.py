@@ -1,0 +1,100 @@
+"""The slices that each of several calls trains that share the folder of a sweep: one writer per slice."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from purejaxppo.experiment.files import remove_halves
+from purejaxppo.experiment.lock import Holder, Lock, LockHeld, claim, claim_folder, read_holder, read_note
+from purejaxppo.experiment.sweeps.slices import Slice, Slices
+from purejaxppo.text import count
+
+WAIT = 600.0  # seconds for others to read or write what all share; they take a moment
+
+
+class Claims:
+    """The slices that one call of `run_sweep` trains; without a folder all of them.
+
+    Every slice has a lock beside its file, with the names of its runs as a note: a call may have divided the runs into
+    slices of another size.
+    """
+
+    def __init__(self, slices: Slices):
+        self.slices = slices
+        self.left: dict[str, Holder | None] = {}
+        """Slices that this call left out, and who trains their runs; None if they are stored in slices of another
+        size."""
+        self._known: set[str] = set()
+        self._others: dict[str, tuple[str, ...]] = {}
+        self._locks: dict[str, Lock] = {}
+
+    def expect(self, slices: Iterable[Slice]):
+        """Names slices that are stored, or that this call may train: all others divide the runs in another way."""
+        self._known |= {slice_.name for slice_ in slices}
+
+    @contextlib.contextmanager
+    def claim(self, wave: Sequence[Slice]) -> Iterator[list[Slice]]:
+        """Claims slices for the time of a `with` statement; yields those that no other call has, as stored now."""
+        folder = self.slices.folder
+        if folder is None:
+            yield list(wave)
+            return
+        with contextlib.ExitStack() as locks:
+            with turn(folder):
+                taken = self._runs_of_others(folder / "slices")
+                claimed = [self._claim(slice_, folder / "slices", taken, locks) for slice_ in wave]
+            yield [slice_ for slice_ in claimed if slice_]
+
+    def check(self, slice_: Slice):
+        """Call it before a slice is stored. Raises LockLost if another call trains it by now."""
+        if slice_.name in self._locks:
+            self._locks[slice_.name].check()
+
+    def describe_left(self) -> str:
+        """A sentence on the slices that were left out, and to whom."""
+        holders = Counter(map(str, self.left.values()))
+        parts = [f"{count(number, 'slice')} to {holder}" for holder, number in holders.items() if holder != "None"]
+        parts += [f"{count(holders['None'], 'slice')} whose runs lie in slices of another size"] * ("None" in holders)
+        return f"folder={self.slices.folder} is shared with other calls: this one left {' and '.join(parts)}"
+
+    def _claim(
+        self, slice_: Slice, folder: Path, taken: dict[str, Holder | None], locks: contextlib.ExitStack
+    ) -> Slice | None:
+        """The slice as it is stored now, with its lock held; None if another call has it."""
+        name = slice_.name
+        try:
+            for run in set(slice_.runs) & taken.keys():
+                self.left[name] = taken[run]
+                return None
+            self._locks[name] = locks.enter_context(claim(folder / f"{name}.lock", note="\n".join(slice_.runs)))
+        except LockHeld as error:
+            self.left[name] = error.holder
+            return None
+        self.left.pop(name, None)
+        remove_halves(folder, f"{name}.npz.*")
+        if slice_.num_updates or (folder / f"{name}.npz").exists():
+            try:
+                return self.slices.load(name)
+            except ValueError:
+                if slice_.num_updates:
+                    raise
+        return slice_  # new, or stored in a damaged file, of which there was a warning
+
+    def _runs_of_others(self, folder: Path) -> dict[str, Holder | None]:
+        """The runs in slices that divide the runs in another way, and who trains them."""
+        unknown = {path.stem for path in folder.glob("*.npz")} - self._known - self._others.keys()
+        if unknown:
+            self._others |= dict.fromkeys(unknown, ()) | {x.name: x.runs for x in self.slices.read()}
+        runs = {run: None for name in self._others.keys() - self._known for run in self._others[name]}
+        for path in folder.glob("*.lock"):
+            if path.stem not in self._known:
+                runs |= dict.fromkeys(read_note(path).splitlines(), read_holder(path))
+        return runs
+
+
+@contextlib.contextmanager
+def turn(folder: str | Path | None) -> Iterator[None]:
+    """Holds the lock of a folder for a moment, to read or write what all calls share; nothing without a folder."""
+    with contextlib.nullcontext() if folder is None else claim_folder(folder, wait=WAIT):
+        yield
