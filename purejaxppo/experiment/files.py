@@ -3,8 +3,8 @@
 import contextlib
 import json
 import os
-import stat
 import re
+import stat
 import tempfile
 import uuid
 import zipfile

@@ -86,7 +86,9 @@ class Claims:
         unknown = {path.stem for path in folder.glob("*.npz")} - self._known - self._others.keys()
         if unknown:
             self._others |= dict.fromkeys(unknown, ()) | {x.name: x.runs for x in self.slices.read()}
-        runs = {run: None for name in self._others.keys() - self._known for run in self._others[name]}
+        runs: dict[str, Holder | None] = {
+            run: None for name in self._others.keys() - self._known for run in self._others[name]
+        }
         for path in folder.glob("*.lock"):
             if path.stem not in self._known:
                 runs |= dict.fromkeys(read_note(path).splitlines(), read_holder(path))
