@@ -1,10 +1,21 @@
 import dataclasses
+from functools import partial
 
 import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
+from gymnax.environments.environment import Environment, EnvParams
+from gymnax.wrappers import (
+    FlattenObservationWrapper,
+    GymnaxToDmEnvWrapper,
+    LegacyStepAPIWrapper,
+    LogWrapper,
+    StickyActionWrapper,
+)
+from gymnax.wrappers.purerl import GymnaxWrapper
 
 from probes import SMALL, copy_cue, counter
 from purejaxppo import Box, Discrete, Env, MultiDiscrete, Step, check_env, make_env, make_ppo, time_limit
@@ -98,6 +109,183 @@ def test_a_time_limit_truncates_and_terminates_nothing(key):
         state = result.state
         flags.append((bool(result.terminated), bool(result.truncated)))
     assert flags == [(False, False), (False, False), (False, True), (False, True), (True, True)]
+
+
+@struct.dataclass
+class Count:
+    time: jax.Array
+    sum: jax.Array
+
+
+class Counting(Environment):
+    """Observes [time, sum of actions], rewards the action, terminates at a sum of 3, truncates after 5 steps."""
+
+    @property
+    def default_params(self):
+        return EnvParams(max_steps_in_episode=5)
+
+    def reset_env(self, key, params):
+        return jnp.zeros((1, 2)), Count(jnp.int32(0), jnp.int32(0))
+
+    def step_env(self, key, state, action, params):
+        state = Count(state.time + 1, state.sum + action)
+        return jnp.stack([state.time, state.sum])[None] * 1.0, state, action, self.is_terminal(state, params), {}
+
+    def is_terminated(self, state, params):
+        return state.sum >= 3
+
+    def action_space(self, params):
+        return gymnax.environments.spaces.Discrete(2)
+
+    def observation_space(self, params):
+        return gymnax.environments.spaces.Box(0, 5, (1, 2))
+
+
+class Before(Counting):
+    """As in gymnax before 1.0: the time limit terminates."""
+
+    def is_terminal(self, state, params):
+        return self.is_terminated(state, params) | (state.time >= params.max_steps_in_episode)
+
+
+class Doubled(GymnaxWrapper):
+    """Doubles observations and rewards, flips actions and starts at 7; leaves the final observation as it was."""
+
+    def reset(self, key, params=None):
+        obs, state = self._env.reset(key, params)
+        return obs + 7, state
+
+    def step(self, key, state, action, params=None):
+        obs, state, reward, terminated, truncated, info = self._env.step(key, state, 1 - action, params)
+        return obs * 2, state, reward * 2, terminated, truncated, info
+
+
+class Limited:
+    """Truncates after 2 steps and resets by itself."""
+
+    def __init__(self, env):
+        self.inner = env
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def reset(self, key, params):
+        obs, state = self.inner.reset(key, params)
+        return obs, (state, jnp.int32(0))
+
+    @partial(jax.jit, static_argnames="self")
+    def step(self, key, state, action, params):
+        obs, inner, reward, terminated, truncated, info = self.inner.step(key, state[0], action, params)
+        truncated |= state[1] >= 1
+        done = terminated | truncated
+        fresh, start = self.reset(key, params)
+        state = jax.tree.map(partial(jnp.where, done), start, (inner, state[1] + 1))
+        return jnp.where(done, fresh, obs), state, reward, terminated, truncated, info | {"final_observation": obs}
+
+
+class Tripled(Counting):
+    """Changes `step` by inheritance."""
+
+    def step(self, key, state, action, params=None):
+        obs, state, reward, terminated, truncated, info = super().step(key, state, action, params)
+        return obs * 3, state, reward, terminated, truncated, info
+
+
+class InParts(GymnaxWrapper):
+    """Changes `step_env`, not `step`."""
+
+    def step_env(self, key, state, action, params):
+        obs, state, reward, terminated, info = self._env.step_env(key, state, action, params)
+        return obs, state, reward - 1, terminated, info
+
+
+def episode(env, action, num_steps=5):
+    """Observations, rewards, and the step of the first end with its flags, under one action for ever."""
+    env = make_env(env)
+    state, obs = env.reset(jax.random.key(0), env.params)
+    seen, step = [], jax.jit(env.step)
+    for i in range(num_steps):
+        result = step(jax.random.key(i), state, action, env.params)
+        seen.append((result.obs.reshape(-1).tolist(), float(result.reward)))
+        state = result.state
+        if result.terminated or result.truncated:
+            return seen, bool(result.terminated), bool(result.truncated)
+    return seen, False, False
+
+
+@pytest.mark.parametrize(
+    "wrapped, action, last, flags",
+    [
+        (Counting(), 1, ([3, 3], 1), (True, False)),
+        (Counting(), 0, ([5, 0], 0), (False, True)),
+        (LogWrapper(FlattenObservationWrapper(Counting())), 1, ([3, 3], 1), (True, False)),
+        (StickyActionWrapper(Counting(), 1.0), 1, ([5, 0], 0), (False, True)),  # repeats the action 0 of its start
+        (Doubled(Counting()), 1, ([10, 0], 0), (False, True)),
+        (Doubled(Counting()), 0, ([6, 6], 2), (True, False)),
+        (Limited(Counting()), 1, ([2, 2], 1), (False, True)),
+        (Doubled(Limited(Counting())), 0, ([4, 4], 2), (False, True)),
+        (Limited(Doubled(Counting())), 0, ([4, 4], 2), (False, True)),
+        (Tripled(), 1, ([9, 9], 1), (True, False)),
+        (InParts(Counting()), 1, ([3, 3], 0), (True, False)),
+        (Before(), 1, ([3, 3], 1), (True, False)),
+        (Before(), 0, ([5, 0], 0), (False, True)),
+        (Doubled(Before()), 1, ([10, 0], 0), (False, True)),
+    ],
+)
+def test_a_wrapper_of_gymnax_does_what_it_does_and_shows_the_observation_reached(wrapped, action, last, flags):
+    seen, *ended = episode(wrapped, action)
+    assert (*seen[-1], *ended) == (*last, *flags)
+
+
+def test_a_wrapper_begins_every_episode_and_is_part_of_the_name(key):
+    env = make_env(Doubled(Counting()))
+    assert env.reset(key, env.params)[1].tolist() == [[7, 7]] and env.name == "Doubled(Counting)"
+    assert check_env(make_env(StickyActionWrapper(Counting(), 0.5))) == []
+
+
+class Closed(GymnaxWrapper):
+    def __init__(self, env):
+        super().__init__(env)
+        self._step = env.step
+
+    def step(self, *args):
+        return self._step(*args)
+
+
+class Hiding(GymnaxWrapper):
+    def step(self, key, state, action, params):
+        obs, state, reward, terminated, truncated, _ = self._env.step(key, state, action, params)
+        fresh, start = self.reset(key, params)
+        return jnp.where(truncated, fresh, obs), state, reward, terminated, truncated, {}
+
+
+class Timeless(Counting):
+    def is_truncated(self, state, params):
+        return state.steps > params.max_steps_in_episode
+
+
+@pytest.mark.parametrize(
+    "env, sentence",
+    [
+        (
+            LegacyStepAPIWrapper(Counting()),
+            "step of LegacyStepAPIWrapper must return .* as in gymnax 1.0, not 5 values",
+        ),
+        (GymnaxToDmEnvWrapper(Counting()), r"reset of GymnaxToDmEnvWrapper must return \(obs, state\), not TimeStep"),
+        (InParts(StickyActionWrapper(Counting())), "step_env of InParts does without the step of the wrapper"),
+        (Closed(Counting()), "step of Closed must call step of the environment that it holds"),
+        (Hiding(Counting()), r"step of Hiding resets by itself, so it must keep .* info\['final_observation'\]"),
+        (Counting, r"env=Counting is a class \(pass an instance, such as Counting\(\)\)"),
+    ],
+)
+def test_what_hides_the_observation_reached_is_refused(env, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make_env(env)
+
+
+def test_an_environment_that_does_not_tell_its_time_limit_is_refused():
+    with pytest.raises(ValueError, match="Timeless does not tell when its time runs out.*define is_truncated"):
+        make_ppo(Timeless(), SMALL)
 
 
 def dictionary_env():

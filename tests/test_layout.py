@@ -12,7 +12,8 @@ import purejaxppo
 
 ROOT = Path(purejaxppo.__file__).parent
 CORE = [
-    "checks", "text", "config", "envs.base", "envs.check", "envs.import_gymnax", "envs.from_gymnax", "envs",
+    "checks", "text", "config", "envs.base", "envs.check", "envs.import_gymnax", "envs.without_reset",
+    "envs.from_gymnax", "envs",
     "collectives", "normalize", "networks.distributions", "networks.orthogonal", "networks.layers",
     "networks.network", "networks.actor_critic", "networks", "rollout", "advantages", "loss", "update", "summary",
     "evaluate", "ppo", "adaptive", "sharded", "table", "batched", "evolving",

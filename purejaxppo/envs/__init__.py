@@ -21,7 +21,8 @@ def env_names() -> list[str]:
 def make_env(env: Any) -> Env:
     """An `Env` from a name, a gymnax environment, a pair (gymnax environment, params), or an `Env` itself.
 
-    Raises ValueError for an unknown name, with the nearest known ones, and for anything else.
+    A gymnax environment may be wrapped, see `from_gymnax`. Raises ValueError for an unknown name, with the nearest
+    known ones, and for anything else.
     """
     if isinstance(env, Env):
         return env
@@ -34,6 +35,8 @@ def make_env(env: Any) -> Env:
             raise ValueError(f"env={env!r} is not a known environment ({hint})")
         return from_gymnax(env)
     environment, params = env if isinstance(env, tuple) and len(env) == 2 else (env, None)
+    if isinstance(environment, type):
+        raise ValueError(f"env={environment.__name__} is a class (pass an instance, such as {environment.__name__}())")
     if not hasattr(environment, "step_env"):
         raise ValueError(
             f"env={env!r} is not an environment: pass a name, a gymnax environment, "

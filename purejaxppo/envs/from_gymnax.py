@@ -1,4 +1,4 @@
-"""gymnax environments through their raw step: no auto-reset, terminated and truncated apart."""
+"""gymnax environments and wrappers, without auto-reset, terminated and truncated apart."""
 
 from typing import Any
 
@@ -7,26 +7,36 @@ import jax.numpy as jnp
 
 from purejaxppo.envs.base import Box, Discrete, Env, MultiDiscrete, Step
 from purejaxppo.envs.import_gymnax import import_gymnax
+from purejaxppo.envs.without_reset import without_reset, wrapped_environments
+
+REPEATED = {"discount", "terminated", "truncated", "final_observation"}
 
 
 def from_gymnax(env: Any, params: Any = None) -> Env:
-    """An `Env` of a gymnax 1.0 environment.
+    """An `Env` of a gymnax 1.0 environment, or of a wrapper around one.
 
-    `env` is a registered name or an instance, `params` are the environment's defaults if they are not given. Raises
-    ValueError for an unknown name or an unsupported space.
+    Wrappers, gymnax's and your own, do all that they do, with the resets of gymnax left out (see `without_reset`). An
+    environment of before 1.0, whose `step_env` returns the time limit as a termination, has the two told apart.
+
+    Args:
+        env: a registered name, an environment or a wrapper.
+        params: by default those of the environment.
+
+    Raises:
+        ValueError: for an unsupported space, or an interface that hides observations or the time limit.
     """
     if isinstance(env, str):
         env, default_params = import_gymnax().make(env)
         params = default_params if params is None else params
     params = env.default_params if params is None else params
+    raw = without_reset(env, params)
 
     def reset(key, params):
-        obs, state = env.reset_env(key, params)
+        obs, state = raw.reset(key, params)
         return _in_32_bits(state), _in_32_bits(obs)
 
     def step(key, state, action, params):
-        obs, state, reward, terminated, info = env.step_env(key, state, action, params)
-        truncated = env.is_truncated(state, params)
+        obs, state, reward, terminated, truncated, info = raw.step(key, state, action, params)
         return Step(
             state=_in_32_bits(state),
             obs=_in_32_bits(obs),
@@ -41,8 +51,8 @@ def from_gymnax(env: Any, params: Any = None) -> Env:
         step=step,
         params=params,
         action_space=lambda params: _space(env.action_space(params)),
-        observation_space=_observation_space(env, params),
-        name=env.name,
+        observation_space=_observation_space(env, jax.eval_shape(raw.reset, jax.random.key(0), params)[0], params),
+        name=_name(env),
     )
 
 
@@ -52,9 +62,9 @@ def gymnax_names() -> list[str]:
 
 
 def _numbers(info: dict) -> dict:
-    """The numbers in the info of a step as `info_NAME`, without the discount, which only repeats `terminated`."""
+    """The numbers in the info of a step as `info_NAME`, without those that repeat other fields of the step."""
     scalars = {name: x for name, x in info.items() if isinstance(x, (jax.Array, float, int)) and jnp.ndim(x) == 0}
-    kept = {name: x for name, x in scalars.items() if name != "discount" and not _is_key(x)}
+    kept = {name: x for name, x in scalars.items() if name not in REPEATED and not _is_key(x)}
     return {f"info_{name.replace('/', '_')}": x for name, x in kept.items()}
 
 
@@ -72,9 +82,14 @@ def _in_32_bits(tree):
     return jax.tree.map(lambda x: jnp.asarray(x, narrow.get(jnp.result_type(x), jnp.result_type(x))), tree)
 
 
-def _observation_space(env, params):
+def _name(env) -> str:
+    """The name of an environment, with the wrappers around it: they make it another one."""
+    wrapped = [*wrapped_environments(env).values()]
+    return f"{type(env).__name__}({_name(wrapped[0])})" if wrapped else env.name
+
+
+def _observation_space(env, obs, params):
     """The declared kind of space with the shape and dtype that `reset` returns: in gymnax the two can differ."""
-    obs, _ = jax.eval_shape(env.reset_env, jax.random.key(0), params)
     try:
         declared = _space(env.observation_space(params))
     except NotImplementedError:
