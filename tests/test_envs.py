@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import struct
+from gymnax.environments import spaces
 from gymnax.environments.environment import Environment, EnvParams
 from gymnax.wrappers import (
     FlattenObservationWrapper,
@@ -135,10 +136,10 @@ class Counting(Environment):
         return state.sum >= 3
 
     def action_space(self, params):
-        return gymnax.environments.spaces.Discrete(2)
+        return spaces.Discrete(2)
 
     def observation_space(self, params):
-        return gymnax.environments.spaces.Box(0, 5, (1, 2))
+        return spaces.Box(0, 5, (1, 2))
 
 
 class Before(Counting):
