@@ -120,7 +120,20 @@ def unroll(
     # The scan stacks distributions that have a time axis already, [T, 1, N, ...]; scalars are the same in every step.
     distribution = jax.tree.map(lambda x: x[:, 0] if x.ndim > 1 else x[0], rollout.distribution)
     rollout = rollout.replace(distribution=distribution, log_prob=distribution.log_prob(rollout.action))
-    return count_episodes(actors, rollout)
+    return count_episodes(actors, end_lost_states(rollout))
+
+
+def end_lost_states(rollout: Rollout) -> Rollout:
+    """The rollout with every last observation of an episode that holds a nan as 0, and that episode as terminated."""
+    lost = jnp.zeros_like(rollout.done)
+    for x in jax.tree.leaves(rollout.next_obs):
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            lost |= rollout.done & jnp.isnan(x).any(range(2, x.ndim))
+
+    def clear(x):
+        return jnp.where(lost.reshape(lost.shape + (1,) * (x.ndim - 2)), jnp.zeros_like(x), x)
+
+    return rollout.replace(next_obs=jax.tree.map(clear, rollout.next_obs), terminated=rollout.terminated | lost)
 
 
 def count_episodes(actors: Actors, rollout: Rollout) -> tuple[Actors, Rollout]:
@@ -246,6 +259,8 @@ def apply_policy(
 def step_envs(keys: jax.Array, env_state: Any, action: jax.Array, env_params: Any, *, env: Env, config: Config) -> Step:
     """One step of N environments without any reset; the fields of the result are [N, ...].
 
+    In a step that ends an episode, a reward or a metric that is nan counts as 0.
+
     Args:
         keys: [N].
         env_state: [N, ...].
@@ -259,13 +274,18 @@ def step_envs(keys: jax.Array, env_state: Any, action: jax.Array, env_params: An
     def step(key, state, action):
         return env.step(key, state, bound_action(action, space, config.bound_action), env_params)
 
+    def number(x):
+        x = x.astype(jnp.float32)
+        return jnp.where(done & jnp.isnan(x), 0, x)
+
     result = jax.vmap(step)(keys, env_state, action)
+    done = result.terminated | result.truncated
     return result._replace(
         state=jax.tree.map(_strong, result.state),
         obs=jax.tree.map(_strong, result.obs),
-        reward=result.reward.astype(jnp.float32),
-        metrics=_as_floats(result.metrics),
-        episode_metrics=_as_floats(result.episode_metrics),
+        reward=number(result.reward),
+        metrics=jax.tree.map(number, result.metrics),
+        episode_metrics=jax.tree.map(number, result.episode_metrics),
     )
 
 
@@ -292,7 +312,3 @@ def add_time(tree: Any) -> Any:
 
 def _strong(x):
     return jnp.asarray(x, jnp.result_type(x))
-
-
-def _as_floats(tree):
-    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)

@@ -10,7 +10,12 @@ from flax import struct
 
 
 class Step(NamedTuple):
-    """The result of one step of one environment; state and observation are those reached, before any reset."""
+    """The result of one step of one environment; state and observation are those reached, before any reset.
+
+    A simulation that fails may end its episode on nan: in a step that ends an episode, a reward or a metric that is nan
+    counts as 0, and a state whose observation holds a nan has value 0, whichever flag is set. In any other step a nan
+    stops the run.
+    """
 
     state: Any
     obs: Any
