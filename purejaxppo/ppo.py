@@ -18,7 +18,7 @@ from purejaxppo.collectives import gather_shards, key_of_shard
 from purejaxppo.config import Config, Hyperparams, as_arrays
 from purejaxppo.envs import make_env
 from purejaxppo.envs.base import Env, action_space, bound_action, observation_space
-from purejaxppo.envs.check import check_shapes
+from purejaxppo.envs.check import check_shapes, check_squash
 from purejaxppo.evaluate import evaluate
 from purejaxppo.loss import ppo_loss
 from purejaxppo.networks.actor_critic import make_network
@@ -128,6 +128,8 @@ def make_ppo(
     if problems:
         raise ValueError(f"environment {env.name!r} failed its checks: {' '.join(problems)}")
     spaces = observation_space(env), action_space(env, env.params)
+    if config.bound_action == "tanh":
+        check_squash(spaces[1])
     network = make_network(config, *spaces) if network is None else as_network(network)
     obs = jax.eval_shape(partial(_first_observation, env=env, config=config), jax.random.key(0))
     check_network(network, obs, spaces[1], config)

@@ -149,8 +149,9 @@ def to_segments(batch: Batch, length: int) -> Batch:
 def _cut(x: jax.Array, length: int) -> jax.Array:
     """[T, N, ...] as segments [S, L, ...]."""
     num_steps, num_envs, *shape = x.shape
-    x = x.reshape(num_steps // length, length, num_envs, *shape)
-    return jnp.swapaxes(x, 1, 2).reshape(-1, length, *shape)
+    num_parts = num_steps // length
+    x = x.reshape(num_parts, length, num_envs, *shape)
+    return jnp.swapaxes(x, 1, 2).reshape(num_parts * num_envs, length, *shape)
 
 
 def take(segments: Batch, chosen: jax.Array) -> Batch:

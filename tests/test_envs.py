@@ -345,11 +345,97 @@ def broken(**changes):
         (counter(3)._replace(reset=lambda key, params: jnp.zeros(1)), "reset(key, params) must return the pair"),
         (counter(3)._replace(reset=lambda key: 1), "reset(key, params) failed when traced: TypeError"),
         (counter(3)._replace(step=lambda *args: (1, 2)), "step must return a Step"),
+        (
+            broken(obs=lambda r: r.obs * 1e20),
+            "an observation reached 1.3e+21; above 1e+18 its square overflows float32",
+        ),
+        (broken(reward=lambda r: r.reward - 1e19), "a reward reached 1e+19; above 1e+18"),
+        (counter(3)._replace(action_space=Box(1.0, -1.0, (2,))), "low must be at most high"),
+        (counter(3)._replace(action_space=Box(np.nan, 1.0, (2,))), "neither may be nan"),
+        (
+            counter(3)._replace(action_space=Box(np.zeros(3), 1.0, (2,))),
+            "bounds must be numbers, or arrays of its shape",
+        ),
+        (counter(3)._replace(action_space=Box(0, 1, (0,))), "which holds no number"),
+        (counter(3)._replace(observation_space=Box(11, 9, (1,))), "low must be at most high"),
     ],
 )
 def test_an_author_is_told_what_is_wrong(env, sentence):
     problems = check_env(env)
     assert len(problems) >= 1 and any(sentence in problem for problem in problems), problems
+
+
+def test_an_environment_that_fails_names_its_file_and_line_and_is_the_cause(key):
+    def step(key, state, action, params):
+        return undefined_name  # noqa: F821  # pyright: ignore[reportUndefinedVariable]
+
+    env = counter(3)._replace(step=step)
+    place = f"(test_envs.py, line {step.__code__.co_firstlineno + 1})"
+    message = "step(key, state, action, params) failed when traced: NameError: name 'undefined_name' is not defined "
+    with pytest.raises(ValueError) as raised:
+        make_ppo(env, SMALL)
+    assert str(raised.value) == message + place and isinstance(raised.value.__cause__, NameError)
+    assert check_env(env) == [message + place + "."]
+
+
+@pytest.mark.parametrize("low, high", [(-3.4e38, 3.4e38), (-np.inf, 1), (1, 1)])
+def test_tanh_is_refused_between_bounds_that_it_cannot_fill(low, high):
+    env = counter(3)._replace(action_space=Box(low, high, (2,)))
+    with pytest.raises(ValueError, match="bound_action='tanh' needs finite bounds with low < high, not Box"):
+        make_ppo(env, dataclasses.replace(SMALL, bound_action="tanh"))
+    make_ppo(env, SMALL)
+
+
+def test_a_part_of_an_observation_may_be_empty(key):
+    env = counter(3)
+    pair = lambda obs: {"empty": jnp.zeros((0, 2)), "time": obs}
+
+    def step(*args):
+        result = env.step(*args)
+        return result._replace(obs=pair(result.obs))
+
+    def reset(key, params):
+        state, obs = env.reset(key, params)
+        return state, pair(obs)
+
+    ppo = make_ppo(env._replace(reset=reset, step=step), dataclasses.replace(SMALL, normalize_observation=True))
+    assert jax.eval_shape(ppo.step, jax.eval_shape(ppo.init, key))[1]["loss"].shape == ()
+
+
+def ends_on(nan, truncate=False):
+    """Episodes of 3 steps of reward 1, whose last step ends them on `nan` as reward, observation and metrics."""
+
+    def reset(key, params):
+        return jnp.int32(0), jnp.zeros(2)
+
+    def step(key, time, action, params):
+        done = time >= 2
+        last = lambda x: jnp.where(done, nan, x)
+        ended = {"terminated": done & (not truncate), "truncated": done & truncate}
+        metrics = {"height": last(1.0)}
+        obs = jnp.stack([1.0 + time, last(action)])
+        return Step(time + 1, obs, last(1.0), **ended, metrics=metrics, episode_metrics={"last": last(1.0)})
+
+    return Env(reset, step, (), Discrete(2))
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+def test_nothing_is_learned_from_a_nan_that_ends_an_episode(truncate, key):
+    """As from an episode that ends there on zeros; only its step counts."""
+    config = dataclasses.replace(SMALL, normalize_observation=True, scale_reward=True)
+
+    def train(env):
+        ppo = make_ppo(env, config)
+        state, metrics = jax.jit(ppo.train)(ppo.init(key))
+        rollout = ppo.collect(state)[1]
+        played = ppo.evaluate(key, state.policy, num_episodes=2)
+        return state.policy, metrics, rollout.terminated, rollout.next_obs[..., 1], played
+
+    nan = train(ends_on(jnp.nan, truncate))
+    jax.tree.map(np.testing.assert_array_equal, nan[:4], train(ends_on(0.0))[:4])
+    assert np.isfinite(jax.tree.leaves(nan)[0]).all() and nan[2].sum() == 8 and check_env(ends_on(jnp.nan)) == []
+    np.testing.assert_array_equal(nan[-1].episode_return, [2, 2])
+    np.testing.assert_allclose(nan[1]["episode_return"], 2)
 
 
 def test_a_sound_environment_has_no_problems():

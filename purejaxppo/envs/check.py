@@ -1,13 +1,19 @@
 """`check_env`: lists the faults of an environment for its author."""
 
+import traceback
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from purejaxppo.envs.base import Box, Discrete, Env, MultiDiscrete, Step, action_space, bound_action, observation_space
+
+PACKAGES = [Path(jax.__file__).parent, Path(__file__).parents[1]]
+LARGEST = 1e18  # of a number whose square, summed over a rollout, stays finite in float32
 
 
 def check_env(env: Any, num_steps: int = 200, seed: int = 0) -> list[str]:
@@ -17,30 +23,31 @@ def check_env(env: Any, num_steps: int = 200, seed: int = 0) -> list[str]:
     """
     if not isinstance(env, Env):
         return [f"{env!r} is not an Env; make_env makes one from a name or a gymnax environment."]
-    return check_shapes(env) or _check_play(env, num_steps, seed)
+    try:
+        return check_shapes(env) or _check_play(env, num_steps, seed)
+    except ValueError as error:
+        return [f"{error}."]
 
 
 def check_shapes(env: Env) -> list[str]:
-    """The faults that tracing alone can find, in milliseconds: types, shapes, spaces."""
+    """The faults that tracing alone can find, in milliseconds: types, shapes, spaces.
+
+    Raises ValueError, with the environment's own error as its cause, if a function of the environment fails.
+    """
     key = jax.random.key(0)
-    try:
-        space = action_space(env, env.params)
-    except Exception as error:
-        return [f"action_space(params) failed: {_first_line(error)}."]
+    space = _call("action_space(params)", partial(action_space, env), env.params)
     if not isinstance(space, (Discrete, MultiDiscrete, Box)):
         return [f"action_space is {space!r}; it must be a Discrete, MultiDiscrete or Box of purejaxppo.envs."]
-    try:
-        start = jax.eval_shape(env.reset, key, env.params)
-    except Exception as error:
-        return [f"reset(key, params) failed when traced: {_first_line(error)}."]
+    if problems := _check_bounds("action_space", space):
+        return problems
+    start = _call("reset(key, params)", partial(jax.eval_shape, env.reset), key, env.params)
     if not (isinstance(start, tuple) and len(start) == 2):
         return [f"reset(key, params) must return the pair (state, obs), not {_kind(start)}."]
     state, obs = start
     action = jax.eval_shape(partial(_random_action, space=space), key)
-    try:
-        result = jax.eval_shape(env.step, key, state, action, env.params)
-    except Exception as error:
-        return [f"step(key, state, action, params) failed when traced: {_first_line(error)}."]
+    result = _call(
+        "step(key, state, action, params)", partial(jax.eval_shape, env.step), key, state, action, env.params
+    )
     if not isinstance(result, Step):
         return [f"step must return a Step(state, obs, reward, terminated, truncated), not {_kind(result)}."]
     problems = _differences("state", state, result.state) + _differences("obs", obs, result.obs)
@@ -59,6 +66,18 @@ def check_shapes(env: Env) -> list[str]:
                 f"metric {name!r} has shape {np.shape(value)}; it must be a scalar with no '/' in its name."
             )
     return problems + _check_observation_space(env, obs)
+
+
+def check_squash(space: Any) -> None:
+    """Raises ValueError for a Box that tanh cannot fill: its bounds and their distance must be finite in float32."""
+    if not isinstance(space, Box) or isinstance(space.low, Tracer) or isinstance(space.high, Tracer):
+        return
+    with np.errstate(over="ignore", invalid="ignore"):
+        width = np.float32(space.high) - np.float32(space.low)
+    if not (np.isfinite(width) & (width > 0)).all():
+        raise ValueError(
+            f"bound_action='tanh' needs finite bounds with low < high, not {space!r} (try bound_action='clip')"
+        )
 
 
 def metric_names(env: Env) -> list[str]:
@@ -82,7 +101,21 @@ def _check_observation_space(env, obs) -> list[str]:
             problems.append(f"observation_space is {space!r}, but reset returns an observation of shape {x.shape}.")
         elif isinstance(space, (Discrete, MultiDiscrete)) and not jnp.issubdtype(x.dtype, jnp.integer):
             problems.append(f"observation_space is {space!r}, but reset returns {x.dtype}; it must be an integer.")
+        else:
+            problems += _check_bounds("observation_space", space)
     return problems
+
+
+def _check_bounds(what: str, space: Any) -> list[str]:
+    if not isinstance(space, Box) or isinstance(space.low, Tracer) or isinstance(space.high, Tracer):
+        return []
+    try:
+        low, high = (np.broadcast_to(np.asarray(bound, np.float64), space.shape) for bound in (space.low, space.high))
+    except ValueError:
+        return [f"{what} is {space!r}; its bounds must be numbers, or arrays of its shape."]
+    if not (low <= high).all():
+        return [f"{what} is {space!r}; low must be at most high, and neither may be nan."]
+    return [] if low.size or what != "action_space" else [f"{what} is {space!r}, which holds no number."]
 
 
 def _differences(what: str, first, second) -> list[str]:
@@ -116,10 +149,14 @@ def _check_play(env: Env, num_steps: int, seed: int) -> list[str]:
         next_state = jax.tree.map(
             lambda f, s: jnp.where(done, f, s).astype(jnp.result_type(f)), fresh_state, result.state
         )
+        # An episode may end on nan, see `Step`.
+        fine = lambda x: jnp.isfinite(x) | (done & jnp.isnan(x))
         seen = {
-            "obs": jnp.array([jnp.isfinite(x).all() for x in _numbers(result.obs)]).all(),
-            "reward": jnp.isfinite(result.reward),
-            "range": _within(observation_space(env), result.obs),
+            "obs": jnp.array([fine(x).all() for x in _numbers(result.obs)]).all(),
+            "reward": fine(result.reward),
+            "large obs": _largest(result.obs),
+            "large reward": _largest(result.reward),
+            "range": _within(observation_space(env), result.obs, done),
             "same": jnp.array(same).all(),
             "done": done,
         }
@@ -130,15 +167,20 @@ def _check_play(env: Env, num_steps: int, seed: int) -> list[str]:
         state, obs = env.reset(reset_key, env.params)
         finite = jnp.array([jnp.isfinite(x).all() for x in _numbers(obs)]).all()
         _, seen = jax.lax.scan(step, jax.tree.map(jnp.asarray, state), jax.random.split(step_key, num_steps))
-        return finite, seen
+        return finite, _largest(obs), seen
 
-    try:
-        finite, seen = jax.jit(jax.vmap(play))(jax.random.split(jax.random.key(seed), 8))
-    except Exception as error:
-        return [f"playing {num_steps} random steps under jit and vmap failed: {_first_line(error)}."]
+    what, keys = f"playing {num_steps} random steps under jit and vmap", jax.random.split(jax.random.key(seed), 8)
+    finite, large, seen = _call(what, jax.jit(jax.vmap(play)), keys)
     problems = []
     if not finite.all():
         problems.append("reset returns an observation that is nan or infinite.")
+    for name, largest in {"an observation": seen["large obs"], "a reward": seen["large reward"]}.items():
+        largest = max(float(largest.max()), float(large.max()) if name == "an observation" else 0.0)
+        if largest > LARGEST:
+            problems.append(
+                f"{name} reached {largest:.3g}; above {LARGEST:g} its square overflows float32, so that it cannot be "
+                "normalised (divide it by a constant)."
+            )
     if not seen["obs"].all():
         problems.append(f"step {_when(~seen['obs'])} returns an observation that is nan or infinite.")
     if not seen["reward"].all():
@@ -163,7 +205,7 @@ def _random_action(key, *, space):
     return bound_action(jax.random.normal(key, (int(np.prod(space.shape)),)), space, "clip")
 
 
-def _within(spaces, obs):
+def _within(spaces, obs, done):
     checks = [jnp.bool_(True)]
     for space, x in zip(jax.tree.leaves(spaces), jax.tree.leaves(obs)):
         if isinstance(space, Discrete):
@@ -172,8 +214,15 @@ def _within(spaces, obs):
             checks.append(((x >= 0) & (x < jnp.array(space.sizes))).all())
         else:
             low, high = (jnp.broadcast_to(jnp.asarray(b, jnp.float32), x.shape) for b in (space.low, space.high))
-            checks.append(((x >= low) & (x <= high)).all())
+            checks.append((((x >= low) & (x <= high)) | (done & jnp.isnan(x))).all())
     return jnp.stack(checks).all()
+
+
+def _largest(tree):
+    """The largest absolute value that is finite, 0 for none."""
+    numbers = [jnp.asarray(x, jnp.float32).reshape(-1) for x in _numbers(tree)]
+    largest = [jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), 0), initial=0) for x in numbers]
+    return jnp.stack([jnp.float32(0), *largest]).max()
 
 
 def _numbers(tree):
@@ -191,5 +240,18 @@ def _kind(value) -> str:
     return f"{type(value).__name__} {shapes}"
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0].rstrip('.') if str(error).strip() else ''}"
+def _call(what: str, function, *args):
+    """Calls a function of the environment. Raises ValueError with its error, and the line in the user's file."""
+    try:
+        return function(*args)
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        first = f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+        raise ValueError(f"{what} failed when traced: {first}{_place(error)}") from error
+
+
+def _place(error: Exception) -> str:
+    """The last line that an error passed through outside of JAX and this package."""
+    frames = [(Path(f.filename), f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+    places = [f" ({path.name}, line {line})" for path, line in frames if not any(map(path.is_relative_to, PACKAGES))]
+    return places[-1] if places else ""

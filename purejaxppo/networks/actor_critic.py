@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from purejaxppo.config import Config
 from purejaxppo.envs.base import Box, Discrete, MultiDiscrete
@@ -19,9 +18,9 @@ from purejaxppo.networks.network import Network, draw_orthogonal
 def make_network(config: Config, observation_space: Any, action_space: Any) -> Network:
     """The network that `config` describes for these spaces.
 
-    Raises ValueError if they do not fit: `cnn` for observations that are not grids, `tanh` for unbounded actions.
+    Raises ValueError if they do not fit: `cnn` for observations that are not grids.
     """
-    _check_fit(config, observation_space, action_space)
+    _check_fit(config, observation_space)
     activation = {"tanh": nn.tanh, "relu": nn.relu}[config.activation]
     encoder = {"mlp": MLP, "cnn": CNN}[config.encoder]
     module = ActorCritic(
@@ -50,17 +49,13 @@ def make_head(config: Config, space: Any) -> Callable:
     return lambda: Gaussian(size, distribution, config.initial_std, config.state_dependent_std)
 
 
-def _check_fit(config, observation_space, action_space):
+def _check_fit(config, observation_space):
     if config.encoder == "cnn" and not (isinstance(observation_space, Box) and len(observation_space.shape) == 3):
         raise ValueError(
             f"encoder='cnn' reads grids [height, width, channels], not {observation_space!r} (try encoder='mlp')"
         )
     if config.encoder == "cnn" and min(observation_space.shape[:2]) < 3:
         raise ValueError(f"encoder='cnn' needs grids of 3 x 3 or more, not {observation_space!r} (try encoder='mlp')")
-    if config.bound_action == "tanh" and isinstance(action_space, Box):
-        bounds = [b for b in (action_space.low, action_space.high) if not isinstance(b, Tracer)]
-        if not all(np.isfinite(b).all() for b in map(np.asarray, bounds)):
-            raise ValueError(f"bound_action='tanh' needs finite bounds, not {action_space!r} (try bound_action='clip')")
 
 
 class ActorCritic(nn.Module):
