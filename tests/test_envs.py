@@ -408,9 +408,10 @@ def broken_at_the_end():
     def step(key, time, action, params):
         done = time >= 2
         last = lambda x: jnp.where(done, params[0], x)
-        ended = {"terminated": done & ~params[1], "truncated": done & params[1]}
-        metrics = {"metrics": {"height": last(1.0)}, "episode_metrics": {"last": last(1.0)}}
-        return Step(time + 1, jnp.stack([1.0 + time, last(action)]), last(1.0), **ended, **metrics)
+        obs = jnp.stack([1.0 + time, last(action)])
+        return Step(
+            time + 1, obs, last(1.0), done & ~params[1], done & params[1], {"height": last(1.0)}, {"last": last(1.0)}
+        )
 
     return Env(lambda key, params: (jnp.int32(0), jnp.zeros(2)), step, (jnp.nan, jnp.bool_(False)), Discrete(2))
 
