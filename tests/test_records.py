@@ -2,20 +2,26 @@
 
 import copy
 import dataclasses
+import io
 import json
 import os
+import shutil
 import time
+import zipfile
 
+import jax
+import numpy as np
 import pytest
 
 import purejaxppo as pjp
 from probes import SMALL
-from purejaxppo.experiment.files import SETTINGS, SWEEP
+from purejaxppo.experiment.files import SETTINGS, SWEEP, ArrayFile, from_arrays, save_arrays, save_json
 from purejaxppo.experiment.provenance import as_json, describe_machine
 from purejaxppo.experiment.records import OtherVersion
 from purejaxppo.experiment.runs.launch import Launch, read_launch
 from purejaxppo.experiment.runs.settings import RunSession, RunSettings, read_settings
-from purejaxppo.experiment.sweeps.slices import SweepSession, read_sessions, read_sweep
+from purejaxppo.experiment.sweeps.claims import Claims
+from purejaxppo.experiment.sweeps.slices import Slice, Slices, SweepSession, read_sessions, read_sweep
 
 MACHINE = describe_machine()
 RUN_SESSION: RunSession = {**MACHINE, "identity": {}}
@@ -171,3 +177,140 @@ def test_what_a_version_did_not_have_yet_has_its_default(kind, inner, tmp_path):
     with pytest.warns(UserWarning, match="lacks config.matmul_precision, hyperparams.adam_b2: the defaults are used"):
         found = FILES[kind][2](tmp_path)
     assert found == plain(make_settings()) if kind == "run" else found[0] == make_sweep()
+
+
+ARRAYS = {"weight": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.ones(3, np.float32)}
+LIKE = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in ARRAYS.items()}
+
+
+def member(shape, data=b"", dtype="<f4"):
+    """An array in an .npz file whose header says what it likes."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return stream.getvalue() + data
+
+
+def replace_member(path, name, data, how=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path) as file:
+        others = {x: file.read(x) for x in file.namelist() if x != name}
+    with zipfile.ZipFile(path, "w") as file:
+        for other, x in others.items():
+            file.writestr(other, x)
+        file.writestr(name, data, how)
+
+
+def read_policy(path):
+    with ArrayFile(path) as arrays:
+        return from_arrays(arrays, LIKE, str(path))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda path: replace_member(path, "weight.npy", member((10**13,))), "has 128 bytes, which are not float32"),
+        (lambda path: replace_member(path, "weight.npy", member((-2, -3), bytes(24))), "does not fit"),
+        (lambda path: replace_member(path, "weight.npy", member((2, 3), bytes(24), "|O")), "damaged"),
+        (
+            lambda path: replace_member(path, "weight.npy", member((2, 3), bytes(24)), zipfile.ZIP_DEFLATED),
+            "compressed",
+        ),
+        (lambda path: replace_member(path, "weight.npy", b"weights"), "damaged"),
+        (
+            lambda path: replace_member(path, "weight.npy", member((10**5,), bytes(4 * 10**5))),
+            r"found float32 \[100000\]",
+        ),
+        (lambda path: path.write_bytes(path.read_bytes()[:-30]), "damaged"),
+        (lambda path: path.write_bytes(path.read_bytes().replace(ARRAYS["bias"].tobytes(), bytes(12))), "CRC"),
+        (lambda path: path.write_bytes(b""), "damaged"),
+        (lambda path: (path.unlink(), os.mkfifo(path)), "not a regular file"),
+        (lambda path: (path.unlink(), path.symlink_to("/dev/zero")), "not a regular file"),
+    ],
+)
+def test_arrays_are_read_only_if_they_are_what_is_expected(change, words, tmp_path):
+    path = tmp_path / "policy.npz"
+    save_arrays(path, ARRAYS)
+    change(path)
+    with pytest.raises(ValueError, match=f"^{path}.*{words}[^\n]*$"):
+        read_policy(path)
+
+
+def test_a_further_array_is_not_read(tmp_path):
+    path = tmp_path / "policy.npz"
+    save_arrays(path, ARRAYS)
+    replace_member(path, "more.npy", bytes(10**8), zipfile.ZIP_DEFLATED)
+    jax.tree.map(np.testing.assert_array_equal, read_policy(path), ARRAYS)
+
+
+@pytest.fixture
+def slices(tmp_path):
+    """The slices of a sweep of four runs, two in each; every number is that of its setting."""
+    sweep = pjp.Sweep("CartPole-v1", pjp.grid(clip=[0.1, 0.2]), 2, config=SMALL, hyperparams=DEFAULTS)
+    slices, names = Slices(sweep, tmp_path), list(sweep.runs())
+    save_json(tmp_path / SWEEP, {"sweep": sweep.to_json(), "sessions": [SWEEP_SESSION]})
+    (tmp_path / "slices").mkdir()
+    for i in range(2):
+        metrics = {
+            name: np.full((2, 3), i + 1, np.float32) for name in ("learning_rate", "episode_return", "num_episodes")
+        }
+        state = {"num_updates": np.full(2, 3, np.int32), "weight": np.full((2, 5), i, np.float32)}
+        slices.write(Slice(tuple(names[2 * i : 2 * i + 2]), metrics, state))
+    return slices
+
+
+def paths_of(slices):
+    first, second = (slices._path(slice_.name) for slice_ in sorted(slices.read(), key=lambda x: x.runs))
+    return first, second
+
+
+def exchange(first, second):
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+
+
+def test_a_copy_among_the_slices_changes_nothing_and_is_named(slices):
+    first, _ = paths_of(slices)
+    shutil.copy(first, first.with_name("0 (conflicted copy).npz"))
+    with pytest.warns(UserWarning, match=f"conflicted copy.* holds the runs of {first.name}, and is ignored$"):
+        result = pjp.load(slices.folder)
+    assert isinstance(result, pjp.SweepResult) and result.best() == {"clip": 0.2}
+
+
+@pytest.mark.filterwarnings("ignore:.*is ignored")
+def test_slices_whose_contents_were_exchanged_are_neither_used_nor_replaced(slices):
+    stored, paths = slices.read(), paths_of(slices)
+    exchange(*paths)
+    with pytest.warns(UserWarning, match="holds the runs of"):
+        assert slices.read() == []
+    with pytest.raises(ValueError, match="holds the runs of .*would be replaced"), Claims(slices).claim(stored):
+        pass
+    with pytest.raises(ValueError, match="holds the runs of"):
+        slices.load(paths[0].stem, ["weight"])
+
+
+def test_a_slice_of_another_sweep_with_the_same_settings_is_ignored(slices, tmp_path):
+    other = dataclasses.replace(slices.sweep, seed=1)
+    with pytest.warns(UserWarning, match="belongs to another sweep, with seed=0 instead of 1, and is ignored"):
+        assert Slices(other, tmp_path).read() == []
+    fewer = dataclasses.replace(slices.sweep, table=pjp.grid(clip=[0.1]))
+    with pytest.warns(UserWarning, match="belongs to another sweep, with the run .*0.2"):
+        assert len(Slices(fewer, tmp_path).read()) == 1
+
+
+@pytest.mark.parametrize(
+    "change", [lambda path: path.write_bytes(path.read_bytes()[:500]), lambda path: path.write_text("")]
+)
+def test_no_setting_is_called_best_while_the_slice_of_another_is_damaged(slices, change):
+    _, second = paths_of(slices)
+    change(second)
+    with pytest.warns(
+        UserWarning, match=f"{second.name} is damaged: .*; running the sweep again trains its runs again"
+    ):
+        result = pjp.load(slices.folder)
+    assert isinstance(result, pjp.SweepResult)
+    with pytest.raises(
+        ValueError, match=f"best setting is unknown: clip=0.2 seed=0 is missing, .*{second.name} is damaged"
+    ):
+        result.best()
+    with pytest.raises(ValueError, match=f"clip=0.2 seed=1 has not been trained yet or is lost, .*{second.name}"):
+        result.state(1, clip=0.2)

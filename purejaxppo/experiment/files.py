@@ -2,23 +2,23 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import stat
 import tempfile
 import uuid
 import zipfile
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xarray
 
-# What reading a damaged file of arrays may raise.
-DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 SETTINGS, SWEEP = "settings.json", "sweep.json"
 
 
@@ -123,6 +123,85 @@ def read_bytes(path: Path, at_most: int) -> bytes:
     return data
 
 
+@dataclass(frozen=True)
+class StoredArray:
+    """An array in an `ArrayFile`, which `numpy.asarray` reads."""
+
+    file: "ArrayFile"
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.file.read(self.name).astype(dtype or self.dtype, copy=False)
+
+
+class ArrayFile(Mapping[str, StoredArray]):
+    """The arrays of an .npz file of `save_arrays` by name; their sizes on disk are verified before one is read.
+
+    Raises ValueError for anything else, and for a damaged array, in a sentence that begins with the path.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        with self.damage(), contextlib.ExitStack() as opened:
+            file = opened.enter_context(open_regular(path))
+            self._num_bytes = os.fstat(file.fileno()).st_size
+            self._zip = opened.enter_context(zipfile.ZipFile(file))
+            if sum(x.compress_size for x in self._zip.infolist()) > self._num_bytes:
+                raise ValueError("its arrays overlap")
+            self._opened = opened.pop_all()
+        self._members = {x.filename.removesuffix(".npy"): x for x in self._zip.infolist()}
+
+    def __enter__(self) -> "ArrayFile":
+        return self
+
+    def __exit__(self, *_):
+        self._opened.close()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._members)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __getitem__(self, name: str) -> StoredArray:
+        member = self._members[name]
+        with self.damage():
+            if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+                raise ValueError(f"{name} is compressed")
+            with self._zip.open(member) as stream:
+                version = np.lib.format.read_magic(stream)[0]
+                read = np.lib.format.read_array_header_1_0 if version == 1 else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(stream)
+                header = stream.tell()
+            if dtype.hasobject or header + math.prod(shape) * dtype.itemsize != member.file_size:
+                raise ValueError(f"{name} has {member.file_size:,} bytes, which are not {dtype} {list(shape)}")
+        return StoredArray(self, name, shape, dtype)
+
+    def read(self, name: str) -> np.ndarray:
+        """One array."""
+        with self.damage(), self._zip.open(self._members[name]) as stream:
+            return np.lib.format.read_array(stream, allow_pickle=False)
+
+    @contextlib.contextmanager
+    def damage(self) -> Iterator[None]:
+        """Turns every error of its block into a ValueError that the file is damaged."""
+        try:
+            yield
+        except Exception as error:  # whatever a library raises for damaged files
+            raise ValueError(f"{self.path} is damaged: {error or type(error).__name__}") from None
+
+
+def read_dataset(path: Path) -> xarray.Dataset:
+    """An xarray Dataset that `save_dataset` wrote. Raises ValueError for anything else."""
+    try:
+        open_regular(path).close()
+        return xarray.load_dataset(path, engine="scipy")
+    except Exception as error:  # whatever a library raises for damaged files
+        raise ValueError(f"{path} is damaged: {error or type(error).__name__}") from None
+
+
 def save_json(path: Path, data: Any):
     """Writes plain data as JSON, atomically."""
     replace_file(path, lambda half: half.write_text(json.dumps(data, indent=2) + "\n"))
@@ -154,20 +233,30 @@ def to_arrays(state: Any) -> dict[str, np.ndarray]:
     return {name_leaf(path): np.asarray(jax.random.key_data(x) if _is_key(x) else x) for path, x in leaves}
 
 
-def from_arrays(arrays: Mapping[str, np.ndarray], like: Any, what: str = "a state") -> Any:
-    """The pytree that `to_arrays` took apart, with the structure of `like`.
+def shapes_of(like: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of what `to_arrays` returns for a pytree."""
+    leaves = jax.tree_util.tree_leaves_with_path(like)
+    data = {name_leaf(path): jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x for path, x in leaves}
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in data.items()}
+
+
+def from_arrays(arrays: Mapping[str, Any], like: Any, what: str = "a state") -> Any:
+    """The pytree that `to_arrays` took apart, with the structure of `like`; `arrays` may be an `ArrayFile`.
 
     Raises ValueError, which begins with `what`, if a leaf is missing or has another shape or dtype.
     """
 
+    shapes = shapes_of(like)
+
     def read(path, x):
         name = name_leaf(path)
-        data = jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x
+        data = shapes[name]
         found = arrays.get(name, None if data.size else np.zeros(data.shape, data.dtype))  # Orbax keeps no empty arrays
         if found is None or found.shape != data.shape or found.dtype != data.dtype:
             found = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
             raise ValueError(f"{what} does not fit: {name} should be {data.dtype} {list(data.shape)}, found {found}")
-        return jax.random.wrap_key_data(jnp.asarray(found)) if _is_key(x) else jnp.asarray(found)
+        found = jnp.asarray(np.asarray(found))
+        return jax.random.wrap_key_data(found) if _is_key(x) else found
 
     return jax.tree_util.tree_map_with_path(read, like)
 

@@ -129,8 +129,9 @@ def _read_fields(kind: Any, data: Any, lacking: list[str], name: str) -> Any:
         if key not in data:
             if key not in _optional(kind):
                 raise ValueError(f"it lacks {path(key)}")
-            lacking.append(path(key))
-    return kind(**{key: as_record(known[key], x, lacking, path(key)) for key, x in data.items()})
+            lacking += [] if is_typeddict(kind) else [path(key)]
+    values = {key: as_record(known[key], x, lacking, path(key)) for key, x in data.items()}
+    return kind(**values)
 
 
 def _optional(kind: Any) -> set[str]:

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import xarray
 
 from purejaxppo.batched import batched
 from purejaxppo.config import Config, Hyperparams
-from purejaxppo.experiment.files import DAMAGE, from_arrays, save_arrays, save_dataset, to_arrays
+from purejaxppo.experiment.files import ArrayFile, from_arrays, read_dataset, save_arrays, save_dataset, to_arrays
 from purejaxppo.experiment.identity import DEFAULTS, check_loaded, identify_ppo
 from purejaxppo.experiment.runs.checkpoints import Checkpoints
 from purejaxppo.experiment.runs.settings import RunSettings, read_settings, write_settings
@@ -102,13 +101,9 @@ def load_run(folder: str | Path, ppo: PPO | None = None, *, allow_changed: Seque
     check_loaded(settings.identity, now, folder, allow_changed)
     ppo = remake(settings) if ppo is None else ppo
     like = _state_like(ppo, settings)
-    try:
-        metrics = xarray.load_dataset(folder / "metrics.nc", engine="scipy")
-        with np.load(folder / "policy.npz", allow_pickle=False) as file:
-            arrays = dict(file)
-    except (*DAMAGE, TypeError) as error:
-        raise ValueError(f"metrics.nc or policy.npz in {folder} is damaged: {error}") from None
-    policy = from_arrays(arrays, like.policy, str(folder / "policy.npz"))
+    metrics = read_dataset(folder / "metrics.nc")
+    with ArrayFile(folder / "policy.npz") as arrays:
+        policy = from_arrays(arrays, like.policy, str(folder / "policy.npz"))
     env_params = settings.to_env_params(like.env_params)
     return SavedRun(folder, settings, ppo, settings.to_hyperparams(), env_params, policy, metrics)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from purejaxppo.experiment.files import remove_halves
 from purejaxppo.experiment.lock import Holder, Lock, LockHeld, claim, claim_folder, read_holder, read_note
-from purejaxppo.experiment.sweeps.slices import Slice, Slices
+from purejaxppo.experiment.sweeps.slices import Foreign, Slice, Slices
 from purejaxppo.text import count
 
 WAIT = 600.0  # seconds for others to read or write what all share; they take a moment
@@ -76,6 +76,8 @@ class Claims:
         if slice_.num_updates or (folder / f"{name}.npz").exists():
             try:
                 return self.slices.load(name)
+            except Foreign as error:
+                raise ValueError(f"{error}, and would be replaced (move it to another folder)") from None
             except ValueError:
                 if slice_.num_updates:
                     raise

@@ -12,12 +12,12 @@ import numpy as np
 import pandas
 import xarray
 
-from purejaxppo.experiment.files import from_arrays, save_dataset
+from purejaxppo.experiment.files import from_arrays, save_dataset, shapes_of
 from purejaxppo.experiment.identity import check_loaded, identify_ppo
 from purejaxppo.experiment.report.metrics import label_metric, to_dataframe
 from purejaxppo.experiment.report.ranking import best, rank
 from purejaxppo.experiment.report.statistics import final_scores
-from purejaxppo.experiment.sweeps.slices import Slice, Slices, read_identities, read_sweep
+from purejaxppo.experiment.sweeps.slices import Slice, Slices, by_run, read_identities, read_sweep
 from purejaxppo.experiment.sweeps.sweep import Sweep, make_group, name_run
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.rollout import Policy
@@ -51,9 +51,26 @@ class SweepResult:
         return rank(self.scores)
 
     def best(self) -> dict:
-        """The setting with the highest interquartile mean, field -> value."""
+        """The setting with the highest interquartile mean, field -> value.
+
+        Raises ValueError if the files of some runs were ignored, so that their settings cannot be compared.
+        """
+        untrained = self._untrained()
+        if self.slices.ignored and untrained:
+            raise ValueError(
+                f"the best setting is unknown: {untrained[0]} is missing, since {self.slices.ignored[0]} "
+                "(run the sweep again, which trains what is missing)"
+            )
         row = best(self.scores)
         return next((r for r in self.sweep.table.rows() if {n: to_coordinate(v) for n, v in r.items()} == row), row)
+
+    def _untrained(self) -> list[str]:
+        """The runs without any update, as text."""
+        metrics = self.metrics[f"{'current_' * ('learning_rate' in self.sweep.table.names)}learning_rate"]
+        nothing = metrics.isel(updates=0).isnull() & (self.metrics["failed_update"] == 0)
+        nothing = nothing.values.reshape(len(self.sweep.table), self.sweep.num_seeds)
+        rows = self.sweep.table.rows()
+        return [f"{show_setting(rows[setting])} seed={seed}".strip() for setting, seed in np.argwhere(nothing)]
 
     def failed(self) -> list[str]:
         """A sentence for every run that turned nan."""
@@ -79,16 +96,16 @@ class SweepResult:
         row = self.sweep.table.rows()[self.sweep.table.index(**setting)]
         if not 0 <= seed < self.sweep.num_seeds:
             raise ValueError(f"seed={seed} must be from 0 to {self.sweep.num_seeds - 1}")
-        name = name_run(row, seed)
-        slice_ = next((slice_ for slice_ in self.slices.read() if name in slice_.runs), None)
-        if slice_ is None:
-            raise ValueError(f"{show_setting(row)} seed={seed} has not been trained yet (run the sweep again)")
-        states = self.slices.load(slice_.name).state
-        i = slice_.runs.index(name)
+        found = by_run(self.slices.read(warn=False)).get(name_run(row, seed))
+        if found is None:
+            why = f" or is lost, since {self.slices.ignored[0]}" if self.slices.ignored else ""
+            raise ValueError(f"{show_setting(row)} seed={seed} has not been trained yet{why} (run the sweep again)")
+        name, i = found[0].name, found[1]
         keys = jax.eval_shape(partial(jax.random.split, num=1), jax.random.key(0))
         init = partial(self.ppo(**row).init, hyperparams=self.sweep.hyperparams_of(row))
         like = jax.eval_shape(jax.vmap(init), keys)
-        return from_arrays({name: x[i : i + 1] for name, x in states.items()}, like)[0]
+        states = self.slices.load(name, shapes_of(like)).state
+        return from_arrays({name: x[i : i + 1] for name, x in states.items()}, like, f"the slice {name}")[0]
 
     def policy(self, seed: int = 0, **setting: Any) -> Policy:
         """The policy of one run, for `act` and `evaluate` of `ppo(**setting)`."""
@@ -136,7 +153,8 @@ def load_sweep(
     Raises:
         ValueError: if the folder holds no sweep.
     """
-    sweep, slices = read_sweep(folder).with_values(values or {}), Slices(Path(folder))
+    sweep = read_sweep(folder).with_values(values or {})
+    slices = Slices(sweep, Path(folder))
     return SweepResult(sweep, label_sweep(sweep, slices.read(), slices.machine()), slices, make, allow_changed)
 
 
@@ -161,13 +179,13 @@ def label_sweep(sweep: Sweep, slices: Sequence[Slice], machine: Mapping) -> xarr
         for name, x in like.items()
     }
     failed = np.zeros((len(rows), sweep.num_seeds), np.int32)
-    for slice_ in slices:
-        for i, name in enumerate(slice_.runs):
-            if name in runs:
-                for metric, x in slice_.metrics.items():
-                    arrays[metric][runs[name]][tuple(map(slice, x.shape[1:]))] = x[i]
-                done = slice_.state["num_updates"][i]
-                failed[runs[name]] = done + 1 if done < slice_.num_updates else 0
+    for name, (slice_, i) in by_run(slices).items():
+        if slice_.num_updates > configs[runs[name][0]].num_updates:
+            raise ValueError(f"the slice {slice_.name} has done {slice_.num_updates} updates, more than its runs have")
+        for metric, x in slice_.metrics.items():
+            arrays[metric][runs[name]][tuple(map(slice, x.shape[1:]))] = x[i]
+        done = slice_.state["num_updates"][i]
+        failed[runs[name]] = done + 1 if done < slice_.num_updates else 0
     dims, shape, coords = _axes(sweep)
     update = np.arange(1, num_updates + 1)
     steps = np.stack([np.where(update <= c.num_updates, update * float(c.steps_per_update), np.nan) for c in configs])

@@ -23,7 +23,7 @@ from purejaxppo.experiment.sweeps.claims import Claims, turn
 from purejaxppo.experiment.sweeps.columns import run_arguments
 from purejaxppo.experiment.sweeps.plan import CompiledGroup, Plan, pending_slices, plan_sweep
 from purejaxppo.experiment.sweeps.result import SweepResult, make_result
-from purejaxppo.experiment.sweeps.slices import Slice, Slices, open_slices
+from purejaxppo.experiment.sweeps.slices import Slice, Slices, by_run, open_slices
 from purejaxppo.experiment.sweeps.sweep import Sweep
 
 
@@ -85,7 +85,8 @@ def run_sweep(
         session = Session(sweep, slices, save_every, bar, interrupt, Claims(slices))
         session.claims.expect(stored)
         for compiled in plan.groups:
-            session.run(compiled, pending_slices(sweep, compiled.group, stored, compiled.slice_size))
+            pending = pending_slices(sweep, compiled.group, stored, compiled.slice_size)
+            session.run(compiled, pending)
         if interrupt.is_set():
             bar.write(INTERRUPTED + (f", and the same sweep in {folder} resumes from there" if folder else ""))
     _wait_for_all_processes("end")
@@ -200,7 +201,7 @@ class Session:
 
 def _steps(sweep: Sweep, stored: Sequence[Slice]) -> tuple[int, int]:
     """Environment steps of the whole sweep, and those that stored slices have made."""
-    done = {name: slice_.num_updates for slice_ in stored for name in slice_.runs}
+    done = {name: slice_.num_updates for name, (slice_, _) in by_run(stored).items()}
     groups = [(group.config, sweep.runs(group.settings)) for group in sweep.groups()]
     total = sum(config.total_steps * len(names) for config, names in groups)
     return total, sum(config.steps_per_update * done.get(name, 0) for config, names in groups for name in names)

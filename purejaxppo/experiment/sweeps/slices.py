@@ -1,13 +1,15 @@
 """Slices of a sweep: runs that train together in one program and are stored together as soon as they are done.
 
 sweep.json       the sweep, and versions, device, command and time of every session
-slices/*.npz     numpy.load opens each: the names of its runs, metrics [runs, updates], the state of every run
+slices/*.npz     numpy.load opens each: what its sweep is, the names of its runs, metrics [runs, updates], the state of
+                 every run; the name of the file is a digest of its runs
 results.nc       all metrics, labelled: xarray.load_dataset opens it
 """
 
 import hashlib
+import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -16,8 +18,8 @@ import jax
 import numpy as np
 
 from purejaxppo.experiment.files import (
-    DAMAGE,
     SWEEP,
+    ArrayFile,
     differing_fields,
     kind_of,
     prepare,
@@ -27,7 +29,7 @@ from purejaxppo.experiment.files import (
 from purejaxppo.experiment.provenance import Machine, describe_machine
 from purejaxppo.experiment.records import as_record, read_record
 from purejaxppo.experiment.sweeps.sweep import Sweep, name_run
-from purejaxppo.text import show_setting
+from purejaxppo.text import shorten, show_setting
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,19 @@ class Slice:
         return hashlib.sha256("\n".join(self.runs).encode()).hexdigest()[:16]
 
 
+class Foreign(ValueError):
+    """A file in the folder of slices that is intact, but not the slice of its name in this sweep."""
+
+
 class Slices:
     """The slices of a sweep: in its folder, or in memory if it has none."""
 
-    def __init__(self, folder: Path | None = None):
-        self.folder = folder
+    def __init__(self, sweep: Sweep, folder: Path | None = None):
+        self.sweep, self.folder = sweep, folder
+        self.ignored: list[str] = []
+        """Sentences on the files that the last `read` ignored."""
         self._in_memory: dict[str, Slice] = {}
+        self._runs = sweep.runs()
 
     def write(self, slice_: Slice):
         """Replaces the stored version of a slice, atomically on disk."""
@@ -66,7 +75,8 @@ class Slices:
             return
         arrays = {f"metrics/{name}": x for name, x in slice_.metrics.items()}
         arrays |= {f"state/{name}": x for name, x in slice_.state.items()}
-        save_arrays(self.folder / "slices" / f"{slice_.name}.npz", {"runs": np.array(slice_.runs), **arrays})
+        described = {"sweep": np.array(json.dumps(self.sweep.shared())), "runs": np.array(slice_.runs)}
+        save_arrays(self._path(slice_.name), described | arrays)
 
     def machine(self) -> Machine:
         """The machine of the last session, see `describe_machine`."""
@@ -74,40 +84,91 @@ class Slices:
             return describe_machine()
         return read_sessions(self.folder)[-1]
 
-    def read(self) -> list[Slice]:
+    def read(self, warn: bool = True) -> list[Slice]:
         """All slices with their metrics; of the states only `num_updates`.
 
-        A warning names every damaged file, which is ignored, so that its runs are trained again.
+        Files that are damaged or are not slices of this sweep are `ignored`, and a warning names each.
         """
         if self.folder is None:
             return list(self._in_memory.values())
-        slices = []
+        slices, self.ignored = [], []
         for path in sorted((self.folder / "slices").glob("*.npz")):
             try:
-                slices.append(_read_slice(path, only="num_updates"))
-            except DAMAGE as error:
-                warnings.warn(f"{path} is damaged and is ignored; its runs are trained again ({error})")
-        return slices
+                slices.append(self._read(path, ("num_updates",)))
+            except ValueError as error:
+                self.ignored.append(str(error))
+                if warn:
+                    then = "" if isinstance(error, Foreign) else "; running the sweep again trains its runs again"
+                    warnings.warn(f"{error}, and is ignored{then}")
+        return sorted(slices, key=lambda slice_: -slice_.num_updates)
 
-    def load(self, name: str) -> Slice:
-        """One slice with its whole states. Raises ValueError if its file is damaged."""
+    def load(self, name: str, leaves: Collection[str] | None = None) -> Slice:
+        """One slice with all leaves of its states, or those of some paths. Raises ValueError if its file is damaged."""
         if self.folder is None:
             return self._in_memory[name]
-        path = self.folder / "slices" / f"{name}.npz"
-        try:
-            return _read_slice(path)
-        except DAMAGE as error:
-            raise ValueError(f"{path} is damaged: {error} (remove it and run the sweep again)") from None
+        return self._read(self._path(name), leaves)
+
+    def _path(self, name: str) -> Path:
+        assert self.folder
+        return self.folder / "slices" / f"{name}.npz"
+
+    def _read(self, path: Path, leaves: Collection[str] | None) -> Slice:
+        """A slice from its file, with some leaves of its states. Raises ValueError if it is not one of this sweep."""
+        with ArrayFile(path) as arrays:
+            if leaves is None:
+                leaves = [name.removeprefix("state/") for name in arrays if name.startswith("state/")]
+            missing = {"runs", *(f"state/{leaf}" for leaf in leaves)} - arrays.keys()
+            if missing:
+                raise ValueError(f"{path} is damaged: it lacks {min(missing)}")
+            runs = tuple(np.asarray(arrays["runs"]).tolist())
+            slice_ = Slice(runs, {}, {})
+            if slice_.name != path.stem:
+                raise Foreign(f"{path} holds the runs of {slice_.name}.npz")
+            self._check_sweep(path, slice_, arrays)
+            metrics = {name: arrays[name] for name in arrays if name.startswith("metrics/")}
+            num_updates = {x.shape[1:2] for x in metrics.values()}
+            found = [*metrics.values(), *(arrays[f"state/{leaf}"] for leaf in leaves)]
+            if len(num_updates) != 1 or any(x.shape[:1] != (len(runs),) for x in found):
+                raise ValueError(f"{path} is damaged: its arrays do not fit its {len(runs)} runs")
+            return Slice(
+                runs,
+                {name.removeprefix("metrics/"): np.asarray(x) for name, x in metrics.items()},
+                {leaf: np.asarray(arrays[f"state/{leaf}"]) for leaf in leaves},
+            )
+
+    def _check_sweep(self, path: Path, slice_: Slice, arrays: ArrayFile):
+        """Refuses the slice of another sweep."""
+        now = self.sweep.shared()
+        with arrays.damage():
+            before = json.loads(str(np.asarray(arrays["sweep"]))) if "sweep" in arrays else now  # older ones lack it
+            differing = [name for name in now if before.get(name, now[name]) != now[name]]
+        if differing:
+            name = differing[0]
+            raise Foreign(
+                f"{path} belongs to another sweep, with {name}={shorten(before[name])} instead of {shorten(now[name])}"
+            )
+        missing = [name for name in slice_.runs if name not in self._runs]
+        if missing:
+            raise Foreign(f"{path} belongs to another sweep, with the run {missing[0]}")
+
+
+def by_run(slices: Iterable[Slice]) -> dict[str, tuple[Slice, int]]:
+    """Name of a run -> the slice that has it, and its row there; if several have it, the first."""
+    found: dict[str, tuple[Slice, int]] = {}
+    for slice_ in slices:
+        for row, name in enumerate(slice_.runs):
+            found.setdefault(name, (slice_, row))
+    return found
 
 
 def find_slices(folder: str | Path | None, sweep: Sweep) -> Slices:
     """The slices that a folder holds of a sweep, perhaps none. Raises ValueError if it holds another sweep."""
     if folder is None:
-        return Slices()
+        return Slices(sweep)
     folder = Path(folder)
     if kind_of(folder) == "sweep":
         _check_same(folder, sweep)
-    return Slices(folder)
+    return Slices(sweep, folder)
 
 
 def open_slices(
@@ -177,20 +238,6 @@ def read_identities(folder: str | Path | None) -> dict[str, dict[str, str]]:
     """What the sweep in a folder was trained with, by the text of each group; empty without one."""
     sessions = read_sessions(folder) if folder is not None and kind_of(folder) == "sweep" else []
     return {group: identity for session in sessions for group, identity in session.get("identities", {}).items()}
-
-
-def _read_slice(path: Path, only: str = "") -> Slice:
-    """A slice from its file, with all leaves of the states, or `only` one."""
-    kinds = {"metrics": {}, "state": {}}
-    with np.load(path, allow_pickle=False) as file:
-        runs = tuple(file["runs"].tolist())
-        for name in file.files:
-            kind, _, leaf = name.partition("/")
-            if kind == "metrics" or (kind == "state" and only in ("", leaf)):
-                kinds[kind][leaf] = file[name]
-    if not kinds["metrics"] or not kinds["state"]:
-        raise ValueError("it lacks metrics or states")
-    return Slice(runs, **kinds)
 
 
 def _check_same(folder: Path, sweep: Sweep):

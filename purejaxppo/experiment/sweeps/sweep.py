@@ -174,6 +174,12 @@ class Sweep:
         settings = range(len(rows)) if settings is None else settings
         return {name_run(rows[i], seed): (i, seed) for i in settings for seed in range(self.num_seeds)}
 
+    def shared(self) -> dict[str, Any]:
+        """What all settings have in common, as flat JSON data: name -> value."""
+        data = self.to_json()
+        values = {"env": self.env, "seed": self.seed} | data["config"] | data["hyperparams"]
+        return {name: list(x) if isinstance(x, tuple) else x for name, x in values.items()}
+
     def to_json(self) -> dict:
         """Plain data that `from_json` reads back."""
         hyperparams = {name: _to_number(self.hyperparams.get(name)) for name in self.hyperparams.names}
