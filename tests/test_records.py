@@ -19,7 +19,15 @@ from purejaxppo.experiment.files import SETTINGS, SWEEP, ArrayFile, from_arrays,
 from purejaxppo.experiment.provenance import as_json, describe_machine
 from purejaxppo.experiment.records import OtherVersion
 from purejaxppo.experiment.runs.launch import Launch, read_launch
-from purejaxppo.experiment.runs.settings import RunSession, RunSettings, read_settings
+from purejaxppo.experiment.runs.settings import (
+    ENV_PARAMS,
+    RunSession,
+    RunSettings,
+    describe_param,
+    read_settings,
+    write_env_params,
+    write_settings,
+)
 from purejaxppo.experiment.sweeps.claims import Claims
 from purejaxppo.experiment.sweeps.slices import Slice, Slices, SweepSession, read_sessions, read_sweep
 
@@ -177,6 +185,44 @@ def test_what_a_version_did_not_have_yet_has_its_default(kind, inner, tmp_path):
     with pytest.warns(UserWarning, match="lacks config.matmul_precision, hyperparams.adam_b2: the defaults are used"):
         found = FILES[kind][2](tmp_path)
     assert found == plain(make_settings()) if kind == "run" else found[0] == make_sweep()
+
+
+def make_params(num_runs):
+    """Parameters of an environment: numbers, one per run, a large table that all share, and one that differs."""
+    table = np.random.default_rng(0).random(300_000, np.float32)
+    params = {"gain": 2.0, "steps": 500, "fast": True, "table": table, "small": np.arange(3, dtype=np.int32)}
+    if num_runs:
+        params = jax.tree.map(lambda x: np.broadcast_to(x, (num_runs, *np.shape(x))), params)
+        params |= {"mass": np.arange(num_runs, dtype=np.float32), "own": np.arange(num_runs * 70).reshape(num_runs, 70)}
+    return jax.tree.map(lambda x: np.asarray(x, jax.dtypes.canonicalize_dtype(np.asarray(x).dtype)), params)
+
+
+@pytest.mark.parametrize("num_runs", [None, 2])
+def test_large_parameters_of_an_environment_are_kept_once_beside_the_settings(num_runs, tmp_path):
+    params = make_params(num_runs)
+    described = {name: describe_param(x, num_runs) for name, x in params.items()}
+    key = [[1, 2]] * num_runs if num_runs else [1, 2]
+    settings = dataclasses.replace(make_settings(), env_params=described, num_runs=num_runs, first_key=key, notes={})
+    write_env_params(tmp_path, settings, params)
+    write_settings(tmp_path, settings)
+    assert (tmp_path / SETTINGS).stat().st_size < 10_000 and (tmp_path / ENV_PARAMS).stat().st_size < 1_210_000
+    again = read_settings(tmp_path)
+    found = again.to_env_params(params, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    assert again.constants() == settings.constants()
+    older = dataclasses.replace(settings, env_params={name: as_json(x) for name, x in params.items()})
+    assert older.constants() == settings.constants()
+    jax.tree.map(np.testing.assert_array_equal, older.to_env_params(params, tmp_path), params)
+    save_arrays(tmp_path / ENV_PARAMS, {"table": np.zeros(300_000, np.float32)})
+    with pytest.raises(ValueError, match="env_params.npz is damaged: (table|own) is not what settings.json says"):
+        again.to_env_params(params, tmp_path)
+
+
+@pytest.mark.parametrize("value", [None, "word", [1.0, 2.0, 3.0], 10**30, "inf", 0.5])
+def test_a_parameter_that_does_not_fit_the_environment_is_named(value, tmp_path):
+    settings = dataclasses.replace(make_settings(), env_params={"steps": value})
+    with pytest.raises(ValueError, match=r"parameter steps should be int32 \[2\], found"):
+        settings.to_env_params({"steps": np.zeros(2, np.int32)}, tmp_path)
 
 
 ARRAYS = {"weight": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.ones(3, np.float32)}

@@ -18,7 +18,13 @@ from purejaxppo.experiment.loop import Timer
 from purejaxppo.experiment.report.metrics import label
 from purejaxppo.experiment.runs import saved
 from purejaxppo.experiment.runs.checkpoints import Checkpoint, Checkpoints
-from purejaxppo.experiment.runs.settings import RunSettings, describe_run, read_settings, write_settings
+from purejaxppo.experiment.runs.settings import (
+    RunSettings,
+    describe_run,
+    read_settings,
+    write_env_params,
+    write_settings,
+)
 from purejaxppo.ppo import PPO
 from purejaxppo.text import shorten
 
@@ -73,6 +79,8 @@ class Journal:
         self.settings = replace(self.settings, slice_size=slice_size)
         if self.checkpoints:
             saved.remove_results(self.checkpoints.folder)
+            env_params = getattr(self.state, "runs", self.state).env_params
+            write_env_params(self.checkpoints.folder, self.settings, env_params)
             write_settings(self.checkpoints.folder, self.settings)
 
     def add(self, state: Any, metrics: dict[str, np.ndarray]) -> xarray.Dataset:

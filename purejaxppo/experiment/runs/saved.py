@@ -1,6 +1,7 @@
 """The folder of a run; an ordinary library opens every file in it.
 
 settings.json        what the run is and what made it, see `RunSettings`
+env_params.npz       numpy.load opens it: the environment's parameters of more than 64 numbers, if it has such
 checkpoints/         whole states, see `checkpoints`
 metrics.nc           xarray.load_dataset opens it: dimensions seed, updates; coordinate step
 policy.npz           numpy.load opens it: one array per parameter, with the seed as first axis
@@ -104,7 +105,7 @@ def load_run(folder: str | Path, ppo: PPO | None = None, *, allow_changed: Seque
     metrics = read_dataset(folder / "metrics.nc")
     with ArrayFile(folder / "policy.npz") as arrays:
         policy = from_arrays(arrays, like.policy, str(folder / "policy.npz"))
-    env_params = settings.to_env_params(like.env_params)
+    env_params = settings.to_env_params(like.env_params, folder)
     return SavedRun(folder, settings, ppo, settings.to_hyperparams(), env_params, policy, metrics)
 
 

@@ -1,9 +1,10 @@
 """What a run is and what made it, as settings.json holds it."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,25 @@ import numpy as np
 
 from purejaxppo.checks import check_whole
 from purejaxppo.config import Config, Hyperparams
-from purejaxppo.experiment.files import SETTINGS, kind_of, name_leaf, save_json, to_arrays
+from purejaxppo.experiment.files import SETTINGS, ArrayFile, kind_of, name_leaf, save_arrays, save_json, to_arrays
 from purejaxppo.experiment.identity import identify_ppo
 from purejaxppo.experiment.provenance import Machine, as_json, describe_machine
 from purejaxppo.experiment.records import Numbers, as_record, complete_hyperparams, read_record
 from purejaxppo.ppo import PPO
+from purejaxppo.text import shorten
+
+ENV_PARAMS = "env_params.npz"
+MOST = 64  # numbers of one parameter that settings.json holds itself, for each run
+
+
+class LargeParam(TypedDict):
+    """A parameter of the environment whose numbers lie in env_params.npz, under the same name."""
+
+    shape: list[int]
+    """Without the axis of runs if all share the numbers."""
+    dtype: str
+    sha256: str
+    """Of its bytes."""
 
 
 class RunSession(Machine, total=False):
@@ -34,8 +49,8 @@ class RunSettings:
     config: Config
     hyperparams: dict[str, Numbers]
     """Name -> a number, or a list of one per agent if they differ; of a schedule its numbers."""
-    env_params: dict[str, Numbers]
-    """The environment's parameters by their paths in the pytree."""
+    env_params: dict[str, Numbers | LargeParam]
+    """The environment's parameters by their paths in the pytree, see `describe_param`."""
     num_runs: int | None
     """Agents of a batch; None for a run without a batch axis."""
     first_key: Numbers
@@ -83,7 +98,7 @@ class RunSettings:
     def constants(self) -> dict[str, Any]:
         """The numbers and words that must not change when a run resumes, flat: name -> value."""
         config = {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(self.config).items()}
-        env_params = {f"env.{name}": value for name, value in self.env_params.items()}
+        env_params = {f"env.{name}": self._summary(value) for name, value in self.env_params.items()}
         return {"env": self.env} | config | self.hyperparams | env_params | {"first_key": self.first_key}
 
     def to_hyperparams(self) -> Hyperparams:
@@ -91,11 +106,40 @@ class RunSettings:
         values = self.hyperparams.items()
         return Hyperparams().set({n: np.asarray(x, np.float32) if isinstance(x, list) else float(x) for n, x in values})
 
-    def to_env_params(self, like: Any) -> Any:
-        """The environment's parameters as a pytree with the structure and the shapes of `like`."""
+    def _summary(self, param: Any) -> Any:
+        """A parameter as `describe_param` has it; folders of older versions hold all numbers."""
+        if not isinstance(param, list):
+            return param
+        return describe_param(np.asarray(jnp.asarray(np.asarray(param))), self.num_runs)
+
+    def to_env_params(self, like: Any, folder: Path) -> Any:
+        """The environment's parameters as a pytree with the structure and the shapes of `like`.
+
+        Raises ValueError if they are damaged, or if `like` has others.
+        """
+        path, large = folder / ENV_PARAMS, {}
+        names = [name for name, param in self.env_params.items() if isinstance(param, dict)]
+        if names:
+            with ArrayFile(path) as arrays:
+                for name in names:
+                    large[name] = np.asarray(arrays[name]) if name in arrays else np.zeros(0)
+                    if describe_param(large[name], None) != self.env_params[name]:
+                        raise ValueError(f"{path} is damaged: {name} is not what {SETTINGS} says")
 
         def read(path, x):
-            return jnp.broadcast_to(jnp.asarray(np.asarray(self.env_params[name_leaf(path)], x.dtype)), x.shape)
+            name, dtype, shape = name_leaf(path), jnp.result_type(x), np.shape(x)
+            try:
+                found = np.asarray(large.get(name, self.env_params.get(name)), None if name in large else np.float64)
+                with np.errstate(all="ignore"):
+                    values = np.broadcast_to(found.astype(dtype), shape)
+                if not np.issubdtype(dtype, np.inexact) and (values != found).any():
+                    raise ValueError
+            except (TypeError, ValueError, OverflowError):
+                raise ValueError(
+                    f"{folder / SETTINGS} does not fit: the environment's parameter {name} should be {dtype} "
+                    f"{list(shape)}, found {shorten(self.env_params.get(name))}"
+                ) from None
+            return jnp.asarray(values)
 
         return jax.tree_util.tree_map_with_path(read, like)
 
@@ -103,17 +147,41 @@ class RunSettings:
 def describe_run(ppo: PPO, state: Any, notes: Mapping[str, Any] | None = None) -> RunSettings:
     """The settings of a run that starts from `state`, with this process as its session."""
     runs = getattr(state, "runs", state)  # those of a population
-    hyperparams = runs.hyperparams
+    hyperparams, num_runs = runs.hyperparams, state.num_updates.size if state.num_updates.ndim else None
     return RunSettings(
         env=ppo.env.name,
         config=ppo.config,
         hyperparams={name: as_json(hyperparams.get(name)) for name in hyperparams.names},
-        env_params={name: as_json(x) for name, x in to_arrays(runs.env_params).items()},
-        num_runs=state.num_updates.size if state.num_updates.ndim else None,
+        env_params={name: describe_param(x, num_runs) for name, x in to_arrays(runs.env_params).items()},
+        num_runs=num_runs,
         first_key=np.asarray(jax.random.key_data(state.key)).tolist(),
         notes=dict(notes or {}),
         sessions=({**describe_machine(), "identity": identify_ppo(ppo, hyperparams)},),
     )
+
+
+def describe_param(param: np.ndarray, num_runs: int | None) -> Any:
+    """A parameter of an environment as JSON: its numbers (see `as_json`), or a `LargeParam` of more than `MOST`."""
+    param = param[0] if _is_shared(param, num_runs) and param[0].size > MOST else param
+    most = MOST * (num_runs or 1) if param.ndim and len(param) == num_runs else MOST
+    if param.size <= most or (param == param.flat[0]).all():
+        return as_json(param)
+    digest = hashlib.sha256(param.tobytes()).hexdigest()
+    return {"shape": list(param.shape), "dtype": str(param.dtype), "sha256": digest}
+
+
+def _is_shared(param: np.ndarray, num_runs: int | None) -> bool:
+    """Whether all runs have the same numbers."""
+    return bool(num_runs and param.ndim and len(param) == num_runs and (param == param[:1]).all())
+
+
+def write_env_params(folder: Path, settings: RunSettings, env_params: Any):
+    """Writes the parameters of the environment that are too large for settings.json, atomically."""
+    arrays = to_arrays(env_params)
+    large = {name: arrays[name] for name, param in settings.env_params.items() if isinstance(param, dict)}
+    if large:
+        shared = {name: _is_shared(x, settings.num_runs) for name, x in large.items()}
+        save_arrays(folder / ENV_PARAMS, {name: x[0] if shared[name] else x for name, x in large.items()})
 
 
 def read_settings(folder: str | Path) -> RunSettings:
