@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # what LAZY imports when it is first used
     from purejaxppo.experiment.agents.export import export
     from purejaxppo.experiment.agents.load import load, load_agents
     from purejaxppo.experiment.agents.render import record_episode, render
+    from purejaxppo.experiment.loop import Interrupted
     from purejaxppo.experiment.presets import a2c, preset
     from purejaxppo.experiment.program import cache_compilation, compile_training, first_state, use_one_thread
     from purejaxppo.experiment.report import statistics
@@ -48,20 +49,21 @@ if TYPE_CHECKING:  # what LAZY imports when it is first used
 __version__ = "0.1.0"
 
 __all__ = [
-    "Batch", "Box", "Categorical", "Config", "Discrete", "Env", "Hyperparams", "MultiCategorical", "MultiDiscrete",
-    "Network", "Normal", "PPO", "Policy", "Rollout", "Step", "Sweep", "SweepResult", "Table", "TanhNormal",
-    "TrainState", "a2c", "adam", "adaptive_learning_rate", "batched", "cache_compilation", "check_env", "choice",
-    "compile_training", "concatenate", "evaluate_agents", "evaluate_in_gymnasium", "evolving", "export", "first_state",
-    "fit", "from_linen", "from_nnx", "gae", "grid", "integers", "layers", "linear", "load", "load_agents",
-    "log_uniform", "make_env", "make_ppo", "optuna_search", "paired", "plan_sweep", "plot_curves", "plot_heatmap",
-    "plot_importance", "plot_learning_curve", "plot_parallel", "ppo_loss", "preset", "record_episode", "render",
-    "resume", "run_sweep", "runs", "sample", "schedule", "sharded", "sinks", "statistics", "successive_halving",
-    "time_limit", "uniform", "use_one_thread", "with_step",
+    "Batch", "Box", "Categorical", "Config", "Discrete", "Env", "Hyperparams", "Interrupted", "MultiCategorical",
+    "MultiDiscrete", "Network", "Normal", "PPO", "Policy", "Rollout", "Step", "Sweep", "SweepResult", "Table",
+    "TanhNormal", "TrainState", "a2c", "adam", "adaptive_learning_rate", "batched", "cache_compilation",
+    "check_env", "choice", "compile_training", "concatenate", "evaluate_agents", "evaluate_in_gymnasium",
+    "evolving", "export", "first_state", "fit", "from_linen", "from_nnx", "gae", "grid", "integers", "layers",
+    "linear", "load", "load_agents", "log_uniform", "make_env", "make_ppo", "optuna_search", "paired", "plan_sweep",
+    "plot_curves", "plot_heatmap", "plot_importance", "plot_learning_curve", "plot_parallel", "ppo_loss", "preset",
+    "record_episode", "render", "resume", "run_sweep", "runs", "sample", "schedule", "sharded", "sinks",
+    "statistics", "successive_halving", "time_limit", "uniform", "use_one_thread", "with_step",
 ]  # fmt: skip
 
 # The host needs xarray and matplotlib, which `import purejaxppo` should not load. Name -> module; a name that is not in
 # its module is a module itself.
 LAZY = {
+    "Interrupted": "purejaxppo.experiment.loop",
     "Sweep": "purejaxppo.experiment.sweeps.sweep",
     "SweepResult": "purejaxppo.experiment.sweeps.result",
     "a2c": "purejaxppo.experiment.presets",

@@ -1,6 +1,8 @@
 """Many runs in one program: the same functions and pytrees, with a leading axis R."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import fields
 from functools import partial, wraps
 from typing import Any
@@ -18,6 +20,9 @@ from purejaxppo.table import Table
 
 AXIS = "runs"
 GIVEN = ("key", "hyperparams", "env_params", "actors")  # of a state; all else is learned
+WATCHED = ("loss", "grad_norm")  # metrics that tell why a run failed
+FAILURE = "failure"
+_reports_failures = ContextVar("_reports_failures", default=False)
 
 
 def batched(ppo: PPO, devices: int | Sequence[Any] | None = None) -> PPO:
@@ -95,11 +100,53 @@ def freeze(state: TrainState, new: TrainState, metrics: dict) -> tuple[TrainStat
         metrics: of the step; a loss that is not finite freezes the run too.
     """
     learned = [getattr(new, field.name) for field in fields(new) if field.name not in GIVEN]
-    numbers = [x for x in jax.tree.leaves((learned, metrics.get("loss", 0.0))) if jnp.issubdtype(x, jnp.inexact)]
+    numbers = [x for x in jax.tree.leaves((learned, metrics.get("loss", ()))) if jnp.issubdtype(x.dtype, jnp.inexact)]
     finite = jnp.stack([jnp.isfinite(x).all() for x in numbers]).all()
     # A frozen state keeps its key, so its next step is the same and fails again: once frozen, a run stays frozen.
     state = jax.tree.map(lambda old, new: jnp.where(finite, new, old), state, new)
-    return state, {name: jnp.where(finite, x, _nothing(x)) for name, x in metrics.items()}
+    cause = {FAILURE: jnp.where(finite, 0, _cause(new, metrics))} if _reports_failures.get() else {}
+    return state, {name: jnp.where(finite, x, _nothing(x)) for name, x in metrics.items()} | cause
+
+
+@contextlib.contextmanager
+def reported_failures() -> Iterator[None]:
+    """Batches that are traced here also report `failure`, int32: why a run is frozen, counted from 1 in `causes`, or 0.
+
+    The programs of the host are traced so. `step` and `train` themselves report the metrics of one run.
+    """
+    token = _reports_failures.set(True)
+    try:
+        yield
+    finally:
+        _reports_failures.reset(token)
+
+
+def causes(metrics: Iterable[str], leaves: Iterable[str]) -> list[str]:
+    """What may be the first number that is not finite: a metric, or a learned part of the state, in this order.
+
+    Args:
+        metrics: names of metrics.
+        leaves: paths of the leaves of a state, with "/" between names.
+    """
+    known, parts = set(metrics), dict.fromkeys(part for part in map(_part_of, leaves) if part)
+    return [name for name in WATCHED if name in known] + list(parts)
+
+
+def _cause(state: TrainState, metrics: Mapping[str, jax.Array]) -> jax.Array:
+    """The place of the first of `causes` that is not finite, from 1."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    leaves = [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in leaves]
+    numbers = [(name, metrics[name]) for name in WATCHED if name in metrics]
+    numbers += [(_part_of(name), x) for name, x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+    known = causes(metrics, [name for name, _ in leaves])
+    finite = [jnp.array([jnp.isfinite(x).all() for at, x in numbers if at == name], bool).all() for name in known]
+    return jnp.argmin(jnp.stack(finite)).astype(jnp.int32) + 1
+
+
+def _part_of(leaf: str) -> str:
+    """The learned part of a state that a leaf belongs to, such as policy.params; "" if it was given."""
+    name, *rest = leaf.split("/")
+    return "" if name in GIVEN else ".".join([name, *rest[:1]]) if name == "policy" else name
 
 
 def _nothing(metric: jax.Array) -> jax.Array:

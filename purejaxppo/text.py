@@ -46,17 +46,18 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-def interval(mean: float, low: float, high: float, over: str = "agents") -> str:
+def interval(mean: float, low: float, high: float, over: str = "agents", nothing: str = "no episode ended") -> str:
     """A mean with its 95 % confidence interval, as text.
 
     Args:
-        mean: nan if no episode ended.
+        mean: nan if there is none.
         low: lower bound of the interval, nan for a single agent.
         high: upper bound of the interval.
         over: the things that it is an interval over, in the plural.
+        nothing: the text for a mean of nan.
     """
     if mean != mean:
-        return "no episode ended"
+        return nothing
     return f"{mean:.2f}" + (
         f"  [{low:.2f}, {high:.2f}] 95 % over {over}" if low == low else "  (one agent: no interval)"
     )

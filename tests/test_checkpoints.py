@@ -20,7 +20,7 @@ import resume_program
 import xarray
 
 from probes import SMALL
-from purejaxppo import batched, fit, load, make_ppo, runs
+from purejaxppo import Interrupted, batched, fit, load, make_ppo, runs
 from purejaxppo.cli.main import main
 from purejaxppo.experiment.files import to_arrays
 from purejaxppo.experiment.lock import LOCK, claim_folder
@@ -247,7 +247,9 @@ def test_a_signal_saves_and_the_same_call_goes_on(tmp_path, number, whole):
             signal.raise_signal(number)
 
     before = signal.getsignal(number)
-    result = fit(*begin(), folder=tmp_path / "run", updates_per_chunk=2, sinks=[send], progress=False)
+    with pytest.raises(Interrupted, match="the same call resumes from") as error:
+        fit(*begin(), folder=tmp_path / "run", updates_per_chunk=2, sinks=[send], progress=False)
+    result = error.value.result
     assert result.interrupted and result.num_updates == 4 and signal.getsignal(number) is before
     assert newest(tmp_path / "run").name == "0000000004"
     same(fit(*begin(), folder=tmp_path / "run", progress=False).state, whole.state)

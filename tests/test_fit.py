@@ -1,5 +1,6 @@
 import dataclasses
 import signal
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,12 @@ from test_ppo import same_leaves
 import purejaxppo as pjp
 from probes import SMALL
 from purejaxppo import batched, fit, make_ppo
+from purejaxppo.experiment.report.failures import failures_of, mark_failures
 from purejaxppo.experiment.report.metrics import label, last_episodes, learning_curve, mean_interval
+from purejaxppo.experiment.report.statistics import final_scores
+from purejaxppo.experiment.runs.saved import read_failures
+
+NAN = np.nan
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +72,72 @@ def test_an_interrupt_keeps_what_was_done(ppo, key, monkeypatch):
 
     monkeypatch.setattr(module, "chunks", interrupted)
     before = signal.getsignal(signal.SIGINT)
-    result = fit(ppo, jax.jit(ppo.init)(key), updates_per_chunk=2, progress=False)
-    assert result.metrics.sizes["updates"] == 4 and result.state.num_updates == 4
+    state = jax.jit(ppo.init)(key)
+    results = []
+    with pytest.raises(KeyboardInterrupt, match="after 4 of 7 updates") as error:
+        for _ in range(3):  # a loop over calls ends too
+            results.append(fit(ppo, state, updates_per_chunk=2, progress=False))
+    assert not results and isinstance(error.value, pjp.Interrupted)
+    result = error.value.result
+    assert result.interrupted and result.metrics.sizes["updates"] == 4 and result.state.num_updates == 4
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupt_in_the_last_chunk_counts_and_a_result_may_be_returned(ppo, key):
+    def send(metrics):
+        signal.raise_signal(signal.SIGINT)
+
+    state = jax.jit(ppo.init)(key)
+    result = fit(ppo, state, updates_per_chunk=7, sinks=[send], progress=False, on_interrupt="return")
+    assert result.interrupted and result.state.num_updates == 7
+    with pytest.raises(ValueError, match="on_interrupt='exit' must be 'raise' or 'return'"):
+        fit(ppo, state, on_interrupt=cast(Any, "exit"))
+
+
+def test_a_run_that_turns_nan_is_named_with_its_update_and_what_was_not_finite(tmp_path, key):
+    """The second run learns from rewards that are infinite from its third update on."""
+
+    def step(ppo, state):
+        state, rollout = ppo.collect(state)
+        poison = (state.hyperparams.extra["poison"] > 0) & (state.num_updates >= 2)
+        return ppo.learn(state, rollout.replace(reward=jnp.where(poison, jnp.inf, rollout.reward)))
+
+    tiny = pjp.Config(num_envs=2, num_steps=4, num_updates=5, num_epochs=1, num_minibatches=1, widths=(4,))
+    many = batched(pjp.with_step(make_ppo("CartPole-v1", tiny), step))
+    columns = pjp.Hyperparams(extra={"poison": jnp.array([0.0, 1.0])})
+    state = jax.jit(many.init)(jax.random.split(key, 2), columns)
+    jax.eval_shape(many.step, state)  # traced before, where it does not report why it failed
+    with pytest.warns(UserWarning, match="^run 1 turned nan in update 3, where loss was not finite") as warned:
+        result = fit(many, state, updates_per_chunk=2, folder=tmp_path / "run", progress=False)
+    assert len(warned) == 1 and len(result.failed()) == 1
+    assert result.metrics["failed_update"].values.tolist() == [0, 3]
+    assert result.metrics["failed_metric"].values.tolist() == ["", "loss"]
+    assert np.isnan(final_scores(result.metrics)[1])
+    assert read_failures(tmp_path / "run") == {1: result.failed()[0]}
+    for name in ("metrics.nc", "policy.npz"):  # killed before its end
+        (tmp_path / "run" / name).unlink()
+    assert read_failures(tmp_path / "run") == {1: result.failed()[0]}
+    with pytest.warns(UserWarning, match="^run 1 turned nan in update 3"):
+        fit(many, state, folder=tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize(
+    "loss, grad_norm, parameter, update, cause",
+    [
+        ([1, 2, 3], [1, 2, 3], 1.0, 0, ""),
+        ([1, NAN, 3], [1, np.inf, 3], 1.0, 0, ""),  # an optimizer may skip what is not finite
+        ([1, NAN, NAN], [1, NAN, NAN], NAN, 2, "loss"),
+        ([1, 2, NAN], [1, np.inf, NAN], NAN, 2, "grad_norm"),
+        ([1, 2, 3], [1, 2, NAN], NAN, 3, "grad_norm"),
+        ([1, 2, 3], [1, 2, 3], NAN, 3, "policy.params"),
+    ],
+)
+def test_the_failure_of_a_single_run_is_read_from_its_metrics_and_its_state(loss, grad_norm, parameter, update, cause):
+    metrics = label({"loss": loss, "grad_norm": grad_norm, "learning_rate": np.ones(3)}, SMALL)
+    leaves = {"key": np.zeros(2), "policy/params/w": np.array([1, parameter]), "actors/obs": np.array(NAN)}
+    found = mark_failures(metrics, leaves)
+    assert (found["failed_update"].item(), found["failed_metric"].item()) == (update, cause)
+    assert len(failures_of(found)) == bool(update)
 
 
 def test_progress_shows_return_speed_and_time_left(ppo, key, capsys, monkeypatch):

@@ -305,7 +305,11 @@ def test_an_interrupt_keeps_what_is_done_and_the_next_call_goes_on(plan, result,
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(Program, "__call__", interrupted)
-    part = run(plan, tmp_path)
+    with pytest.raises(pjp.Interrupted) as error:
+        run(plan, tmp_path)
+    part = error.value.result
+    assert part.interrupted and part.num_unfinished
+    assert f"{part.num_unfinished} of 8 runs unfinished" in str(error.value)
     monkeypatch.undo()
     assert 0 < part.steps < 8 * SMALL.total_steps
     assert np.isfinite(part.metrics["loss"]).any() and not part.failed()

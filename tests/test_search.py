@@ -67,6 +67,9 @@ def test_the_ladder_promotes_from_the_highest_rung_and_fills_free_places_with_ne
     assert ladder.next_settings(2) == [4]
     ladder.climb([4], [-np.inf])
     assert ladder.next_settings(2) == [] and ladder.finished() == [1, 2]
+    failed = Ladder((1, 2), 2, 2)
+    failed.climb(failed.next_settings(2), [-np.inf, -np.inf])
+    assert failed.next_settings(2) == []  # the best of those that failed has failed too
 
 
 @pytest.mark.parametrize(

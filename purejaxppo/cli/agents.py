@@ -4,9 +4,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import numpy as np
 import tyro
 
-from purejaxppo.cli.options import check_counts, check_file
+from purejaxppo.cli.options import ALL_FAILED, check_counts, check_file
 from purejaxppo.text import count, interval
 
 if TYPE_CHECKING:
@@ -83,14 +84,19 @@ def evaluate(arguments: list[str]) -> int:
     where = " in Gymnasium" if options.where == "gymnasium" else ""
     how = "the most probable actions" if options.greedy else "sampled actions"
     print(f"{agents.title}{where}: {options.episodes} episodes of {count(agents.num, 'agent')}, {how}")
+    failed = np.array([bool(sentence) for sentence in agents.failed])
     for seed, returns in enumerate(played["episode_return"].values):
-        print(f"  agent {seed:<4} {returns.mean():10.2f}  from {returns.min():.2f} to {returns.max():.2f}")
-    over = "agents" if agents.num > 1 else "episodes"
-    print(f"  mean       {interval(*mean_return(played), over=over):>10}")
+        if failed[seed]:
+            print(f"  agent {seed:<4} {'failed':>10}  {agents.failed[seed]}")
+        else:
+            print(f"  agent {seed:<4} {returns.mean():10.2f}  from {returns.min():.2f} to {returns.max():.2f}")
+    played = played.isel(seed=~failed)
+    over = "agents" if played.sizes["seed"] > 1 else "episodes"
+    print(f"  mean       {interval(*mean_return(played), over=over, nothing='failed'):>10}")
     cut = int((~played["finished"]).sum())
     if cut:
         print(f"  {count(cut, 'episode')} had not ended and counted as they were")
-    return 0
+    return ALL_FAILED if failed.all() else 0
 
 
 def render(arguments: list[str]) -> int:
@@ -147,6 +153,7 @@ def show(arguments: list[str]) -> int:
 
     if kind_of(options.folder) == "sweep":
         print(read_sweep(options.folder))
+        _show_progress(options.folder)
         sessions = read_sessions(options.folder)
     else:
         settings = read_settings(options.folder)
@@ -157,7 +164,25 @@ def show(arguments: list[str]) -> int:
     return 0
 
 
+def _show_progress(folder: Path):
+    """The runs of a sweep that are done, and those that failed."""
+    from purejaxppo.experiment.report.failures import MOST
+    from purejaxppo.experiment.sweeps.result import load_sweep
+
+    try:
+        result = load_sweep(folder)
+    except ValueError as error:  # nothing is trained yet
+        print(f"  {error}")
+        return
+    failed = result.failed()
+    done = result.sweep.num_runs - result.num_unfinished
+    print(f"  {done} of {count(result.sweep.num_runs, 'run')} complete, {len(failed)} of them failed")
+    for sentence in [*failed[:MOST], *["..."] * (len(failed) > MOST)]:
+        print(f"  {sentence}")
+
+
 def _show_run(folder: Path, settings: "RunSettings"):
+    from purejaxppo.experiment.runs import saved
     from purejaxppo.experiment.runs.checkpoints import Checkpoints
 
     config = settings.config
@@ -165,6 +190,8 @@ def _show_run(folder: Path, settings: "RunSettings"):
     seed = settings.notes.get("launch", {}).get("seed", "unknown")
     print(f"{settings.env}: {count(settings.num_runs or 1, 'agent')}, seed {seed}")
     print(f"  {done} of {config.num_updates} updates, {done * config.steps_per_update:,} steps per agent")
+    for sentence in saved.read_failures(folder).values():
+        print(f"  {sentence}")
     for kind, values in (("config", asdict(config)), ("hyperparams", settings.hyperparams)):
         print(f"  {kind:<12} {', '.join(f'{name}={value}' for name, value in values.items())}")
     print(f"  {'precision':<12} {config.matmul_precision}")

@@ -28,6 +28,8 @@ USAGE = """usage: purejaxppo COMMAND ...
   purejaxppo bench ENV [flags]   measure compile time, steps per second, memory, and the time of each stage
   purejaxppo envs                list the environments with their presets
   purejaxppo COMMAND --help      all flags of a command
+
+exit status: 0, or 2 for bad input, 4 if every agent turned nan, 130 after an interrupt
 """
 
 

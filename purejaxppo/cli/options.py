@@ -13,6 +13,7 @@ from purejaxppo.ppo import PPO
 
 Options = TypeVar("Options", bound="TrainingOptions")
 MAX_INT = 2**31 - 1
+ALL_FAILED = 4  # the exit status if every agent turned nan
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Literal
 import tyro
 
 from purejaxppo.cli.options import (
+    ALL_FAILED,
     TrainingOptions,
     cache,
     check_counts,
@@ -14,8 +15,9 @@ from purejaxppo.cli.options import (
     draw_without_screen,
     make_folder,
     parse,
-)  # fmt: skip
+)
 from purejaxppo.config import Config, spec_of
+from purejaxppo.text import count
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def sweep(arguments: list[str]) -> int:
     """Prints the plan, trains, prints a ranking, and leaves data and plots."""
     options, table = _parse_sweep(arguments)
 
+    from purejaxppo.experiment.loop import Interrupted
     from purejaxppo.experiment.report.ranking import as_table
     from purejaxppo.experiment.sweeps.plan import plan_sweep
     from purejaxppo.experiment.sweeps.run import run_sweep
@@ -79,19 +82,23 @@ def sweep(arguments: list[str]) -> int:
     if options.dry_run:
         return 0
     out = make_folder(f"sweep-{options.env}") if options.out is None else options.out
-    result = run_sweep(plan, out)
+    try:
+        result = run_sweep(plan, out)
+    except Interrupted as error:
+        result = error.result
     print(as_table(result.ranked()))
-    failed = result.failed()
-    for sentence in failed[:5]:
-        print(f"  {sentence}")
-    if len(failed) > 5:
-        print(f"  ... and {len(failed) - 5} more turned nan (failed_update in results.nc)")
     plots = _draw_sweep(result.metrics, out, options.env)
     if result.steps:
         rate = result.steps / max(result.run_seconds, 1e-9)
         print(f"  {result.steps:,} steps in {result.run_seconds:.1f} s, {rate:,.0f} per second")
     print(f"  saved in {out}: {', '.join(['results.nc', *plots])}")
-    return 0
+    if result.interrupted:
+        print(
+            f"interrupted: {result.num_unfinished} of {count(wanted.num_runs, 'run')} are unfinished and ranked by "
+            f"what they have done; the same command with --out {out} continues"
+        )
+        return 130
+    return ALL_FAILED if len(result.failed()) == wanted.num_runs else 0
 
 
 def plot(arguments: list[str]) -> int:

@@ -1,12 +1,16 @@
 """`purejaxppo train` and `purejaxppo resume`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import tyro
 
 from purejaxppo.cli.options import (
+    ALL_FAILED,
     TrainingOptions,
     check_counts,
     complete,
@@ -99,7 +103,7 @@ def train(arguments: list[str]) -> int:
     launch = Launch(**{name: getattr(options, name) for name in names})
     with claim_folder(make_folder(options.env) if options.out is None else options.out, new=True) as lock:
         _print_header(options.env, options.config, launch)
-        return _report(launch_run(ppo, options.hyperparams, launch, lock), launch, lock.folder)
+        return _report(partial(launch_run, ppo, options.hyperparams, launch, lock), launch, lock.folder)
 
 
 def resume(arguments: list[str]) -> int:
@@ -126,7 +130,7 @@ def resume(arguments: list[str]) -> int:
             )
     with claim_folder(options.folder) as lock:
         _print_header(settings.env, config, launch)
-        return _report(resume_run(lock, num_updates=num_updates), launch, options.folder)
+        return _report(partial(resume_run, lock, num_updates=num_updates), launch, options.folder)
 
 
 def _print_header(env: str, config: Config, launch: "Launch"):
@@ -141,12 +145,17 @@ def _print_header(env: str, config: Config, launch: "Launch"):
     )
 
 
-def _report(result: "Fit", launch: "Launch", folder: Path) -> int:
-    """Draws the learning curve, evaluates the agents, prints a table; returns the exit status."""
+def _report(fit: "Callable[[], Fit]", launch: "Launch", folder: Path) -> int:
+    """Trains, draws the learning curve, evaluates the agents, prints a table; returns the exit status."""
     import jax
 
     from purejaxppo.batched import seed_keys
+    from purejaxppo.experiment.loop import Interrupted
 
+    try:
+        result = fit()
+    except Interrupted as error:
+        result = error.result
     ppo = result.ppo
     metrics = result.metrics.rename(run="seed")
     draw(metrics, folder, ppo.env.name)
@@ -157,19 +166,25 @@ def _report(result: "Fit", launch: "Launch", folder: Path) -> int:
     policy, env_params = jax.device_get((result.state.policy, result.state.env_params))  # to evaluate on one device
     keys = seed_keys(jax.random.key(launch.seed), jax.numpy.arange(launch.num_seeds))
     print(_table(result, metrics, jax.jit(ppo.evaluate)(keys, policy, env_params), folder))
-    return 0
+    return ALL_FAILED if len(result.failed()) == launch.num_seeds else 0
 
 
 def _table(result: "Fit", metrics: "xarray.Dataset", evaluation: "Evaluation", folder: Path) -> str:
-    from purejaxppo.experiment.report.metrics import last_episodes, mean_interval
+    from purejaxppo.experiment.report.metrics import mean_interval
+    from purejaxppo.experiment.report.statistics import final_scores
 
     num_agents, played = evaluation.episode_return.shape
     steps = metrics.sizes["updates"] * result.ppo.config.steps_per_update
+    failed = metrics["failed_update"].values > 0
+    nothing = "failed" if failed.all() else "no episode ended"
+    last, fresh = final_scores(metrics), np.where(failed, np.nan, evaluation.episode_return.mean(1))
     rows = [
-        ("return, last 100 episodes", interval(*mean_interval(last_episodes(metrics)))),
-        (f"return, {played} fresh episodes", interval(*mean_interval(evaluation.episode_return.mean(1)))),
+        ("return, last 100 episodes", interval(*mean_interval(last), nothing=nothing)),
+        (f"return, {played} fresh episodes", interval(*mean_interval(fresh), nothing=nothing)),
         ("steps", f"{steps:,} x {count(num_agents, 'agent')}"),
     ]
+    if failed.any():
+        rows.insert(2, ("failed", f"{failed.sum()} of {count(num_agents, 'agent')}, left out above"))
     if result.num_updates:
         rows += [
             ("steps per second", f"{result.steps_per_second:,.0f}"),

@@ -4,6 +4,7 @@ import contextlib
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,37 @@ from tqdm.auto import tqdm
 
 from purejaxppo.experiment.program import Program
 
-INTERRUPTED = "interrupted: the result holds everything up to here"
+
+class Interrupted(KeyboardInterrupt):
+    """Raised by `fit`, `run_sweep`, `successive_halving` and `optuna_search` after Ctrl-C or SIGTERM.
+
+    They finish the current chunk and keep everything first. So a loop over them ends too, and nothing is lost.
+    """
+
+    def __init__(self, sentence: str, result: Any):
+        super().__init__(sentence)
+        self.result = result
+        """What the call would have returned, up to the interrupt."""
+
+
+def end(result: Any, interrupted: bool, on_interrupt: str, what: str) -> Any:
+    """Returns the result of a loop, or raises `Interrupted` with it.
+
+    Args:
+        result: of the loop.
+        interrupted: whether a signal came.
+        on_interrupt: "raise" or "return".
+        what: the call and what it did, for the error.
+    """
+    if interrupted and on_interrupt == "raise":
+        raise Interrupted(f"{what} (the error's .result holds everything up to here)", result)
+    return result
+
+
+def check_on_interrupt(on_interrupt: str):
+    """Raises ValueError unless it is "raise" or "return"."""
+    if on_interrupt not in ("raise", "return"):
+        raise ValueError(f"on_interrupt={on_interrupt!r} must be 'raise' or 'return'")
 
 
 def chunks(
@@ -48,6 +79,11 @@ def step_bar(*, total: int | None = None, initial: int = 0, description: str = "
         total=total, initial=initial, desc=description or None, unit=" steps", unit_scale=True, mininterval=0.2,
         disable=None if progress else True,
     )  # fmt: skip
+
+
+def warn(sentence: str):
+    """Warns each time: `warnings.warn` is silent if the same line said the same before, as in a loop over runs."""
+    warnings.warn_explicit(sentence, UserWarning, "purejaxppo", 1)
 
 
 class Timer:

@@ -107,7 +107,9 @@ def compile_training(ppo: PPO, state: Any, num_updates: int | None = None, *, sl
     size = slice_size or (best_slice_size(num_runs, num_threads, ppo.config) if in_slices else num_runs)
     num_slices = -(-num_runs // size)
     num_threads = min(num_threads, num_slices)
-    step = jax.jit(ppo.step)  # traced once, for its shapes and for the loop
+    # Traced once, for its shapes and for the loop. A function of its own: JAX may have traced `ppo.step` before, and
+    # without `reported_failures`.
+    step = jax.jit(lambda state: ppo.step(state))
 
     def train(state, length):
         runs = (slice(None),) * state.num_updates.ndim

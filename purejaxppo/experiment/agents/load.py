@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from purejaxppo.batched import batched
 from purejaxppo.experiment.files import kind_of
+from purejaxppo.experiment.report.failures import failures_of
 from purejaxppo.experiment.runs.saved import SavedRun, load_run, remake
 from purejaxppo.experiment.runs.settings import read_settings
 from purejaxppo.experiment.sweeps.result import SweepResult, load_sweep
@@ -25,6 +26,7 @@ class Agents(NamedTuple):
     policies: Policy  # [R, ...]
     env_params: Any  # [R, ...]
     title: str
+    failed: tuple[str, ...] = ()  # [R], a sentence on each agent that turned nan, "" on the others
 
     @property
     def num(self) -> int:
@@ -82,7 +84,11 @@ def load_agents(folder: str | Path, ppo: PPO | None = None) -> Agents:
     agents = saved.policy, saved.env_params
     policies, env_params = agents if settings.num_runs else jax.tree.map(lambda x: x[None], agents)
     one = remake(replace(settings, num_runs=None)) if ppo is None else ppo
-    return Agents(one, policies, env_params, settings.env)
+    failed = failures_of(saved.metrics)
+    sentences = tuple(failed.get(run, "") for run in range(settings.num_runs or 1))
+    done, total = settings.num_updates_done or 0, settings.config.num_updates
+    title = settings.env if done >= total else f"{settings.env} after {done} of {total} updates"
+    return Agents(one, policies, env_params, title, sentences)
 
 
 def _best_agents(result: SweepResult) -> Agents:
@@ -91,4 +97,6 @@ def _best_agents(result: SweepResult) -> Agents:
     policies, env_params = jax.tree.map(lambda *xs: jnp.stack(xs), *((s.policy, s.env_params) for s in states))
     setting = show_setting(best)
     title = f"{result.sweep.env_of(best)}, {setting}" if setting else result.sweep.env
-    return Agents(result.ppo(**best), policies, env_params, title)
+    failed = result.failures(**best)
+    sentences = tuple(failed.get(seed, "") for seed in range(result.sweep.num_seeds))
+    return Agents(result.ppo(**best), policies, env_params, title, sentences)

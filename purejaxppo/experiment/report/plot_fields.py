@@ -9,7 +9,7 @@ import numpy as np
 import xarray
 from matplotlib.figure import Figure
 
-from purejaxppo.experiment.report.statistics import aggregate, filled, final_scores, swept_fields
+from purejaxppo.experiment.report.statistics import NO_SCORE, aggregate, filled, final_scores, swept_fields
 from purejaxppo.text import in_words, show_value
 
 MAX_LINES = 10  # more cannot be told apart
@@ -26,7 +26,7 @@ def scores_to_draw(metrics: xarray.Dataset) -> xarray.DataArray:
         raise ValueError("returns of several environments cannot be compared: select one, as in metrics.sel(env=...)")
     scores = final_scores(metrics)
     if scores.isnull().all():
-        raise ValueError("no run has a score: no episode ended, or all turned nan")
+        raise ValueError(NO_SCORE)
     return scores
 
 

@@ -1,6 +1,7 @@
 """Ranking of the settings of a sweep, and importance of its fields.
 
-Runs without a score count as the lowest of all (see `statistics`).
+Runs without a score count as the lowest of all (see `statistics`). A setting without any score has failed: it ranks
+last and has no number.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,15 @@ import numpy as np
 import xarray
 from scipy import stats
 
-from purejaxppo.experiment.report.statistics import STATISTICS, aggregate, check, filled, final_scores, swept_fields
+from purejaxppo.experiment.report.statistics import (
+    NO_SCORE,
+    STATISTICS,
+    aggregate,
+    check,
+    filled,
+    final_scores,
+    swept_fields,
+)
 from purejaxppo.text import align
 
 
@@ -33,8 +42,9 @@ def rank(
         seed: random seed of the bootstrap.
 
     Returns:
-        The variables `iqm`, `mean` and `median`, `low` and `high` of `statistic`, `num_runs` and `num_missing`. The
-        coordinate `setting` is the position of the setting in the sweep, from 0.
+        The variables `iqm`, `mean` and `median`, `low` and `high` of `statistic`, `num_runs` and `num_missing`; all but
+        the last two are nan for a setting that failed. The coordinate `setting` is the position of the setting in the
+        sweep, from 0.
 
     Raises:
         ValueError: for an unknown statistic or dimension, or an `over` without "seed".
@@ -44,6 +54,8 @@ def rank(
     ranked = found[["low", "high"]].assign(aggregate(rows, over=over, num_resamples=0)[["num_runs", "num_missing"]])
     for name in STATISTICS:
         ranked[name] = aggregate(filled(rows), name, over, num_resamples=0)["value"]
+    numbers = [*STATISTICS, "low", "high"]
+    ranked[numbers] = ranked[numbers].where(ranked["num_runs"] > 0)
     order = np.argsort(-ranked[statistic].values, kind="stable")  # nan goes last
     return ranked.isel(setting=order)[["iqm", "low", "high", "mean", "median", "num_runs", "num_missing"]]
 
@@ -68,9 +80,11 @@ def best(
 ) -> dict[str, Any]:
     """The fields of the setting that `rank` puts first, each with its value.
 
-    Without swept fields it is {"setting": its position}.
+    Without swept fields it is {"setting": its position}. Raises ValueError if no run has a score.
     """
     first = rank(scores, statistic, over, num_resamples=0).isel(setting=0)
+    if not first["num_runs"]:
+        raise ValueError(NO_SCORE)
     fields = {str(name): x.item() for name, x in first.coords.items() if name != "setting"}
     return fields or {"setting": first["setting"].item()}
 
@@ -81,10 +95,16 @@ def as_table(ranked: xarray.Dataset, max_rows: int = 20) -> str:
     names = [*fields, *map(str, ranked.data_vars)]
     if not ranked["num_missing"].any():
         names.remove("num_missing")
-    columns = [ranked[name].values.tolist() for name in names]
+    failed = (ranked["num_runs"] == 0).values
+    columns = [
+        np.where(failed & (name in [*STATISTICS, "low", "high"]), "failed", ranked[name].astype(object)).tolist()
+        for name in names
+    ]
     lines = [align([dict(zip(names, row)) for row in zip(*columns)], max_rows)]
     if "num_missing" in names:
         lines.append("(missing runs turned nan or ended no episode; they count as the lowest score)")
+    if failed.any():
+        lines.append("(failed: all runs of the setting are missing)")
     return "\n".join(lines)
 
 

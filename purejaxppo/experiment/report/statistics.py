@@ -16,6 +16,7 @@ from scipy import stats
 
 from purejaxppo.experiment.report.metrics import last_episodes
 
+NO_SCORE = "no run has a score: no episode ended, or all turned nan"
 STATISTICS = {"iqm": lambda x, axis: stats.trim_mean(x, 0.25, axis=axis), "mean": np.mean, "median": np.median}
 
 
@@ -47,13 +48,24 @@ def lost(metrics: xarray.Dataset) -> xarray.DataArray:
     Without that metric it is true for updates before the run's end whose metrics are all nan. Returns and lengths of
     episodes do not count there, because they are nan in any update in which no episode ended.
     """
+    if "failed_update" not in metrics:
+        return _silent(metrics)
+    gone = (metrics["failed_update"] > 0) & (metrics["updates"] >= metrics["failed_update"])
+    return (gone & metrics["step"].notnull()).transpose(*metrics["episode_return"].dims)
+
+
+def unfinished(metrics: xarray.Dataset) -> xarray.DataArray:
+    """Whether each run of a sweep has updates to make yet; a run that turned nan has none."""
+    return _silent(metrics).any("updates") & (metrics["failed_update"] == 0)
+
+
+def _silent(metrics: xarray.Dataset) -> xarray.DataArray:
+    """Whether each update of each run, before its end, has no metrics but perhaps those of episodes."""
     returns = metrics["episode_return"]
-    if "failed_update" in metrics:
-        gone = (metrics["failed_update"] > 0) & (metrics["updates"] >= metrics["failed_update"])
-    else:
-        names = [name for name, x in metrics.items() if x.dtype.kind == "f" and not str(name).startswith("episode_")]
-        gone = metrics[names].isnull().to_array().all("variable") if names else xarray.zeros_like(returns, bool)
-    return (gone & metrics["step"].notnull()).transpose(*returns.dims)
+    names = [n for n, x in metrics.items() if x.dtype.kind == "f" and x.dims == returns.dims]
+    names = [name for name in names if not str(name).startswith("episode_")]
+    silent = metrics[names].isnull().to_array().all("variable") if names else xarray.zeros_like(returns, bool)
+    return (silent & metrics["step"].notnull()).transpose(*returns.dims)
 
 
 def final_scores(metrics: xarray.Dataset, num_episodes: int = 100) -> xarray.DataArray:

@@ -1,10 +1,10 @@
 """The host loop of one run: compiled chunks, metrics after each of them, checkpoints, sinks."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -12,11 +12,13 @@ import pandas
 import xarray
 from tqdm.auto import tqdm
 
+from purejaxppo.batched import reported_failures
 from purejaxppo.checks import check_whole
 from purejaxppo.envs.check import metric_names
 from purejaxppo.experiment.lock import Lock
-from purejaxppo.experiment.loop import INTERRUPTED, chunks, noted_interrupt, step_bar
+from purejaxppo.experiment.loop import check_on_interrupt, chunks, end, noted_interrupt, step_bar, warn
 from purejaxppo.experiment.program import Program, compile_training
+from purejaxppo.experiment.report.failures import METRIC, UPDATE, failures_of, join_failures, mark_failures
 from purejaxppo.experiment.report.metrics import to_dataframe
 from purejaxppo.experiment.runs.journal import Journal, open_journal
 from purejaxppo.experiment.runs.sinks import guarded
@@ -32,19 +34,24 @@ class Fit:
     """A TrainState, of a batch [R, ...]."""
     metrics: xarray.Dataset
     """Dimensions (`run`,) `updates`, with the environment steps of one run as the coordinate `step`; if the run has a
-    folder, of all its updates, earlier calls included."""
+    folder, of all its updates, earlier calls included. For each run, `failed_update` is the update in which it turned
+    nan, or 0, and `failed_metric` what was not finite first."""
     num_updates: int = 0
     """Updates made by this call."""
     compile_seconds: float = 0.0
     run_seconds: float = 0.0
     interrupted: bool = False
-    """Whether a signal ended the call early."""
+    """Whether the call ended early: by a signal, or because another process took over the folder."""
 
     @property
     def steps_per_second(self) -> float:
         """Environment steps of all runs per second of run time."""
         num_runs = self.metrics.sizes.get("run", 1)
         return num_runs * self.num_updates * self.ppo.config.steps_per_update / max(self.run_seconds, 1e-9)
+
+    def failed(self) -> list[str]:
+        """A sentence for every run that turned nan."""
+        return list(failures_of(self.metrics).values())
 
     def to_dataframe(self) -> pandas.DataFrame:
         """The metrics as a table, one row per run and update."""
@@ -66,12 +73,18 @@ def fit(
     sinks: Sequence[Callable[[xarray.Dataset], Any]] = (),
     notes: Mapping[str, Any] | None = None,
     allow_changed: Sequence[str] = (),
+    on_interrupt: Literal["raise", "return"] = "raise",
 ) -> Fit:
     """Trains a run or a batch of runs from `state`, to the end of the run or for `num_updates` updates.
 
-    The numbers are those of `ppo.train`, in compiled chunks, and `state` stays usable. An interrupt (Ctrl-C, SIGTERM)
-    ends the loop after the current chunk, and the result holds everything up to there. Raises ValueError if the folder
-    holds another run, has a writer, or if all its checkpoints are damaged.
+    The numbers are those of `ppo.train`, in compiled chunks, and `state` stays usable. A warning names every run that
+    turns nan, as does `failed()` of the result.
+
+    An interrupt (Ctrl-C, SIGTERM) ends the call after the current chunk. Everything up to there is kept, then
+    `Interrupted` is raised, a KeyboardInterrupt with the `result`, so that a loop over calls ends too. With
+    `on_interrupt="return"`, which suits a notebook, the call returns this result, whose `interrupted` is true.
+
+    Raises ValueError if the folder holds another run, has a writer, or if all its checkpoints are damaged.
 
         >>> ppo = pjp.make_ppo("CartPole-v1", pjp.Config(num_updates=2))
         >>> result = pjp.fit(ppo, ppo.init(jax.random.key(0)), progress=False)
@@ -97,7 +110,9 @@ def fit(
         sinks: functions that are given the metrics of every chunk, see `pjp.sinks`.
         notes: JSON data to keep in the folder's settings.json.
         allow_changed: what may differ from what the folder was trained with: names such as "loss" and "optimizer".
+        on_interrupt: what the call does after an interrupt: "raise" or "return".
     """
+    check_on_interrupt(on_interrupt)
     numbers = {"num_updates": num_updates, "updates_per_chunk": updates_per_chunk, "evaluate_every": evaluate_every}
     for name, number in numbers.items():
         if number is not None:
@@ -112,9 +127,10 @@ def fit(
     with open_journal(
         ppo, state, folder, keep=keep, save_every=save_every, notes=notes, allow_changed=allow_changed
     ) as journal:
+        failed = _warn_of_failures(journal.results) if journal.num_updates > first else {}
         if journal.num_updates >= last:
             journal.complete()
-            return Fit(ppo, journal.state, journal.metrics)
+            return Fit(ppo, journal.state, journal.results)
         with step_bar(
             total=(last - first) * journal.steps_per_update,
             initial=(journal.num_updates - first) * journal.steps_per_update,
@@ -122,17 +138,26 @@ def fit(
             progress=progress,
         ) as bar:
             size = slice_size or journal.settings.slice_size  # another size would round differently
-            program = compile_training(ppo, journal.state, chunk, slice_size=size)
+            with reported_failures():
+                program = compile_training(ppo, journal.state, chunk, slice_size=size)
             journal.start(program.slice_size)
             bar.set_description(f"compiled in {program.compile_seconds:.1f} s, training")
             bar.unpause()
-            return _train(program, journal, last, evaluate_every, [guarded(sink) for sink in sinks], bar)
+            guards = [guarded(sink) for sink in sinks]
+            return _train(program, journal, last, evaluate_every, guards, bar, failed, on_interrupt)
 
 
 def _train(
-    program: Program, journal: Journal, last: int, evaluate_every: int | None, sinks: list[Callable], bar: tqdm
+    program: Program,
+    journal: Journal,
+    last: int,
+    evaluate_every: int | None,
+    sinks: list[Callable],
+    bar: tqdm,
+    failed: dict[int, str],
+    on_interrupt: str,
 ) -> Fit:
-    """The loop: to `last` updates or an interrupt."""
+    """The loop: to `last` updates or an interrupt. Of runs in `failed` it has warned."""
     ppo, first = journal.ppo, journal.num_updates
     evaluate, shown = jax.jit(ppo.evaluate), ["episode_return", *metric_names(ppo.env)[:3]]
     latest = dict.fromkeys(shown, np.nan)
@@ -141,17 +166,18 @@ def _train(
         for state, metrics in chunks(program, journal.state, first, last, stop_every=evaluate_every):
             if evaluate_every:
                 due = (journal.num_updates + metrics["learning_rate"].shape[-1]) % evaluate_every == 0
-                metrics["evaluation_return"] = _evaluation(evaluate, state, metrics["learning_rate"].shape, due)
-            labelled = journal.add(state, metrics)
+                healthy = np.isfinite(metrics.get("loss", metrics["learning_rate"]))
+                metrics["evaluation_return"] = _evaluation(evaluate, state, healthy, due)
+            labelled = mark_failures(journal.add(state, metrics), state)
             if not journal.is_writer():
                 break
+            failed |= _warn_of_failures(labelled, failed)
             for sink in sinks:
-                sink(labelled)
+                sink(labelled.drop_vars([UPDATE, METRIC]))
             latest = {n: _latest(metrics[n], before) if n in metrics else before for n, before in latest.items()}
             bar.set_postfix_str(_progress(latest), refresh=False)
             bar.update(labelled.sizes["updates"] * journal.steps_per_update)
             if interrupt.is_set():
-                bar.write(INTERRUPTED)
                 break
             journal.save_if_due()
         seconds = time.perf_counter() - start
@@ -159,25 +185,40 @@ def _train(
     result = Fit(
         ppo=ppo,
         state=journal.state,
-        metrics=journal.metrics,
+        metrics=journal.results,
         num_updates=journal.num_updates - first,
         compile_seconds=program.compile_seconds,
         run_seconds=seconds,
-        interrupted=journal.num_updates < last,
+        interrupted=interrupt.is_set() or journal.num_updates < last,
     )
     journal.finish(
         compile_seconds=program.compile_seconds, run_seconds=seconds, steps_per_second=result.steps_per_second
     )
-    return result
+    done = f"fit was interrupted after {journal.num_updates} of {last} updates"
+    done += f"; the same call resumes from {journal.checkpoints.folder}" if journal.checkpoints else ""
+    return end(result, interrupt.is_set(), on_interrupt, done)
 
 
-def _evaluation(evaluate: Callable, state: Any, shape: tuple[int, ...], due: bool) -> np.ndarray:
-    """The mean return of every policy in fresh environments, at the last update of the chunk if it is due."""
-    returns = np.full(shape, np.nan, np.float32)
+def _warn_of_failures(metrics: xarray.Dataset, known: Container[int] = ()) -> dict[int, str]:
+    """The sentences of `failures_of`; warns of runs that are not known to have failed."""
+    found = failures_of(metrics)
+    new = [sentence for run, sentence in found.items() if run not in known]
+    if new:
+        warn(join_failures(new, metrics[UPDATE].size))
+    return found
+
+
+def _evaluation(evaluate: Callable, state: Any, healthy: np.ndarray, due: bool) -> np.ndarray:
+    """The mean return of every policy in fresh environments, at the last update of the chunk if it is due.
+
+    `healthy` [(R,) U] are the updates of runs that have not turned nan; others have no return.
+    """
+    returns = np.full(healthy.shape, np.nan, np.float32)
     if due:
         runs = getattr(state, "runs", state)  # those of a population
         key, *rest = jax.device_get((jax.random.key_data(runs.key), runs.policy, runs.env_params))
-        returns[..., -1] = evaluate(jax.random.wrap_key_data(key), *rest).episode_return.mean(-1)
+        played = evaluate(jax.random.wrap_key_data(key), *rest).episode_return.mean(-1)
+        returns[..., -1] = np.where(healthy[..., -1], played, np.nan)
     return returns
 
 

@@ -15,6 +15,7 @@ from purejaxppo.experiment.files import differing_fields, from_arrays, kind_of
 from purejaxppo.experiment.identity import check_identity
 from purejaxppo.experiment.lock import Lock, LockLost, claim_folder
 from purejaxppo.experiment.loop import Timer
+from purejaxppo.experiment.report.failures import mark_failures
 from purejaxppo.experiment.report.metrics import label
 from purejaxppo.experiment.runs import saved
 from purejaxppo.experiment.runs.checkpoints import Checkpoint, Checkpoints
@@ -58,6 +59,11 @@ class Journal:
         if len(self._chunks) > 1:
             self._chunks = [xarray.concat(self._chunks, "updates", data_vars="minimal")]
         return self._chunks[0]
+
+    @property
+    def results(self) -> xarray.Dataset:
+        """As `metrics`, with the runs that failed, see `mark_failures`."""
+        return mark_failures(self.metrics, self.state)
 
     def resume_from(self, checkpoint: Checkpoint, allow_changed: Sequence[str] = ()):
         """Takes state, metrics and settings from a checkpoint, in which this process becomes the newest session.
@@ -121,7 +127,7 @@ class Journal:
         """Writes what `load_run` reads into the folder; `timing` are fields of `RunSettings`."""
         self.settings = replace(self.settings, num_updates_done=self.num_updates, **timing)
         if self.checkpoints:
-            saved.save(self.checkpoints.folder, self.settings, self.metrics, self.state.policy)
+            saved.save(self.checkpoints.folder, self.settings, self.results, self.state.policy)
 
     def complete(self):
         """Finishes a run that was killed between its last checkpoint and its end."""

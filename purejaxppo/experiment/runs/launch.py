@@ -77,8 +77,8 @@ def resume(folder: str | Path | Lock, *, num_updates: int | None = None, progres
     """Resumes the run that `purejaxppo train` started in a folder; the result is that of an uninterrupted run.
 
     With `num_updates`, the updates of the whole run, it is extended: its schedules then end there, as a warning says.
-    Raises ValueError if the folder holds no run, one that was started in Python (call `fit` again to continue it),
-    or if all its checkpoints are damaged.
+    Raises `Interrupted` as `fit` does, and ValueError if the folder holds no run, one that was started in Python (call
+    `fit` again to continue it), or if all its checkpoints are damaged.
     """
     path = folder.folder if isinstance(folder, Lock) else Path(folder)
     settings = read_settings(path)

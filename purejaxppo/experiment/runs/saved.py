@@ -20,6 +20,7 @@ from purejaxppo.batched import batched
 from purejaxppo.config import Config, Hyperparams
 from purejaxppo.experiment.files import ArrayFile, from_arrays, read_dataset, save_arrays, save_dataset, to_arrays
 from purejaxppo.experiment.identity import DEFAULTS, check_loaded, identify_ppo
+from purejaxppo.experiment.report.failures import failures_of, mark_failures
 from purejaxppo.experiment.runs.checkpoints import Checkpoints
 from purejaxppo.experiment.runs.settings import RunSettings, read_settings, write_settings
 from purejaxppo.ppo import PPO, TrainState, make_ppo
@@ -40,6 +41,10 @@ class SavedRun:
     policy: Policy
     """With the seed as leading axis if the run was a batch."""
     metrics: xarray.Dataset
+
+    def failed(self) -> list[str]:
+        """A sentence for every agent that turned nan."""
+        return list(failures_of(self.metrics).values())
 
     def state(self, hyperparams: Hyperparams | None = None) -> TrainState:
         """The whole state of the newest intact checkpoint, ready to train further.
@@ -107,6 +112,17 @@ def load_run(folder: str | Path, ppo: PPO | None = None, *, allow_changed: Seque
         policy = from_arrays(arrays, like.policy, str(folder / "policy.npz"))
     env_params = settings.to_env_params(like.env_params, folder)
     return SavedRun(folder, settings, ppo, settings.to_hyperparams(), env_params, policy, metrics)
+
+
+def read_failures(folder: Path) -> dict[int, str]:
+    """A sentence for every agent that turned nan, by its number, as far as the run in a folder is saved."""
+    try:
+        if is_complete(folder):
+            return failures_of(read_dataset(folder / "metrics.nc"))
+        checkpoint = Checkpoints(folder).newest()
+    except ValueError:  # damaged
+        return {}
+    return failures_of(mark_failures(checkpoint.metrics, checkpoint.arrays)) if checkpoint else {}
 
 
 def remake(settings: RunSettings, num_devices: int = 1, config: Config | None = None) -> PPO:

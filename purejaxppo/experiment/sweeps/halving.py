@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 
 from purejaxppo.batched import batched, seed_keys
 from purejaxppo.checks import check_whole
-from purejaxppo.experiment.loop import INTERRUPTED, noted_interrupt, step_bar
+from purejaxppo.experiment.loop import check_on_interrupt, end, noted_interrupt, step_bar
 from purejaxppo.experiment.program import (
     Program,
     best_slice_size,
@@ -19,7 +19,7 @@ from purejaxppo.experiment.program import (
     first_state,
     num_cores,
 )
-from purejaxppo.experiment.report.statistics import STATISTICS
+from purejaxppo.experiment.report.statistics import NO_SCORE, STATISTICS
 from purejaxppo.experiment.sweeps.columns import run_arguments
 from purejaxppo.experiment.sweeps.sweep import Sweep, make_group
 from purejaxppo.ppo import PPO, TrainState, make_ppo
@@ -40,19 +40,29 @@ class Halving:
     """Of all runs, [settings * seeds], each after as many updates as it made; seeds vary fastest."""
     num_updates: int
     """Updates of all runs together."""
+    interrupted: bool = False
+    """Whether a signal ended the call."""
 
     def ranked(self) -> list[dict]:
-        """Settings with the `updates` of their last comparison and their `score` there, best first."""
+        """Settings with the `updates` of their last comparison and their `score` there, best first.
+
+        A setting that failed goes last and has no score: a run of it turned nan, or ended no episode. So does, after an
+        interrupt, a setting that was not compared yet.
+        """
         reached = (~np.isnan(self.scores)).sum(1)
         rows = [
             row | {"updates": self.rungs[number - 1] if number else 0, "score": float(scores[number - 1])}
             for row, number, scores in zip(self.sweep.table.rows(), reached, self.scores)
         ]
-        return sorted(rows, key=lambda row: (row["updates"], np.nan_to_num(row["score"])), reverse=True)
+        failed = [row | {"score": np.nan} for row in rows if not np.isfinite(row["score"])]
+        scored = [row for row in rows if np.isfinite(row["score"])]
+        return sorted(scored, key=lambda row: (row["updates"], row["score"]), reverse=True) + failed
 
     def best(self) -> dict:
-        """The setting with the highest score among those on the highest rung."""
+        """The setting with the highest score among those on the highest rung. Raises ValueError if none has a score."""
         first = self.ranked()[0]
+        if np.isnan(first["score"]):
+            raise ValueError(NO_SCORE)
         return {name: first[name] for name in self.sweep.table.names}
 
     def state(self, seed: int = 0, **setting: Any) -> TrainState:
@@ -70,6 +80,7 @@ def successive_halving(
     num_places: int | None = None,
     progress: bool = True,
     make: Callable = make_ppo,
+    on_interrupt: Literal["raise", "return"] = "raise",
 ) -> Halving:
     """Trains the settings of a sweep as long as they are among the best (Li et al., 2020, in rounds of a batch).
 
@@ -77,7 +88,9 @@ def successive_halving(
     by the interquartile mean over its seeds of the mean return in the last r updates. It is promoted if it is in the
     best 1 / `eta` of them. A free place goes to the setting on the highest rung that is promoted, or else to the next
     one that has not started. Settings on the last rung train to the end of the run. The same call gives the same
-    result. Raises ValueError if settings need different programs, or if there are too few settings or updates.
+    result. An interrupt (Ctrl-C, SIGTERM) ends the call after the current round, as in `fit`: `Interrupted` is raised
+    with the `result` so far, or this result is returned. Raises ValueError if settings need different programs, or if
+    there are too few settings or updates.
 
     Args:
         sweep: the settings and seeds.
@@ -86,7 +99,9 @@ def successive_halving(
         num_places: settings that train side by side, by default all.
         progress: whether to show a progress bar.
         make: `make(env, config)` makes the PPO.
+        on_interrupt: what the call does after an interrupt: "raise" or "return".
     """
+    check_on_interrupt(on_interrupt)
     ladder = Ladder(_rungs(sweep, num_rungs, eta), eta, len(sweep.table))
     num_places = len(sweep.table) if num_places is None else num_places
     if not 1 <= num_places <= len(sweep.table):
@@ -120,9 +135,11 @@ def successive_halving(
             length = min(left, ladder.rungs[0])
             train(ladder.finished(), length)
             left -= length
-        if interrupt.is_set():
-            bar.write(INTERRUPTED)
-    return Halving(sweep, many, ladder.rungs, ladder.scores, states, int(states.num_updates.sum()))
+    result = Halving(
+        sweep, many, ladder.rungs, ladder.scores, states, int(states.num_updates.sum()), interrupt.is_set()
+    )
+    reached = f"successive_halving was interrupted; {len(ladder.finished())} settings have reached the last rung"
+    return end(result, result.interrupted, on_interrupt, reached)
 
 
 class Ladder:
@@ -158,7 +175,8 @@ class Ladder:
         for rung in reversed(range(len(self.rungs) - 1)):
             order = np.argsort(-self.scores[:, rung], kind="stable")  # nan goes last
             best = order[: (~np.isnan(self.scores[:, rung])).sum() // self.eta]
-            found += [i for i in best if self.num_updates[i] == self.rungs[rung]]
+            healthy = self.scores[best, rung] > -np.inf
+            found += [i for i in best[healthy] if self.num_updates[i] == self.rungs[rung]]
         return found
 
 

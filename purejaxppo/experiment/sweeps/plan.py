@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from purejaxppo.batched import batched, seed_keys
+from purejaxppo.batched import batched, reported_failures, seed_keys
 from purejaxppo.checks import check_whole
 from purejaxppo.config import Config
 from purejaxppo.experiment.identity import check_identity, identify_ppo
@@ -197,7 +197,8 @@ def _compile(
         with jax.default_device(devices[0]):
             start = jax.jit(partial(_start, many, sweep.seed), compiler_options=SELDOM).lower(*arguments).compile()
             state = start(*arguments)
-            return start, state, compile_training(many, state, chunk, slice_size=len(runs))
+            with reported_failures():
+                return start, state, compile_training(many, state, chunk, slice_size=len(runs))
 
     size = slice_size or _slice_size(num_runs, num_threads * len(devices), group.config, on_cpu)
     start, state, program = compile_slices(size)

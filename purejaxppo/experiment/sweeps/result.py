@@ -12,11 +12,13 @@ import numpy as np
 import pandas
 import xarray
 
+from purejaxppo.batched import FAILURE
 from purejaxppo.experiment.files import from_arrays, save_dataset, shapes_of
 from purejaxppo.experiment.identity import check_loaded, identify_ppo
+from purejaxppo.experiment.report.failures import METRIC, UPDATE, describe_failure
 from purejaxppo.experiment.report.metrics import label_metric, to_dataframe
 from purejaxppo.experiment.report.ranking import best, rank
-from purejaxppo.experiment.report.statistics import final_scores
+from purejaxppo.experiment.report.statistics import final_scores, unfinished
 from purejaxppo.experiment.sweeps.slices import Slice, Slices, by_run, read_identities, read_sweep
 from purejaxppo.experiment.sweeps.sweep import Sweep, make_group, name_run
 from purejaxppo.ppo import PPO, TrainState, make_ppo
@@ -32,7 +34,7 @@ class SweepResult:
     metrics: xarray.Dataset
     """A dimension for every swept field (`setting` for fields that are paired or sampled), then `seed` and `updates`;
     the coordinate `step` counts the environment steps of one run. `failed_update` is the update in which a run turned
-    nan, or 0."""
+    nan, or 0, and `failed_metric` what was not finite first."""
     slices: Slices
     make: Callable = make_ppo
     allow_changed: Sequence[str] = ()
@@ -40,6 +42,13 @@ class SweepResult:
     steps: int = 0
     """Environment steps of all runs that this call made."""
     run_seconds: float = 0.0
+    interrupted: bool = False
+    """Whether a signal ended the call."""
+
+    @property
+    def num_unfinished(self) -> int:
+        """Runs that have updates to make yet; their scores are of what they have done."""
+        return int(unfinished(self.metrics).sum())
 
     @cached_property
     def scores(self) -> xarray.DataArray:
@@ -53,7 +62,8 @@ class SweepResult:
     def best(self) -> dict:
         """The setting with the highest interquartile mean, field -> value.
 
-        Raises ValueError if the files of some runs were ignored, so that their settings cannot be compared.
+        Raises ValueError if no run has a score, or if the files of some runs were ignored, so that their settings
+        cannot be compared.
         """
         untrained = self._untrained()
         if self.slices.ignored and untrained:
@@ -74,14 +84,18 @@ class SweepResult:
 
     def failed(self) -> list[str]:
         """A sentence for every run that turned nan."""
-        rows = self.sweep.table.rows()
-        updates = self.metrics["failed_update"].values.reshape(len(rows), self.sweep.num_seeds)
-        sentence = "{} seed={} turned nan in update {} and is frozen as it was before".format
-        return [
-            sentence(show_setting(rows[setting]), seed, updates[setting, seed])
-            for setting, seed in self.sweep.runs().values()
-            if updates[setting, seed]
-        ]
+        return [sentence for row in self.sweep.table.rows() for sentence in self.failures(**row).values()]
+
+    def failures(self, **setting: Any) -> dict[int, str]:
+        """A sentence for every run of one setting that turned nan, by its seed."""
+        index = self.sweep.table.index(**setting)
+        row = show_setting(self.sweep.table.rows()[index])
+        updates, names = (self.metrics[x].values.reshape(-1, self.sweep.num_seeds)[index] for x in (UPDATE, METRIC))
+        return {
+            seed: describe_failure(f"{row} seed={seed}".strip(), update, str(name))
+            for seed, (update, name) in enumerate(zip(updates.tolist(), names))
+            if update
+        }
 
     def ppo(self, **setting: Any) -> PPO:
         """The PPO of one setting, which is given by the values of as many fields as single it out."""
@@ -117,7 +131,14 @@ class SweepResult:
 
 
 def make_result(
-    sweep: Sweep, slices: Slices, stored: Sequence[Slice], make: Callable, *, steps: int = 0, run_seconds: float = 0.0
+    sweep: Sweep,
+    slices: Slices,
+    stored: Sequence[Slice],
+    make: Callable,
+    *,
+    steps: int = 0,
+    run_seconds: float = 0.0,
+    interrupted: bool = False,
 ) -> SweepResult:
     """The result of the stored slices of a sweep, whose metrics are also written to its folder.
 
@@ -128,11 +149,12 @@ def make_result(
         make: `make(env, config)` makes the PPO of a group.
         steps: environment steps that this call made.
         run_seconds: the time that it took.
+        interrupted: whether a signal ended it.
     """
     metrics = label_sweep(sweep, stored, slices.machine())
     if slices.folder and jax.process_index() == 0:
         save_dataset(slices.folder / "results.nc", metrics)
-    return SweepResult(sweep, metrics, slices, make, steps=steps, run_seconds=run_seconds)
+    return SweepResult(sweep, metrics, slices, make, steps=steps, run_seconds=run_seconds, interrupted=interrupted)
 
 
 def load_sweep(
@@ -169,7 +191,9 @@ def label_sweep(sweep: Sweep, slices: Sequence[Slice], machine: Mapping) -> xarr
     runs = sweep.runs()
     configs = [sweep.config_of(row) for row in rows]
     num_updates = max(config.num_updates for config in configs)
-    like = {name: x for slice_ in slices for name, x in slice_.metrics.items()}  # groups report others
+    like = {
+        name: x for slice_ in slices for name, x in slice_.metrics.items() if name != FAILURE
+    }  # groups report others
     arrays = {
         name: np.full(
             (len(rows), sweep.num_seeds, num_updates, *_longest(slices, name)),
@@ -179,13 +203,14 @@ def label_sweep(sweep: Sweep, slices: Sequence[Slice], machine: Mapping) -> xarr
         for name, x in like.items()
     }
     failed = np.zeros((len(rows), sweep.num_seeds), np.int32)
+    causes = np.full(failed.shape, "", object)
     for name, (slice_, i) in by_run(slices).items():
         if slice_.num_updates > configs[runs[name][0]].num_updates:
             raise ValueError(f"the slice {slice_.name} has done {slice_.num_updates} updates, more than its runs have")
         for metric, x in slice_.metrics.items():
-            arrays[metric][runs[name]][tuple(map(slice, x.shape[1:]))] = x[i]
-        done = slice_.state["num_updates"][i]
-        failed[runs[name]] = done + 1 if done < slice_.num_updates else 0
+            if metric != FAILURE:
+                arrays[metric][runs[name]][tuple(map(slice, x.shape[1:]))] = x[i]
+        failed[runs[name]], causes[runs[name]] = slice_.failure(i)
     dims, shape, coords = _axes(sweep)
     update = np.arange(1, num_updates + 1)
     steps = np.stack([np.where(update <= c.num_updates, update * float(c.steps_per_update), np.nan) for c in configs])
@@ -195,7 +220,8 @@ def label_sweep(sweep: Sweep, slices: Sequence[Slice], machine: Mapping) -> xarr
         names[n]: label_metric(n, (*dims, "seed", "updates"), x.reshape(*shape, *x.shape[1:]))
         for n, x in arrays.items()
     }
-    variables["failed_update"] = (*dims, "seed"), failed.reshape(*shape, -1)
+    variables[UPDATE] = (*dims, "seed"), failed.reshape(*shape, -1)
+    variables[METRIC] = (*dims, "seed"), causes.astype(str).reshape(*shape, -1)
     coords |= {
         "seed": np.arange(sweep.num_seeds, dtype=np.int32),
         "updates": update.astype(np.int32),

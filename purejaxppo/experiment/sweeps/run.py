@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 
 from purejaxppo.experiment.files import from_arrays, to_arrays
 from purejaxppo.experiment.lock import LockLost
-from purejaxppo.experiment.loop import INTERRUPTED, Timer, chunks, noted_interrupt, step_bar
+from purejaxppo.experiment.loop import Timer, check_on_interrupt, chunks, end, noted_interrupt, step_bar, warn
+from purejaxppo.experiment.report.failures import join_failures
 from purejaxppo.experiment.sweeps.claims import Claims, turn
 from purejaxppo.experiment.sweeps.columns import run_arguments
 from purejaxppo.experiment.sweeps.plan import CompiledGroup, Plan, pending_slices, plan_sweep
@@ -38,12 +39,14 @@ def run_sweep(
     devices: int | Sequence[Any] | None = None,
     make: Callable | None = None,
     allow_changed: Sequence[str] = (),
+    on_interrupt: Literal["raise", "return"] = "raise",
 ) -> SweepResult:
     """Trains every run of a sweep, or of a plan, and returns the result.
 
-    An interrupt (Ctrl-C, SIGTERM) ends it after the current chunks, and the result holds everything up to there. With
-    `jax.distributed` every process trains a part of the slices; all must see the folder. Calls that share a folder at
-    the same time divide the slices: each leaves out those that another trains, and a warning says whose they are.
+    An interrupt (Ctrl-C, SIGTERM) ends the call after the current chunks, as in `fit`: everything up to there is kept,
+    then `Interrupted` is raised with the `result`, or the result is returned. A warning names the runs that turned nan.
+    With `jax.distributed` every process trains a part of the slices; all must see the folder. Calls that share a folder
+    at the same time divide the slices: each leaves out those that another trains, and a warning says whose they are.
     Raises ValueError for a folder of another sweep, or a disk that is too small for the results.
 
         >>> sweep = pjp.Sweep("CartPole-v1", pjp.grid(learning_rate=[1e-3, 1e-2]), config=pjp.Config(num_updates=2))
@@ -62,7 +65,9 @@ def run_sweep(
         devices: see `plan_sweep`.
         make: see `plan_sweep`.
         allow_changed: see `plan_sweep`.
+        on_interrupt: what the call does after an interrupt: "raise" or "return".
     """
+    check_on_interrupt(on_interrupt)
     if folder is None and jax.process_count() > 1:
         raise ValueError(f"{jax.process_count()} processes need a folder that all of them see (folder=...)")
     options = {"slice_size": slice_size, "updates_per_chunk": updates_per_chunk, "devices": devices, "make": make}
@@ -87,18 +92,26 @@ def run_sweep(
         for compiled in plan.groups:
             pending = pending_slices(sweep, compiled.group, stored, compiled.slice_size)
             session.run(compiled, pending)
-        if interrupt.is_set():
-            bar.write(INTERRUPTED + (f", and the same sweep in {folder} resumes from there" if folder else ""))
     _wait_for_all_processes("end")
     seconds = time.perf_counter() - start
     with turn(folder):  # of calls that end at the same time, the last writes the results of all
         stored, left = slices.read(), session.claims.describe_left() if session.claims.left else ""
+        if interrupt.is_set() and not stored:
+            raise KeyboardInterrupt("run_sweep was interrupted before it trained anything")
         if left and not stored:
             raise ValueError(f"{left}; nothing is stored yet (the same call later resumes)")
-        result = make_result(sweep, slices, stored, plan.make, steps=session.steps, run_seconds=seconds)
+        result = make_result(
+            sweep, slices, stored, plan.make,
+            steps=session.steps, run_seconds=seconds, interrupted=interrupt.is_set(),
+        )  # fmt: skip
     if left:
         warnings.warn(f"{left}; the result holds what is stored of them so far, and the same call later the rest")
-    return result
+    failed = result.failed()
+    if failed:
+        warn(join_failures(failed, sweep.num_runs))
+    unfinished = f"run_sweep was interrupted with {result.num_unfinished} of {sweep.num_runs} runs unfinished"
+    unfinished += f"; the same call resumes from {folder}" if folder else ""
+    return end(result, result.interrupted, on_interrupt, unfinished)
 
 
 @dataclass

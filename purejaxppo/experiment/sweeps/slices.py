@@ -17,6 +17,7 @@ from typing import Any, TypedDict
 import jax
 import numpy as np
 
+from purejaxppo.batched import FAILURE, causes
 from purejaxppo.experiment.files import (
     SWEEP,
     ArrayFile,
@@ -28,6 +29,7 @@ from purejaxppo.experiment.files import (
 )
 from purejaxppo.experiment.provenance import Machine, describe_machine
 from purejaxppo.experiment.records import as_record, read_record
+from purejaxppo.experiment.report.failures import name_causes
 from purejaxppo.experiment.sweeps.sweep import Sweep, name_run
 from purejaxppo.text import shorten, show_setting
 
@@ -41,12 +43,22 @@ class Slice:
     metrics: dict[str, np.ndarray]
     """[runs, updates done]"""
     state: dict[str, np.ndarray]
-    """Leaves of the TrainState [runs, ...], by their paths."""
+    """Leaves of the TrainState [runs, ...], by their paths; `Slices.read` leaves out most of them."""
+    leaves: tuple[str, ...] = ()
+    """The paths of all leaves in the file."""
 
     @property
     def num_updates(self) -> int:
         """Updates done, including those of runs that are frozen."""
         return next(iter(self.metrics.values())).shape[1] if self.metrics else 0
+
+    def failure(self, run: int) -> tuple[int, str]:
+        """The update in which a run turned nan, and what was not finite first; (0, "") if it did not."""
+        done = int(self.state["num_updates"][run])
+        if done == self.num_updates:
+            return 0, ""
+        code = self.metrics[FAILURE][run, -1] if FAILURE in self.metrics else 0
+        return done + 1, str(name_causes(code, causes(self.metrics, self.leaves or self.state)))
 
     @property
     def name(self) -> str:
@@ -134,6 +146,7 @@ class Slices:
                 runs,
                 {name.removeprefix("metrics/"): np.asarray(x) for name, x in metrics.items()},
                 {leaf: np.asarray(arrays[f"state/{leaf}"]) for leaf in leaves},
+                tuple(name.removeprefix("state/") for name in arrays if name.startswith("state/")),
             )
 
     def _check_sweep(self, path: Path, slice_: Slice, arrays: ArrayFile):
