@@ -186,8 +186,10 @@ def test_environments_and_their_parameters_are_swept():
 
 
 def test_a_run_that_turns_nan_is_named_and_changes_no_other(plan, result):
-    poisoned = run(replace(plan, sweep=make_sweep(2, learning_rate=[1e-3, 1e30], discount=DISCOUNTS)))
-    assert len(poisoned.failed()) == 4
+    with pytest.warns(UserWarning, match="^learning_rate=1e\\+30 .* turned nan in update 1, where loss was not finite"):
+        poisoned = run(replace(plan, sweep=make_sweep(2, learning_rate=[1e-3, 1e30], discount=DISCOUNTS)))
+    assert len(poisoned.failed()) == 4 and poisoned.num_unfinished == 0
+    assert np.isnan(poisoned.ranked()["iqm"].values).tolist() == [False, False, True, True]
     assert poisoned.failed()[0].startswith("learning_rate=1e+30 discount=0.9 seed=0 turned nan in update")
     before = poisoned.metrics["failed_update"].sel(learning_rate=1e30)
     assert (before > 0).all() and np.isnan(poisoned.scores.sel(learning_rate=1e30)).all()
