@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from purejaxppo.checks import check_whole
-from purejaxppo.config import Hyperparams, as_arrays, spec_of
+from purejaxppo.config import Hyperparams, as_arrays, spec_of, suggest
 from purejaxppo.ppo import PPO, TrainState, replace_step
 from purejaxppo.sharded import choose_devices
 from purejaxppo.table import Table
@@ -210,8 +210,8 @@ def runs(
     values = values.columns() if isinstance(values, Table) else values or {}
     for name in values:
         if spec_of(name) is None:
-            known = ", ".join(hyperparams.names)
-            raise ValueError(f"{name} is not a hyperparameter (known: {known}, extra.NAME; Sweep takes other fields)")
+            near = suggest(name, hyperparams.names)
+            raise ValueError(f"{name} is not a hyperparameter ({near}), and only Sweep takes other fields")
     check_whole("num_seeds", num_seeds)
     lengths = {name: len(column) for name, column in values.items()}
     if len(set(lengths.values())) > 1:

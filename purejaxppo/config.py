@@ -1,7 +1,8 @@
 """Settings: `Config` holds those that are compiled in, `Hyperparams` those that are traced and may be swept."""
 
+import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -254,7 +255,7 @@ class Hyperparams:
         unknown = [name for name in changed if name not in HYPERPARAM_SPECS]
         unknown += [EXTRA + name for name in extra if self.extra and name not in self.extra]
         if unknown:
-            raise ValueError(f"{unknown[0]} is not a hyperparameter (choose among {', '.join(self.names)})")
+            raise ValueError(f"{unknown[0]} is not a hyperparameter ({suggest(unknown[0], self.names)})")
         return replace(self, extra=self.extra | extra, **changed)
 
     def at(self, num_updates: jax.Array | int, config: Config) -> "Hyperparams":
@@ -271,6 +272,34 @@ class Hyperparams:
         if not callable(self.learning_rate):
             values["learning_rate"] *= 1 - self.learning_rate_annealing * progress
         return self.set(values)
+
+
+# Names of the same settings elsewhere: their usual short forms, and those of other libraries.
+OTHER_NAMES = {
+    "adv_norm": "normalize_advantage", "alpha": "learning_rate", "anneal_lr": "learning_rate_annealing",
+    "batch_size": "num_minibatches", "beta1": "adam_b1", "beta2": "adam_b2", "clip_coef": "clip", "clip_eps": "clip",
+    "clip_param": "clip", "clip_range": "clip", "clip_range_vf": "value_clip", "clip_vloss": "clip_value_loss",
+    "cliprange": "clip", "ent_coef": "entropy_coefficient", "ent_weight": "entropy_coefficient",
+    "entropy_coef": "entropy_coefficient", "entropy_coeff": "entropy_coefficient", "epochs": "num_epochs",
+    "eps": "adam_eps", "epsilon": "clip", "gae": "gae_lambda", "gamma": "discount", "hidden_size": "widths",
+    "hidden_sizes": "widths", "horizon": "num_steps", "lam": "gae_lambda", "lambda": "gae_lambda",
+    "lambda_": "gae_lambda", "lmbda": "gae_lambda", "lr": "learning_rate", "max_norm": "max_grad_norm",
+    "minibatch_size": "num_minibatches", "n_envs": "num_envs", "n_epochs": "num_epochs",
+    "n_minibatches": "num_minibatches", "n_steps": "num_steps", "n_updates": "num_updates", "net_arch": "widths",
+    "norm_adv": "normalize_advantage", "norm_obs": "normalize_observation", "rollout_length": "num_steps",
+    "seq_len": "segment_length", "total_steps": "num_updates", "total_timesteps": "num_updates",
+    "unroll_length": "num_steps", "update_epochs": "num_epochs", "value_coef": "value_coefficient",
+    "vf_clip": "value_clip", "vf_coef": "value_coefficient", "vf_coeff": "value_coefficient",
+}  # fmt: skip
+
+
+def suggest(name: str, known: Sequence[str]) -> str:
+    """The remedy of a message about an unknown name: the known name, or the field of `Config`, that is most like it."""
+    config = [field.name for field in fields(Config)]
+    near = name if name in config else OTHER_NAMES.get(name.lower().replace("-", "_"), "")
+    if near in config and near not in known:
+        return f"{near} is a field of Config"
+    return f"did you mean {near or difflib.get_close_matches(name, known, n=1, cutoff=0)[0]}?"
 
 
 HYPERPARAM_SPECS = {f.name: f.metadata["spec"] for f in fields(Hyperparams) if f.name != "extra"}

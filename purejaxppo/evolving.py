@@ -1,6 +1,5 @@
 """Population-based training inside the program: poor runs continue from copies of good ones, slightly changed."""
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -14,7 +13,7 @@ from flax import struct
 
 from purejaxppo.batched import batched
 from purejaxppo.checks import check_whole
-from purejaxppo.config import Hyperparams, spec_of
+from purejaxppo.config import Hyperparams, spec_of, suggest
 from purejaxppo.ppo import PPO, TrainState, replace_step
 
 KEPT = ("key", "env_params", "actors")  # by a run that is replaced; the other fields of a state were learned
@@ -234,8 +233,8 @@ def explored_ranges(
     for name in names:
         spec = spec_of(str(name))
         if spec is None:
-            near = difflib.get_close_matches(str(name), Hyperparams().names, n=1, cutoff=0)
-            raise ValueError(f"explore names {name!r}, which is not a hyperparameter (did you mean {near[0]!r}?)")
+            near = suggest(str(name), Hyperparams().names)
+            raise ValueError(f"explore names {name!r}, which is not a hyperparameter ({near})")
         low, high = wanted.get(name, (spec.low, spec.high))
         if not spec.low <= low <= high <= spec.high:
             raise ValueError(f"explore={{{name!r}: ({low}, {high})}} must ascend within [{spec.low:g}, {spec.high:g}]")

@@ -1,3 +1,4 @@
+from dataclasses import fields
 from typing import Any
 
 import jax
@@ -6,7 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from purejaxppo import Config, Hyperparams, linear, schedule
+from purejaxppo import Config, Hyperparams, linear, runs, schedule
+from purejaxppo.config import OTHER_NAMES
 
 
 @pytest.mark.parametrize(
@@ -104,3 +106,24 @@ def test_total_steps_are_whole_updates():
 def test_a_config_can_be_hashed_and_compared():
     as_list: dict[str, Any] = {"widths": [64, 64]}
     assert Config(**as_list) == Config() and hash(Config(**as_list)) == hash(Config())
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("lr", "did you mean learning_rate"), ("gamma", "did you mean discount"), ("lambda", "did you mean gae_lambda"),
+        ("ent_coef", "did you mean entropy_coefficient"), ("vf-coef", "did you mean value_coefficient"),
+        ("n_steps", "num_steps is a field of Config"), ("num_envs", "num_envs is a field of Config"),
+        ("learning_rat", "did you mean learning_rate"), ("target-kl", "did you mean target_kl"),
+    ],
+)  # fmt: skip
+def test_the_names_of_other_libraries_are_understood(name, words):
+    with pytest.raises(ValueError, match=f"{name} is not a hyperparameter .{words}"):
+        Hyperparams().set({name: 0.5})
+    with pytest.raises(ValueError, match=f"{name} is not a hyperparameter .{words}"):
+        runs(jax.random.key(0), {name: [0.5]})
+
+
+def test_other_names_stand_for_settings():
+    settings = {field.name for field in fields(Config)} | set(Hyperparams().names)
+    assert set(OTHER_NAMES.values()) <= settings and not OTHER_NAMES.keys() & settings

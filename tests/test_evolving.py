@@ -285,8 +285,8 @@ def test_a_frozen_run_goes_on_from_another(weeded):
     [
         ({"every": 0}, "every=0 must be at least 1"),
         ({"every": 2.0}, "every=2.0 must be a whole number"),
-        ({"explore": ("learning_rat",)}, "'learning_rat', which is not a hyperparameter .did you mean 'learning_rate'"),
-        ({"explore": "entropy"}, "'entropy'.*did you mean 'entropy_coefficient'"),
+        ({"explore": ("learning_rat",)}, "'learning_rat', which is not a hyperparameter .did you mean learning_rate"),
+        ({"explore": "entropy"}, "'entropy'.*did you mean entropy_coefficient"),
         ({"fraction": 0.0}, r"fraction=0.0 must be in \(0, 0.5\]"),
         ({"fraction": 0.6}, r"fraction=0.6 must be in \(0, 0.5\]"),
         ({"explore": {"learning_rate": (1e-2, 1e-5)}}, r"'learning_rate': \(0.01, 1e-05\)} must ascend"),

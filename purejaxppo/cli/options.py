@@ -12,6 +12,7 @@ from purejaxppo.config import Config, Hyperparams
 from purejaxppo.ppo import PPO
 
 Options = TypeVar("Options", bound="TrainingOptions")
+WHOLE_NUMBERS = tyro.constructors.ConstructorRegistry()  # active in a `with` statement
 MAX_INT = 2**31 - 1
 ALL_FAILED = 4  # the exit status if every agent turned nan
 
@@ -26,6 +27,27 @@ class TrainingOptions:
     """Folder that caches compiled programs for later runs."""
     config: tyro.conf.OmitArgPrefixes[Config] = field(default_factory=Config)
     hyperparams: tyro.conf.OmitArgPrefixes[Hyperparams] = field(default_factory=Hyperparams)
+
+
+@WHOLE_NUMBERS.primitive_rule
+def _read_whole_number(
+    type_info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """Flags of whole numbers take 100000 also as 1e5 and as 100_000."""
+    if type_info.type is not int:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1, metavar="INT", instance_from_str=lambda words: whole_number(words[0]),
+        is_instance=lambda value: isinstance(value, int), str_from_instance=lambda number: [str(number)],
+    )  # fmt: skip
+
+
+def whole_number(text: str) -> int:
+    """A whole number from its text. Raises ValueError if it is none."""
+    number = float(text) if "e" in text.lower() else int(text)
+    if number != int(number):
+        raise ValueError(f"{text} is not a whole number")
+    return int(number)
 
 
 def prepare_cpu(arguments: list[str]):

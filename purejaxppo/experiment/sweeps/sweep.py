@@ -1,6 +1,5 @@
 """A sweep as data: an environment, a table of settings, and a number of seeds."""
 
-import difflib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -9,7 +8,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple, TypedDict
 
 from purejaxppo.checks import check_whole
-from purejaxppo.config import EXTRA, Config, Hyperparams, spec_of
+from purejaxppo.config import EXTRA, Config, Hyperparams, spec_of, suggest
 from purejaxppo.experiment.presets import Preset, preset
 from purejaxppo.experiment.records import as_record, complete_hyperparams
 from purejaxppo.ppo import PPO, make_ppo, with_step
@@ -247,12 +246,12 @@ def _check_known(name: str):
         return
     if name.startswith(EXTRA):
         raise ValueError(f"{name} must be {EXTRA}NAME with a name such as beta")
-    if name in ("seed", "num_seeds"):
+    if name in ("seed", "seeds", "num_seeds", "n_seeds"):
         raise ValueError(f"{name} cannot be swept: num_seeds says how many seeds every setting gets")
-    near = difflib.get_close_matches(name, CONFIG_FIELDS + HYPERPARAM_FIELDS + PLUGGED + ("env",), n=1, cutoff=0)
+    near = suggest(name, CONFIG_FIELDS + HYPERPARAM_FIELDS + PLUGGED + ("env",))
     raise ValueError(
-        f"{name} is not a field of a sweep (did you mean {near[0]}? Environment parameters are env.NAME, custom "
-        "coefficients extra.NAME)"
+        f"{name} is not a field of a sweep ({near}); parameters of environments are env.NAME, custom coefficients "
+        "extra.NAME"
     )
 
 
