@@ -70,7 +70,7 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path, capsys):
 
 def test_steps_are_rounded_to_updates(tmp_path, capsys):
     out = str(tmp_path / "run")
-    status, printed, _ = run(capsys, "train", "CartPole-v1", "--total-steps", "200", *TINY, "--out", out)
+    status, printed, _ = run(capsys, "train", "CartPole-v1", "--total-steps", "2e2", *TINY, "--out", out)
     assert status == 0 and "1 agent x 192 steps (3 updates" in printed and "one agent: no interval" in printed
 
 
@@ -87,6 +87,10 @@ REFUSALS = [
     (["train", "CartPole-v1", "--learning-rat", "1e-3"], "--learning-rate"),
     (["train", "CartPole-v1", "--total-steps", "3"], "--total-steps=3 must be at least one rollout"),
     (["train", "CartPole-v1", "--encoder", "cnn"], "encoder='cnn' reads grids"),
+    (["train", "CartPole-v1", "--total-steps", "1_0e0"], "--total-steps=10 must be at least one rollout"),
+    (["train", "CartPole-v1", "--num-steps", "1.5e0"], "not a whole number"),
+    (["train", "CartPole-v1", "--num-steps", "1e999"], "not a whole number"),
+    (["sweep", "CartPole-v1", "--grid", "lr=1,2"], "did you mean learning_rate?"),
     (["train", "CartPole-v1", "--seed", "-1"], "seed=-1"),
     (["train", "CartPole-v1", "--seed", "9" * 30], "must be at most 2147483647"),
     (["train", "--out", "CartPole-v1", "Acrobot-v1"], "name an environment first"),

@@ -44,8 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
         return _refuse(f"unknown command {command!r} (known: {', '.join(COMMANDS)})")
     module = importlib.import_module(f"purejaxppo.cli.{COMMANDS[command]}")
     run, options = getattr(module, command), getattr(module, f"{command.capitalize()}Options", None)
+    from purejaxppo.cli.options import WHOLE_NUMBERS
+
     try:
-        with warnings.catch_warnings():
+        with WHOLE_NUMBERS, warnings.catch_warnings():
             warnings.showwarning = _warn
             return run(rest)
     except ValueError as error:

@@ -44,9 +44,12 @@ def _read_whole_number(
 
 def whole_number(text: str) -> int:
     """A whole number from its text. Raises ValueError if it is none."""
-    number = float(text) if "e" in text.lower() else int(text)
-    if number != int(number):
-        raise ValueError(f"{text} is not a whole number")
+    try:
+        number = float(text) if "e" in text.lower() else int(text)
+    except ValueError:
+        number = float("nan")
+    if number % 1:  # nan of infinity
+        raise ValueError(f"{text!r} is not a whole number, such as 100000, 100_000 or 1e5")
     return int(number)
 
 

@@ -15,6 +15,7 @@ from purejaxppo.cli.options import (
     draw_without_screen,
     make_folder,
     parse,
+    whole_number,
 )
 from purejaxppo.config import Config, spec_of
 from purejaxppo.text import count
@@ -188,10 +189,9 @@ def _parse_value(name: str, text: str):
 
 def _parse_number(text: str) -> int | float:
     try:
-        return int(text)
+        return whole_number(text)
     except ValueError:
-        number = float(text)
-        return int(number) if number.is_integer() and "e" in text.lower() else number
+        return float(text)
 
 
 def _draw_sweep(metrics, out: Path, title: str, **chosen) -> list[str]:
