@@ -4,8 +4,10 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -25,6 +27,7 @@ from purejaxppo.cli.main import main
 from purejaxppo.experiment.files import to_arrays
 from purejaxppo.experiment.lock import LOCK, claim_folder
 from purejaxppo.experiment.program import Program
+from purejaxppo.experiment.runs import checkpoints, saved
 from purejaxppo.experiment.runs.checkpoints import Checkpoints
 from purejaxppo.experiment.runs.launch import resume
 from purejaxppo.experiment.runs.saved import SavedRun
@@ -293,6 +296,145 @@ def test_an_error_in_training_releases_the_folder(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="no"):
         fit(*begin(), folder=tmp_path / "run", progress=False)
     assert not (tmp_path / "run" / LOCK).exists()
+
+
+def save_again(folder, num_updates=7, **options):
+    """Writes another checkpoint beside those of `kept`."""
+    checkpoints = Checkpoints(folder, **options)
+    before = checkpoints.newest()
+    assert before
+    checkpoints.save(num_updates, begin()[1], before.metrics, before.settings)
+    return [path.name for path in checkpoints.paths()]
+
+
+def test_only_folders_of_ten_digits_are_checkpoints_and_nothing_else_is_touched(copy, tmp_path):
+    inside, outside = copy / "checkpoints", tmp_path / "outside"
+    for folder in (outside, inside / "2024-thesis", inside / "2024.half", inside / "00000000070"):
+        folder.mkdir()
+        (folder / "text").write_text("mine")
+    for file in ("0000000009", "0000000006.half", "12.half"):
+        (inside / file).write_text("mine")
+    for link in ("0000000008", "0000000005.half", "0000000007"):
+        (inside / link).symlink_to(outside, target_is_directory=True)
+    others = {path.name for path in inside.iterdir()} - {"0000000003", "0000000006", "0000000007"}
+    assert save_again(copy, keep=1) == ["0000000007"]
+    now = {path.name for path in inside.iterdir()}
+    (moved,) = now - others - {"0000000007"}
+    assert others < now and (inside / moved).is_symlink() and moved.startswith("0000000007.")
+    assert all((folder / "text").read_text() == "mine" for folder in (outside, inside / "2024-thesis"))
+
+
+def test_what_killed_processes_left_is_removed_by_the_next_writer(copy):
+    for name in ("0000000009.half", f"0000000009.{'0' * 32}.half", "0000000006.old.half"):
+        (copy / "checkpoints" / name / "state").mkdir(parents=True)
+    for name in (f"metrics.nc.{'0' * 32}.half", "policy.npz.123.half"):
+        (copy / name).write_text("")
+    (copy / "mine.half").write_text("")
+    fit(*begin(), folder=copy, progress=False)
+    assert [path.name for path in copy.rglob("*.half")] == ["mine.half"]
+
+
+def test_files_outside_are_not_written_through_links(copy, tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    for name in ("settings.json", "metrics.nc", "policy.npz", "files.json"):
+        (copy / name).unlink()
+        (copy / name).symlink_to(outside)
+        (copy / f"{name}.half").symlink_to(outside)
+    fit(*begin(), folder=copy, progress=False)
+    assert outside.read_text() == "mine" and not (copy / "metrics.nc").is_symlink()
+    assert load(copy, begin()[0]).metrics.sizes["updates"] == 9
+
+
+@pytest.mark.parametrize("name", ["policy.npz", "metrics.nc", "settings.json"])
+def test_a_changed_file_of_a_complete_run_is_named_and_written_again(copy, name):
+    fit(*begin(), folder=copy, progress=False)
+    before = {path: (copy / path).read_bytes() for path in ("policy.npz", "metrics.nc")}
+    path = copy / name
+    text = path.read_bytes()
+    path.write_bytes(text.replace(b"0.99", b"0.98") if name == "settings.json" else text[:-9] + b"X" + text[-8:])
+    assert path.read_bytes() != text
+    with pytest.raises(ValueError, match=f"the run in {copy} is damaged: {name} has changed since it was written"):
+        load(copy, begin()[0])
+    assert fit(*begin(), folder=copy, progress=False).num_updates == 0
+    assert {path: (copy / path).read_bytes() for path in before} == before
+    saved = load(copy, begin()[0])
+    assert isinstance(saved, SavedRun) and saved.settings.steps_per_second and float(saved.hyperparams.discount) > 0.985
+
+
+def test_a_file_that_is_not_listed_does_not_count(copy):
+    (newest(copy) / "files.json").write_text("{}")
+    with pytest.warns(UserWarning, match="0000000006 is damaged \\(metrics.nc is not listed"):
+        assert Checkpoints(copy).newest().path.name == "0000000003"  # pyright: ignore[reportOptionalMemberAccess]
+    (newest(copy) / "state" / "more").write_text("")
+    (copy / "files.json").write_text("{}")
+    with pytest.raises(ValueError, match="is damaged: settings.json is not listed in files.json"):
+        load(copy, begin()[0])
+    (copy / "files.json").write_text("[")
+    with pytest.raises(ValueError, match="is damaged: files.json cannot be read"):
+        load(copy, begin()[0])
+    (copy / "files.json").unlink()  # as older versions left it
+    assert load(copy, begin()[0]).metrics.sizes["updates"] == 6
+
+
+def full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_failed_checkpoint_frees_its_space_and_makes_room_only_if_it_must(copy, monkeypatch):
+    tries = []
+
+    def limited(*_):
+        tries.append([path.name for path in Checkpoints(copy).paths()])
+        if len(tries[-1]) > 1:
+            full()
+
+    monkeypatch.setattr(checkpoints, "check_room", limited)
+    assert save_again(copy) == ["0000000007", "0000000006"]
+    assert tries == [["0000000006", "0000000003"], ["0000000006"]]
+    monkeypatch.setattr(checkpoints, "write_digests", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_again(copy, 8)
+    assert [path.name for path in (copy / "checkpoints").iterdir()] == ["0000000007"]
+
+
+CHECKPOINT, RESULTS = (checkpoints, "check_room"), (saved, "save_arrays")
+
+
+@pytest.mark.parametrize(
+    "places, words",
+    [
+        ([CHECKPOINT], "its last checkpoint .* keeps its results and its checkpoint after 6 updates"),
+        ([RESULTS], "its results .* keeps its checkpoint after 9 updates, from which it resumes"),
+        ([CHECKPOINT, RESULTS], "its last checkpoint and its results .* keeps its checkpoint after 6 updates"),
+    ],
+)
+def test_what_does_not_fit_at_the_end_is_in_the_result_and_said(copy, monkeypatch, whole, places, words):
+    def fill(metrics):
+        if metrics["updates"][-1] == 9:
+            for module, function in places:
+                monkeypatch.setattr(module, function, full)
+
+    with pytest.warns(UserWarning, match=f"^the run could not write {words}"):
+        result = fit(*begin(), folder=copy, sinks=[fill], progress=False)
+    same(result.state, whole.state)
+    assert "(No space left on device) after 9 updates" in result.unsaved and not list(copy.rglob("*.half"))
+    monkeypatch.undo()
+    same(fit(*begin(), folder=copy, progress=False).state, whole.state)
+    assert load(copy, begin()[0]).metrics.sizes["updates"] == 9
+
+
+def test_files_are_flushed_through_descriptors_that_may_write(copy, monkeypatch):
+    """As Windows demands."""
+    import fcntl
+
+    def fsync(descriptor, real=os.fsync):
+        if not stat.S_ISDIR(os.fstat(descriptor).st_mode) and fcntl.fcntl(descriptor, fcntl.F_GETFL) & 3 == os.O_RDONLY:
+            raise OSError(9, "Bad file descriptor")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert save_again(copy)[0] == "0000000007"
 
 
 def test_logs_go_on_where_the_checkpoint_was(tmp_path):

@@ -44,7 +44,7 @@ def test_train_leaves_a_table_and_a_folder_that_loads_again(tmp_path, capsys):
     ):
         assert words in printed
     assert {path.name for path in folder.iterdir()} == {
-        "settings.json", "metrics.nc", "policy.npz", "learning_curve.png", "checkpoints",
+        "settings.json", "metrics.nc", "policy.npz", "files.json", "learning_curve.png", "checkpoints",
     }  # fmt: skip
     settings = json.loads((folder / "settings.json").read_text())
     assert settings["config"]["num_envs"] == 4 and settings["hyperparams"]["target_kl"] == "inf"

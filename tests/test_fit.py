@@ -1,5 +1,6 @@
 import dataclasses
 import signal
+import tracemalloc
 from typing import Any, cast
 
 import jax
@@ -14,7 +15,7 @@ import purejaxppo as pjp
 from probes import SMALL
 from purejaxppo import batched, fit, make_ppo
 from purejaxppo.experiment.report.failures import failures_of, mark_failures
-from purejaxppo.experiment.report.metrics import label, last_episodes, learning_curve, mean_interval
+from purejaxppo.experiment.report.metrics import History, label, last_episodes, learning_curve, mean_interval
 from purejaxppo.experiment.report.statistics import final_scores
 from purejaxppo.experiment.runs.saved import read_failures
 
@@ -199,3 +200,30 @@ def test_runs_whose_step_looks_at_all_of_them_go_through_together(key):
     )
     with pytest.raises(ValueError, match="slice_size=2 is not possible"):
         pjp.fit(ppo, state, slice_size=2, progress=False)
+
+
+def test_metrics_of_many_chunks_are_kept_in_one_array_each():
+    """Numbers and vectors, in chunks of one update; one metric is reported rarely."""
+    config, random = dataclasses.replace(SMALL, num_updates=50), np.random.default_rng(0)
+    history, chunks = History(config, updates_before=3), []
+    for i in range(47):
+        metrics = {name: random.random((2, 1), np.float32) for name in ("learning_rate", "loss")}
+        metrics |= {"num_episodes": random.integers(9, size=(2, 1), dtype=np.int32), "parts": random.random((2, 1, 3))}
+        metrics |= {"evaluation_return": random.random((2, 1), np.float32)} if i % 9 == 5 else {}
+        history.append(metrics)
+        chunks.append(label(metrics, config, 3 + i))
+    whole = xarray.concat(chunks, "updates", data_vars="minimal")
+    xarray.testing.assert_identical(history.to_dataset(), whole)
+    assert {name: x.dtype for name, x in history.to_dataset().items()} == {name: x.dtype for name, x in whole.items()}
+
+
+def test_metrics_take_no_more_memory_than_their_numbers():
+    history, numbers = History(SMALL), {name: np.zeros(1, np.float32) for name in ("learning_rate", *"abcdefghij")}
+    for _ in range(16):
+        history.append(numbers)
+    tracemalloc.start()
+    for _ in range(4000):
+        history.append(numbers)
+    peak = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert peak < 2 * 4 * 11 * 4016 + 20_000

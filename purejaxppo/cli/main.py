@@ -1,5 +1,6 @@
 """The command `purejaxppo`: calls the function of each command, and answers bad input with one sentence."""
 
+import errno
 import importlib
 import re
 import sys
@@ -15,6 +16,9 @@ COMMANDS = {
     "export": "agents", "show": "agents", "bench": "bench", "envs": "bench",
 }  # fmt: skip
 
+# What the system says of a disk that takes no more.
+NO_WRITING = {errno.ENOSPC, errno.EROFS, errno.EFBIG, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
 USAGE = """usage: purejaxppo COMMAND ...
 
   purejaxppo train ENV [flags]   train one agent or many, by the preset of the environment
@@ -29,12 +33,16 @@ USAGE = """usage: purejaxppo COMMAND ...
   purejaxppo envs                list the environments with their presets
   purejaxppo COMMAND --help      all flags of a command
 
-exit status: 0, or 2 for bad input, 4 if every agent turned nan, 130 after an interrupt
+exit status: 0, or 2 for bad input, 3 if results could not be written, 4 if every agent turned nan, 130 after an
+interrupt
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command and returns the exit status: 2, with one sentence on standard error, for bad input."""
+    """Runs one command and returns the exit status, with one sentence on standard error if it is not 0.
+
+    2 stands for bad input, 3 for results that could not be written, 4 if every agent turned nan, 130 for an interrupt.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("--help", "-h"):
@@ -52,6 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
             return run(rest)
     except ValueError as error:
         return _refuse(name_flags(str(error), options, rest))
+    except OSError as error:
+        if error.errno not in NO_WRITING:
+            raise
+        return _refuse(f"{error.filename or 'the results'} cannot be written: {error.strerror}", status=NOT_SAVED)
     except KeyboardInterrupt:
         return _refuse("interrupted", status=130)
 

@@ -14,6 +14,7 @@ from purejaxppo.ppo import PPO
 Options = TypeVar("Options", bound="TrainingOptions")
 WHOLE_NUMBERS = tyro.constructors.ConstructorRegistry()  # active in a `with` statement
 MAX_INT = 2**31 - 1
+NOT_SAVED = 3  # the exit status if results could not be written
 ALL_FAILED = 4  # the exit status if every agent turned nan
 
 

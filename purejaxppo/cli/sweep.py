@@ -197,6 +197,7 @@ def _parse_number(text: str) -> int | float:
 def _draw_sweep(metrics, out: Path, title: str, **chosen) -> list[str]:
     """Draws every plot that the swept fields allow; returns the names of the files."""
     draw_without_screen()
+    from purejaxppo.experiment.files import replace_file
     from purejaxppo.experiment.report.sweep_plots import plot_sweep
 
     try:
@@ -207,5 +208,5 @@ def _draw_sweep(metrics, out: Path, title: str, **chosen) -> list[str]:
         print(f"  no plots: {error}")
         return []
     for name, figure in figures.items():
-        figure.savefig(out / f"{name}.png", dpi=150)
+        replace_file(out / f"{name}.png", lambda half, figure=figure: figure.savefig(half, dpi=150, format="png"))
     return [f"{name}.png" for name in figures]

@@ -11,6 +11,7 @@ import tyro
 
 from purejaxppo.cli.options import (
     ALL_FAILED,
+    NOT_SAVED,
     TrainingOptions,
     check_counts,
     complete,
@@ -156,16 +157,19 @@ def _report(fit: "Callable[[], Fit]", launch: "Launch", folder: Path) -> int:
         result = fit()
     except Interrupted as error:
         result = error.result
-    ppo = result.ppo
+    ppo, saved = result.ppo, not result.unsaved
     metrics = result.metrics.rename(run="seed")
-    draw(metrics, folder, ppo.env.name)
+    if saved:
+        draw(metrics, folder, ppo.env.name)
     if result.interrupted:
         done = metrics.sizes["updates"]
         print(f"interrupted after {done} of {ppo.config.num_updates} updates: purejaxppo resume {folder} continues")
-        return 130
+        return 130 if saved else NOT_SAVED
     policy, env_params = jax.device_get((result.state.policy, result.state.env_params))  # to evaluate on one device
     keys = seed_keys(jax.random.key(launch.seed), jax.numpy.arange(launch.num_seeds))
     print(_table(result, metrics, jax.jit(ppo.evaluate)(keys, policy, env_params), folder))
+    if not saved:
+        return NOT_SAVED
     return ALL_FAILED if len(result.failed()) == launch.num_seeds else 0
 
 
@@ -191,13 +195,16 @@ def _table(result: "Fit", metrics: "xarray.Dataset", evaluation: "Evaluation", f
             ("compile", f"{result.compile_seconds:.1f} s"),
             ("run", f"{result.run_seconds:.1f} s"),
         ]
-    return "\n".join(f"  {name:<28}{value}" for name, value in [*rows, ("saved in", str(folder))])
+    where = "not all saved in" if result.unsaved else "saved in"
+    return "\n".join(f"  {name:<28}{value}" for name, value in [*rows, (where, str(folder))])
 
 
 def draw(metrics: "xarray.Dataset", folder: Path, title: str) -> str:
     """Draws the learning curve of a run into a folder; returns the name of the file."""
     draw_without_screen()
+    from purejaxppo.experiment.files import replace_file
     from purejaxppo.experiment.report.curve import plot_learning_curve
 
-    plot_learning_curve(metrics, title=title).savefig(folder / "learning_curve.png", dpi=150)
+    figure = plot_learning_curve(metrics, title=title)
+    replace_file(folder / "learning_curve.png", lambda half: figure.savefig(half, dpi=150, format="png"))
     return "learning_curve.png"

@@ -1,15 +1,18 @@
 """Files and folders of results: what a folder holds, atomic writes, states as plain arrays."""
 
 import contextlib
+import errno
+import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import stat
 import tempfile
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -19,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 import xarray
 
-SETTINGS, SWEEP = "settings.json", "sweep.json"
+SETTINGS, SWEEP, DIGESTS = "settings.json", "sweep.json", "files.json"
+FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quotas
 
 
 def kind_of(folder: str | Path) -> Literal["run", "sweep"] | None:
@@ -105,6 +109,57 @@ def _flush(path: Path, flags: int):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_full(error: Exception) -> bool:
+    """Whether an error says that a disk, a quota or a file is full; libraries in C++ say so in words."""
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    return (error.errno if isinstance(error, OSError) else int(number[1]) if number else None) in FULL
+
+
+def check_room(folder: Path, size: int):
+    """Raises OSError if a file of this many bytes does not fit into a folder; cheaper than finding out by writing it.
+
+    Quotas are not seen.
+    """
+    if size > shutil.disk_usage(folder).free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with contextlib.suppress(ImportError):  # Windows has no such limits
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if limit != resource.RLIM_INFINITY and size > limit:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+
+def write_digests(folder: Path, names: Sequence[str]):
+    """Writes the SHA-256 of files of a folder into its files.json, atomically."""
+    save_json(folder / DIGESTS, {name: _digest(folder / name) for name in names})
+
+
+def check_digests(folder: Path, names: Sequence[str]):
+    """Compares all files in files.json, `names` among them, with their digests there.
+
+    Raises ValueError for the first file that has changed, is missing, or is not listed.
+    """
+    try:
+        expected = json.loads(read_bytes(folder / DIGESTS, at_most=2**24))
+        if not isinstance(expected, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{DIGESTS} cannot be read: {error}") from None
+    for name in {**dict.fromkeys(names), **expected}:
+        if name not in expected:
+            raise ValueError(f"{name} is not listed in {DIGESTS}")
+        if not (folder / name).is_file():
+            raise ValueError(f"{name} is missing")
+        if _digest(folder / name) != expected[name]:
+            raise ValueError(f"{name} has changed since it was written")
+
+
+def _digest(path: Path) -> str:
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_regular(path: Path) -> BinaryIO:

@@ -27,6 +27,42 @@ def label(metrics: Mapping[str, ArrayLike], config: Config, updates_before: int 
     return xarray.Dataset({name: label_metric(name, dims, x) for name, x in metrics.items()}, coords)
 
 
+class History:
+    """Metrics of all updates so far, in arrays that double when they are full; see `label`."""
+
+    def __init__(self, config: Config, updates_before: int = 0):
+        self.config, self.updates_before, self.length = config, updates_before, 0
+        self._arrays: dict[str, np.ndarray] = {}  # updates first
+
+    def append(self, metrics: Mapping[str, ArrayLike]):
+        """Adds the metrics of some updates; where a metric is not reported, it is nan."""
+        axis = np.ndim(metrics["learning_rate"]) - 1
+        new = {name: np.moveaxis(np.asarray(x), axis, 0) for name, x in metrics.items()}
+        end = self.length + len(new["learning_rate"])
+        for name in {**self._arrays, **new}:
+            self._arrays[name] = self._extended(self._arrays.get(name), new.get(name), end)
+        self.length = end
+
+    def to_dataset(self) -> xarray.Dataset:
+        """All metrics with labels, as a copy."""
+        axis = self._arrays["learning_rate"].ndim - 1
+        arrays = {name: np.moveaxis(x[: self.length], 0, axis).copy() for name, x in self._arrays.items()}
+        return label(arrays, self.config, self.updates_before)
+
+    def _extended(self, old: np.ndarray | None, new: np.ndarray | None, end: int) -> np.ndarray:
+        """The array of a metric up to `end`, with room for more; None stands for updates that do not report it."""
+        known = [x for x in (old, new) if x is not None]
+        lacking = new is None or (old is None and self.length > 0)
+        dtype = np.result_type(*known, *[np.float32] * lacking)
+        if old is None or old.dtype != dtype or len(old) < end:
+            extended = np.empty((max(end, 2 * self.length), *known[0].shape[1:]), dtype)
+            if self.length:
+                extended[: self.length] = np.nan if old is None else old[: self.length]
+            old = extended
+        old[self.length : end] = np.nan if new is None else new
+        return old
+
+
 def label_metric(name: str, dims: tuple[str, ...], values: ArrayLike) -> tuple[tuple[str, ...], np.ndarray]:
     """The dimensions of a metric and its values: `dims`, and `NAME_index` if it is a vector per update."""
     return (*dims, f"{name}_index")[: np.ndim(values)], np.asarray(values)

@@ -1,15 +1,17 @@
 """Checkpoints of a run: its state, its metrics so far and its settings, written atomically and verified before use.
 
-checkpoints/0000000585/     after 585 updates; a name that ends in .half is incomplete and is ignored
+checkpoints/0000000585/     after 585 updates; a name that ends in .half is incomplete, all other names are ignored
     state/                  Orbax opens it: the leaves of the TrainState by their paths, random keys as their data
     metrics.nc              xarray.load_dataset opens it
     settings.json           what the run is and what made it, see `RunSettings`
-    files.json              SHA-256 of every file above
+    files.json              SHA-256 of every file above; a file that it does not list makes the checkpoint a damaged one
 """
 
-import hashlib
 import json
+import os
+import re
 import shutil
+import uuid
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +21,11 @@ import numpy as np
 import xarray
 
 from purejaxppo.checks import check_whole
-from purejaxppo.experiment.files import flush_to_disk, to_arrays
+from purejaxppo.experiment.files import check_digests, check_room, flush_to_disk, is_full, to_arrays, write_digests
 from purejaxppo.experiment.records import OtherVersion, read_record
 from purejaxppo.experiment.runs.settings import RunSettings
+
+BYTES_PER_LEAF = 2048  # that Orbax writes to describe an array
 
 
 class Checkpoint(NamedTuple):
@@ -44,12 +48,15 @@ class Checkpoints:
         check_whole("keep", self.keep)
 
     def paths(self) -> list[Path]:
-        """The complete checkpoints, newest first."""
-        found = (self.folder / "checkpoints").glob("[0-9]*")
-        return sorted((path for path in found if path.suffix != ".half"), reverse=True)
+        """The complete checkpoints, newest first: folders whose names are ten digits, and not links."""
+        found = (self.folder / "checkpoints").glob("[0-9]" * 10)
+        return sorted((path for path in found if path.is_dir() and not path.is_symlink()), reverse=True)
 
     def save(self, num_updates: int, state: Any, metrics: xarray.Dataset, settings: RunSettings):
         """Writes a checkpoint and removes the oldest; a kill at any moment is safe.
+
+        On a full disk, those before the newest intact one are removed first; what does not fit then leaves nothing
+        behind, and raises what the system or a library raises.
 
         Args:
             num_updates: updates that the state has done.
@@ -57,32 +64,30 @@ class Checkpoints:
             metrics: of all updates so far.
             settings: of the run.
         """
-        import orbax.checkpoint as ocp
-
         path = self.folder / "checkpoints" / f"{num_updates:010d}"
-        half = path.with_suffix(".half")
-        for leftover in path.parent.glob("*.half"):
-            shutil.rmtree(leftover)
-        half.mkdir(parents=True)
-        # Orbax does not store empty arrays; `from_arrays` adds them again.
-        arrays = {name: x for name, x in to_arrays(state).items() if x.size}
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save((half / "state").absolute(), arrays)
-        metrics.to_netcdf(half / "metrics.nc", engine="scipy")
-        (half / "settings.json").write_text(json.dumps(settings.to_json(), indent=2) + "\n")
-        (half / "files.json").write_text(json.dumps(_hash_files(half), indent=2) + "\n")
-        for file in (*half.rglob("*"), half):
-            flush_to_disk(file)
-        if path.exists():
-            path.rename(half.with_name(f"{path.name}.old.half"))
-        half.rename(path)
-        flush_to_disk(path.parent)
-        shutil.rmtree(half.with_name(f"{path.name}.old.half"), ignore_errors=True)
+        remove_unfinished(path.parent)
+        try:
+            _write(path, state, metrics, settings)
+        except Exception as error:
+            if not is_full(error) or not self.free_room():
+                raise
+            _write(path, state, metrics, settings)
         complete = self.paths()
         later = [old for old in complete if old.name > path.name]  # damaged, or the run would have resumed from them
         for old in (*later, *complete[len(later) + self.keep :]):
-            old = old.rename(old.with_suffix(".half"))
-            shutil.rmtree(old)
+            _remove(old)
+
+    def free_room(self) -> bool:
+        """Removes the checkpoints before the newest intact one; says whether there were any."""
+        for i, path in enumerate(paths := self.paths()):
+            try:
+                _check(path)
+            except (OSError, ValueError):
+                continue
+            for old in paths[i + 1 :]:
+                _remove(old)
+            return bool(paths[i + 1 :])
+        return False
 
     def newest(self) -> Checkpoint | None:
         """The newest intact checkpoint; a warning names every damaged one that is skipped.
@@ -103,21 +108,74 @@ class Checkpoints:
         return None
 
 
+def remove_unfinished(folder: Path):
+    """Removes what killed processes left in the folder of checkpoints."""
+    for half in folder.glob("*.half"):
+        if re.fullmatch(r"\d{10}(\.old|\.[0-9a-f]{32})?\.half", half.name) and half.is_dir() and not half.is_symlink():
+            shutil.rmtree(half)
+
+
+def _write(path: Path, state: Any, metrics: xarray.Dataset, settings: RunSettings):
+    """Writes a checkpoint atomically; what cannot be finished is removed."""
+    import orbax.checkpoint as ocp
+
+    half = _half_of(path)
+    try:
+        half.mkdir(parents=True)
+        # Orbax does not store empty arrays; `from_arrays` adds them again.
+        arrays = {name: x for name, x in to_arrays(state).items() if x.size}
+        # Orbax would answer a full disk with a traceback from every thread, on standard error.
+        check_room(half, metrics.nbytes + sum(x.nbytes + BYTES_PER_LEAF for x in arrays.values()))
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save((half / "state").absolute(), arrays)
+        metrics.to_netcdf(half / "metrics.nc", engine="scipy")
+        (half / "settings.json").write_text(json.dumps(settings.to_json(), indent=2) + "\n")
+        write_digests(half, ["metrics.nc", "settings.json", *_files_of_state(half)])
+        for file in (*half.rglob("*"), half):
+            flush_to_disk(file)
+        _move_away(path)
+        half.rename(path)
+        flush_to_disk(path.parent)
+    except BaseException:
+        shutil.rmtree(half, ignore_errors=True)
+        raise
+    remove_unfinished(path.parent)
+
+
+def _move_away(path: Path):
+    """Makes room for a checkpoint where a damaged one is, which becomes unfinished, or anything else, which is kept."""
+    if path.is_dir() and not path.is_symlink():
+        path.rename(_half_of(path))
+    elif os.path.lexists(path):
+        path.rename(path.with_name(f"{path.name}.{uuid.uuid4().hex}"))
+
+
+def _remove(path: Path):
+    """Removes a checkpoint; a kill leaves no checkpoint of which a part is missing."""
+    shutil.rmtree(path.rename(_half_of(path)))
+
+
+def _half_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.half")
+
+
+def _check(path: Path):
+    """Raises ValueError if a file of a checkpoint has changed, is missing, or is not listed in files.json."""
+    files = _files_of_state(path)
+    if not files:
+        raise ValueError("state is missing")
+    check_digests(path, ["metrics.nc", "settings.json", *files])
+
+
+def _files_of_state(path: Path) -> list[str]:
+    return sorted(file.relative_to(path).as_posix() for file in (path / "state").rglob("*") if file.is_file())
+
+
 def _read(path: Path) -> Checkpoint:
     import orbax.checkpoint as ocp
 
-    expected = json.loads((path / "files.json").read_text())
-    found = _hash_files(path)
-    for name, digest in expected.items():
-        if found.get(name) != digest:
-            raise ValueError(f"{name} {'has changed since it was written' if name in found else 'is missing'}")
+    _check(path)
     arrays = ocp.PyTreeCheckpointer().restore((path / "state").absolute())
     metrics = xarray.load_dataset(path / "metrics.nc", engine="scipy")
     settings = read_record(path / "settings.json", RunSettings.from_json)
     return Checkpoint(arrays, metrics, settings, path)
-
-
-def _hash_files(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file in a folder by its path there; files.json itself is left out."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "files.json")
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

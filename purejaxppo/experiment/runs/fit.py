@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +42,8 @@ class Fit:
     run_seconds: float = 0.0
     interrupted: bool = False
     """Whether the call ended early: by a signal, or because another process took over the folder."""
+    unsaved: str = ""
+    """What could not be written to the folder, and what is kept there instead, as one sentence; empty if all was."""
 
     @property
     def steps_per_second(self) -> float:
@@ -130,7 +132,7 @@ def fit(
         failed = _warn_of_failures(journal.results) if journal.num_updates > first else {}
         if journal.num_updates >= last:
             journal.complete()
-            return Fit(ppo, journal.state, journal.results)
+            return Fit(ppo, journal.state, journal.results, unsaved=journal.unsaved)
         with step_bar(
             total=(last - first) * journal.steps_per_update,
             initial=(journal.num_updates - first) * journal.steps_per_update,
@@ -181,7 +183,7 @@ def _train(
                 break
             journal.save_if_due()
         seconds = time.perf_counter() - start
-        journal.save()
+        journal.save(last=True)
     result = Fit(
         ppo=ppo,
         state=journal.state,
@@ -196,7 +198,7 @@ def _train(
     )
     done = f"fit was interrupted after {journal.num_updates} of {last} updates"
     done += f"; the same call resumes from {journal.checkpoints.folder}" if journal.checkpoints else ""
-    return end(result, interrupt.is_set(), on_interrupt, done)
+    return end(replace(result, unsaved=journal.unsaved), interrupt.is_set(), on_interrupt, done)
 
 
 def _warn_of_failures(metrics: xarray.Dataset, known: Container[int] = ()) -> dict[int, str]:

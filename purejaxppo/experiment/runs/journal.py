@@ -11,12 +11,12 @@ import jax
 import numpy as np
 import xarray
 
-from purejaxppo.experiment.files import differing_fields, from_arrays, kind_of
+from purejaxppo.experiment.files import differing_fields, from_arrays, is_full, kind_of, remove_halves
 from purejaxppo.experiment.identity import check_identity
 from purejaxppo.experiment.lock import Lock, LockLost, claim_folder
 from purejaxppo.experiment.loop import Timer
 from purejaxppo.experiment.report.failures import mark_failures
-from purejaxppo.experiment.report.metrics import label
+from purejaxppo.experiment.report.metrics import History, label
 from purejaxppo.experiment.runs import saved
 from purejaxppo.experiment.runs.checkpoints import Checkpoint, Checkpoints
 from purejaxppo.experiment.runs.settings import (
@@ -28,6 +28,8 @@ from purejaxppo.experiment.runs.settings import (
 )
 from purejaxppo.ppo import PPO
 from purejaxppo.text import shorten
+
+TIMING = "compile_seconds", "run_seconds", "steps_per_second"
 
 
 class Journal:
@@ -44,9 +46,12 @@ class Journal:
     ):
         self.ppo, self.state, self.settings, self.checkpoints, self.lock = ppo, state, settings, checkpoints, lock
         self.num_updates = int(np.max(state.num_updates))
-        self._chunks: list[xarray.Dataset] = []
+        self._history = History(ppo.config, self.num_updates)
         self._saved_updates: int | None = None  # in the newest checkpoint of this session
         self._timer = Timer(save_every)
+        self.unsaved = ""
+        """What could not be written at the end, and what the folder keeps instead."""
+        self._failures: dict[str, Exception] = {}
 
     @property
     def steps_per_update(self) -> int:
@@ -56,14 +61,16 @@ class Journal:
     @property
     def metrics(self) -> xarray.Dataset:
         """The metrics of all updates so far, see `label`."""
-        if len(self._chunks) > 1:
-            self._chunks = [xarray.concat(self._chunks, "updates", data_vars="minimal")]
-        return self._chunks[0]
+        return self._history.to_dataset()
 
     @property
     def results(self) -> xarray.Dataset:
         """As `metrics`, with the runs that failed, see `mark_failures`."""
         return mark_failures(self.metrics, self.state)
+
+    @property
+    def _env_params(self) -> Any:
+        return getattr(self.state, "runs", self.state).env_params  # of a population those of its runs
 
     def resume_from(self, checkpoint: Checkpoint, allow_changed: Sequence[str] = ()):
         """Takes state, metrics and settings from a checkpoint, in which this process becomes the newest session.
@@ -76,7 +83,8 @@ class Journal:
         state = from_arrays(checkpoint.arrays, jax.eval_shape(lambda: self.state), str(checkpoint.path))
         self.state = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), state, self.state)
         self.num_updates = int(checkpoint.metrics["updates"][-1])
-        self._chunks = [checkpoint.metrics]
+        self._history = History(self.ppo.config, int(checkpoint.metrics["updates"][0]) - 1)
+        self._history.append({str(name): x.values for name, x in checkpoint.metrics.items()})
         sessions = (*checkpoint.settings.sessions, *self.settings.sessions)
         self.settings = replace(checkpoint.settings, config=self.settings.config, sessions=sessions)
 
@@ -84,17 +92,22 @@ class Journal:
         """Writes the settings of what is about to be trained, and removes what an earlier session left at its end."""
         self.settings = replace(self.settings, slice_size=slice_size)
         if self.checkpoints:
-            saved.remove_results(self.checkpoints.folder)
-            env_params = getattr(self.state, "runs", self.state).env_params
-            write_env_params(self.checkpoints.folder, self.settings, env_params)
-            write_settings(self.checkpoints.folder, self.settings)
+            folder = self.checkpoints.folder
+            try:
+                remove_halves(folder)
+                saved.remove_results(folder)
+                write_env_params(folder, self.settings, self._env_params)
+                write_settings(folder, self.settings)
+            except OSError as error:
+                raise ValueError(f"folder={folder} cannot be written: {error.strerror} (name another folder)") from None
 
     def add(self, state: Any, metrics: dict[str, np.ndarray]) -> xarray.Dataset:
         """Keeps the state after a chunk and the metrics of the chunk, which it returns with labels."""
+        labelled = label(metrics, self.ppo.config, self.num_updates)
+        self._history.append(metrics)
         self.state = state
-        self._chunks.append(label(metrics, self.ppo.config, self.num_updates))
-        self.num_updates += self._chunks[-1].sizes["updates"]
-        return self._chunks[-1]
+        self.num_updates += labelled.sizes["updates"]
+        return labelled
 
     def is_writer(self) -> bool:
         """Whether the run has no folder, or this process is still its writer; warns the first time that it is not."""
@@ -103,7 +116,8 @@ class Journal:
                 self.lock.check()
             except LockLost as error:
                 self.checkpoints, self.lock = None, None
-                warnings.warn(f"{error}; this process writes nothing more there and stops; the result is in memory")
+                self.unsaved = f"{error}; this process writes nothing more there and stops; the result is in memory"
+                warnings.warn(self.unsaved)
                 return False
         return True
 
@@ -112,27 +126,65 @@ class Journal:
         if self._timer.is_due():
             self.save()
 
-    def save(self):
-        """Writes a checkpoint; if it cannot, warns and lets the run continue."""
-        if not self.checkpoints or self._saved_updates == self.num_updates:
+    def save(self, last: bool = False):
+        """Writes a checkpoint; if it cannot, warns and lets the run continue, unless it is the `last` one."""
+        if not self.checkpoints or self._saved_updates == self.num_updates or not self.is_writer():
             return
         try:
             self.checkpoints.save(self.num_updates, self.state, self.metrics, self.settings)
             self._saved_updates = self.num_updates
         except Exception as error:  # whatever a library raises on a full disk
-            warnings.warn(f"could not write a checkpoint to {self.checkpoints.folder}; the run continues ({error})")
+            if last:
+                self._failures["its last checkpoint"] = error
+            else:
+                folder = self.checkpoints.folder
+                warnings.warn(f"could not write a checkpoint to {folder}; the run continues ({_reason(error)})")
         self._timer.restart()
 
-    def finish(self, **timing: float):
+    def finish(self, **timing: float | None):
         """Writes what `load_run` reads into the folder; `timing` are fields of `RunSettings`."""
         self.settings = replace(self.settings, num_updates_done=self.num_updates, **timing)
-        if self.checkpoints:
-            saved.save(self.checkpoints.folder, self.settings, self.results, self.state.policy)
+        if not self.checkpoints or not self.is_writer():
+            return
+        try:
+            try:
+                self._save_results(self.checkpoints.folder)
+            except OSError as error:
+                if not is_full(error) or not self.checkpoints.free_room():
+                    raise
+                self._save_results(self.checkpoints.folder)
+        except Exception as error:
+            with contextlib.suppress(OSError):
+                saved.remove_results(self.checkpoints.folder)
+            self._failures["its results"] = error
+        if self._failures:
+            self.unsaved = self._describe_failures()
+            warnings.warn(self.unsaved)
 
     def complete(self):
-        """Finishes a run that was killed between its last checkpoint and its end."""
-        if self.checkpoints and not saved.is_complete(self.checkpoints.folder):
-            self.finish()
+        """Writes the results of a run again that was killed before its end, or whose files were damaged since."""
+        if self.checkpoints and not saved.is_intact(self.checkpoints.folder):
+            try:
+                before = read_settings(self.checkpoints.folder)
+            except ValueError:
+                before = self.settings
+            self.finish(**{name: getattr(before, name) for name in TIMING})
+
+    def _save_results(self, folder: Path):
+        write_env_params(folder, self.settings, self._env_params)
+        saved.save(folder, self.settings, self.results, self.state.policy)
+
+    def _describe_failures(self) -> str:
+        """A sentence on what could not be written at the end, and what the folder keeps."""
+        assert self.checkpoints is not None
+        folder, paths = self.checkpoints.folder, self.checkpoints.paths()
+        kept = ["its results"] * ("its results" not in self._failures)
+        kept += [f"its checkpoint after {int(path.name)} updates, from which it resumes" for path in paths[:1]]
+        reason = _reason(next(iter(self._failures.values())))
+        return (
+            f"the run could not write {' and '.join(self._failures)} to {folder} ({reason}) after {self.num_updates} "
+            f"updates; the folder keeps {' and '.join(kept) or 'nothing of it'}"
+        )
 
 
 @contextlib.contextmanager
@@ -197,6 +249,11 @@ def _check_same(before: RunSettings, now: RunSettings, folder: Path, allow_chang
             f"the run in {folder} is extended from num_updates={old['num_updates']} to {new['num_updates']}; its "
             "schedules now end at the new last update, so an annealed learning rate continues from a higher value"
         )
+
+
+def _reason(error: Exception) -> str:
+    """The reason of an error in a few words."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else shorten(error, 200)
 
 
 def _warn_of_changes(before: RunSettings, now: RunSettings):

@@ -5,6 +5,7 @@ env_params.npz       numpy.load opens it: the environment's parameters of more t
 checkpoints/         whole states, see `checkpoints`
 metrics.nc           xarray.load_dataset opens it: dimensions seed, updates; coordinate step
 policy.npz           numpy.load opens it: one array per parameter, with the seed as first axis
+files.json           SHA-256 of all files above but the checkpoints; older versions wrote none
 learning_curve.png
 """
 
@@ -18,14 +19,28 @@ import xarray
 
 from purejaxppo.batched import batched
 from purejaxppo.config import Config, Hyperparams
-from purejaxppo.experiment.files import ArrayFile, from_arrays, read_dataset, save_arrays, save_dataset, to_arrays
+from purejaxppo.experiment.files import (
+    DIGESTS,
+    SETTINGS,
+    ArrayFile,
+    check_digests,
+    from_arrays,
+    read_dataset,
+    save_arrays,
+    save_dataset,
+    to_arrays,
+    write_digests,
+)
 from purejaxppo.experiment.identity import DEFAULTS, check_loaded, identify_ppo
 from purejaxppo.experiment.report.failures import failures_of, mark_failures
 from purejaxppo.experiment.runs.checkpoints import Checkpoints
-from purejaxppo.experiment.runs.settings import RunSettings, read_settings, write_settings
+from purejaxppo.experiment.runs.settings import ENV_PARAMS, RunSettings, read_settings, write_settings
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.rollout import Policy
 from purejaxppo.sharded import sharded
+
+METRICS, POLICY = "metrics.nc", "policy.npz"
+FILES = (SETTINGS, METRICS, POLICY)
 
 
 @dataclass(frozen=True)
@@ -70,20 +85,44 @@ def save(folder: Path, settings: RunSettings, metrics: xarray.Dataset, policy: P
         policy: at its end.
     """
     metrics = metrics.rename(run="seed") if "run" in metrics.dims else metrics
-    save_dataset(folder / "metrics.nc", metrics)
+    (folder / DIGESTS).unlink(missing_ok=True)
+    save_dataset(folder / METRICS, metrics)
     write_settings(folder, settings)
-    save_arrays(folder / "policy.npz", to_arrays(policy))  # last: a folder that has it is complete
+    save_arrays(folder / POLICY, to_arrays(policy))  # a folder that has it is complete
+    write_digests(folder, [name for name in (ENV_PARAMS, *FILES) if (folder / name).exists()])
 
 
 def is_complete(folder: Path) -> bool:
     """Whether `save` wrote everything."""
-    return (folder / "policy.npz").exists()
+    return (folder / POLICY).exists()
+
+
+def is_intact(folder: Path) -> bool:
+    """Whether `save` wrote everything and nothing has changed since; False for folders of older versions."""
+    try:
+        check_digests(folder, FILES)
+    except ValueError:
+        return False
+    return True
 
 
 def remove_results(folder: Path):
     """Removes what `save` wrote but the settings; the checkpoints hold it too."""
-    for name in ("policy.npz", "metrics.nc"):
+    for name in (DIGESTS, POLICY, METRICS):
         (folder / name).unlink(missing_ok=True)
+
+
+def read_intact_settings(folder: str | Path) -> RunSettings:
+    """As `read_settings`, but also raises ValueError if a file of a complete run has changed since it was written."""
+    settings = read_settings(folder)
+    if (Path(folder) / DIGESTS).exists():
+        try:
+            check_digests(Path(folder), FILES)
+        except ValueError as error:
+            raise ValueError(
+                f"the run in {folder} is damaged: {error} (the call or command that resumes it writes it again)"
+            ) from None
+    return settings
 
 
 def load_run(folder: str | Path, ppo: PPO | None = None, *, allow_changed: Sequence[str] = ()) -> SavedRun:
@@ -102,14 +141,15 @@ def load_run(folder: str | Path, ppo: PPO | None = None, *, allow_changed: Seque
     settings = read_settings(folder)
     if not is_complete(folder):
         raise ValueError(f"the run in {folder} is not finished (`purejaxppo resume {folder}` continues it)")
+    settings = read_intact_settings(folder)
     # Without a PPO a name that is no environment of this package should not be looked up.
     now = DEFAULTS | {"env": settings.env} if ppo is None else identify_ppo(ppo, settings.to_hyperparams())
     check_loaded(settings.identity, now, folder, allow_changed)
     ppo = remake(settings) if ppo is None else ppo
     like = _state_like(ppo, settings)
-    metrics = read_dataset(folder / "metrics.nc")
-    with ArrayFile(folder / "policy.npz") as arrays:
-        policy = from_arrays(arrays, like.policy, str(folder / "policy.npz"))
+    metrics = read_dataset(folder / METRICS)
+    with ArrayFile(folder / POLICY) as arrays:
+        policy = from_arrays(arrays, like.policy, str(folder / POLICY))
     env_params = settings.to_env_params(like.env_params, folder)
     return SavedRun(folder, settings, ppo, settings.to_hyperparams(), env_params, policy, metrics)
 
