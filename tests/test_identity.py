@@ -160,11 +160,11 @@ def test_every_part_of_a_ppo_counts():
 
 def save_untrained(ppo, state, folder, **options):
     """The folder of a run after one update, without any training."""
-    journal = open_journal(ppo, state, folder, **options)
-    if not journal.num_updates:
-        journal.add(journal.state, {"learning_rate": np.zeros(1, np.float32)})
-    journal.save()
-    journal.finish()
+    with open_journal(ppo, state, folder, **options) as journal:
+        if not journal.num_updates:
+            journal.add(journal.state, {"learning_rate": np.zeros(1, np.float32)})
+        journal.save()
+        journal.finish()
 
 
 def test_a_run_is_not_continued_with_another_loss_unless_that_is_allowed(tmp_path, key):
@@ -176,9 +176,9 @@ def test_a_run_is_not_continued_with_another_loss_unless_that_is_allowed(tmp_pat
     save_untrained(make(), state, tmp_path)
     pattern = r"another loss, purejaxppo.ppo_loss instead of ppo_loss \w{12} .*allow_changed=\['loss'\]"
     with pytest.raises(ValueError, match=pattern):
-        open_journal(make(loss=mine), state, tmp_path)
+        save_untrained(make(loss=mine), state, tmp_path)
     with pytest.raises(ValueError, match="another optimizer"):
-        open_journal(make(optimizer=lambda h: optax.sgd(h.learning_rate)), state, tmp_path)
+        save_untrained(make(optimizer=lambda h: optax.sgd(h.learning_rate)), state, tmp_path)
     save_untrained(make(loss=mine), state, tmp_path, allow_changed=["loss"])
     sessions = json.loads((tmp_path / "settings.json").read_text())["sessions"]
     assert [session["identity"]["loss"].split()[0] for session in sessions] == ["purejaxppo.ppo_loss", "ppo_loss"]
