@@ -63,6 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in NO_WRITING:
             raise
+        from purejaxppo.cli.options import NOT_SAVED
+
         return _refuse(f"{error.filename or 'the results'} cannot be written: {error.strerror}", status=NOT_SAVED)
     except KeyboardInterrupt:
         return _refuse("interrupted", status=130)
