@@ -1,13 +1,16 @@
 """Sinks: every run apart or aggregated; a failure is a warning."""
 
+import csv
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from probes import SMALL
 from purejaxppo.experiment.report.metrics import label
-from purejaxppo.experiment.runs.sinks import console, csv_file, guarded, json_lines, mean_over_runs, to_rows
+from purejaxppo.experiment.runs.sinks import console, csv_file, guarded, json_lines, make_sink, mean_over_runs, to_rows
 
 
 @pytest.fixture
@@ -62,8 +65,36 @@ def test_a_file_of_other_columns_is_not_mixed_up(metrics, tmp_path):
     csv_file(path)(metrics.isel(updates=[1])[["learning_rate", "loss"]])  # fewer, in another order
     row = path.read_text().removeprefix(whole).splitlines()[0]
     assert dict(zip(whole.splitlines()[0].split(","), row.split(",")))["loss"] == "2.0"
-    with pytest.warns(UserWarning, match="log.csv failed"):
-        guarded(csv_file(path))(metrics.isel(updates=[2]).assign(more=metrics["loss"]))
+
+
+def test_a_csv_file_gains_a_column_with_a_metric(metrics, tmp_path):
+    path = tmp_path / "log.csv"
+    csv_file(path)(metrics.isel(updates=[0]))
+    log = csv_file(path)
+    log(metrics.isel(updates=[1]).assign(more=metrics["loss"] * 2))
+    log(metrics.isel(updates=[2]))
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["updates"], row["loss"], row["more"]) for row in rows] == [
+        ("5", "1.0", ""), ("5", "3.0", ""), ("6", "2.0", "4.0"), ("6", "", ""), ("7", "", ""), ("7", "5.0", ""),
+    ]  # fmt: skip
+
+
+def test_folders_of_one_name_have_separate_wandb_runs_with_their_settings(metrics, tmp_path, monkeypatch):
+    begun = []
+
+    def init(**options):
+        begun.append(options)
+        return SimpleNamespace(log=lambda *_, **__: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__=object()))
+    for parent in ("a", "b", "a"):  # the third resumes the first
+        (tmp_path / parent / "seed0").mkdir(parents=True, exist_ok=True)
+        make_sink("wandb", tmp_path / parent / "seed0", {"learning_rate": 3e-4})(metrics)
+    first, second, third = [[options["id"] for options in begun[i : i + 2]] for i in (0, 2, 4)]
+    assert first == third and len({*first, *second}) == 4
+    assert len({options["group"] for options in begun}) == 2 and begun[0]["name"] == "seed0-0"
+    assert begun[1]["config"] == {"learning_rate": 3e-4, "run": 1}
 
 
 def test_the_console_shows_the_newest_numbers(metrics, capsys):
@@ -92,8 +123,8 @@ def test_tensorboard_has_every_run_in_a_folder_of_its_own(metrics, tmp_path):
     pytest.importorskip("tensorboardX")
     from purejaxppo.experiment.runs.sinks import tensorboard
 
-    tensorboard(tmp_path)(metrics)
+    tensorboard(tmp_path, {"num_envs": 2})(metrics)
     assert {path.name for path in tmp_path.iterdir()} == {"run-0", "run-1"}
     for run in ("run-0", "run-1"):
         (events,) = (tmp_path / run).iterdir()
-        assert b"loss" in events.read_bytes()
+        assert b"loss" in events.read_bytes() and b"| num_envs | 2 |" in events.read_bytes()

@@ -11,6 +11,7 @@ from purejaxppo.config import Hyperparams
 from purejaxppo.experiment.files import SETTINGS
 from purejaxppo.experiment.lock import Lock, claim_folder
 from purejaxppo.experiment.program import first_state
+from purejaxppo.experiment.provenance import as_json
 from purejaxppo.experiment.records import as_record
 from purejaxppo.experiment.runs.fit import Fit, fit
 from purejaxppo.experiment.runs.saved import remake
@@ -58,6 +59,8 @@ def launch_run(
         folder: where everything is written, see `fit`.
         progress: whether to show a progress bar.
     """
+    numbers = {name: as_json(hyperparams.get(name)) for name in hyperparams.names}
+    settings = {"env": ppo.env.name, **asdict(ppo.config), **numbers, **asdict(launch)}
     with claim_folder(folder) as lock:
         keys, hyperparams = runs(jax.random.key(launch.seed), num_seeds=launch.num_seeds, hyperparams=hyperparams)
         return fit(
@@ -67,7 +70,7 @@ def launch_run(
             save_every=launch.save_every,
             keep=launch.keep,
             evaluate_every=launch.evaluate_every,
-            sinks=[make_sink(name, lock.folder) for name in launch.log],
+            sinks=[make_sink(name, lock.folder, settings) for name in launch.log],
             notes={"launch": asdict(launch)},
             progress=progress,
         )

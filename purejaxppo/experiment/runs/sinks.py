@@ -8,15 +8,17 @@ what they wrote for the updates that are trained again.
 import csv
 import importlib.util
 import json
+import secrets
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import xarray
 
+from purejaxppo.experiment.files import replace_file
 from purejaxppo.experiment.report.metrics import split_vectors
 
 Sink = Callable[[xarray.Dataset], None]
@@ -44,7 +46,7 @@ class TextFile:
     """A sink that appends lines to a text file; its first call removes the lines of updates that come again."""
 
     path: Path
-    write: Callable[[TextIO, list[dict]], None]
+    append: Callable[[Path, list[dict]], None]
     update_of: Callable[[str], str]
     """The update of a line."""
     header_lines: int = 0
@@ -61,8 +63,7 @@ class TextFile:
         if not self.started:
             self._remove_updates_from(rows[0]["updates"])
             self.started = True
-        with open(self.path, "a", newline="") as file:
-            self.write(file, rows)
+        self.append(self.path, rows)
 
     def _remove_updates_from(self, first: int):
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,30 +74,50 @@ class TextFile:
 
 
 def csv_file(path: str | Path) -> Sink:
-    """A CSV file with one row per update and run; a cell without a finite number is empty."""
+    """A CSV file with one row per update and run; a cell without a finite number is empty.
 
-    def write(file, rows):
-        has_header = file.tell() > 0
-        names = Path(path).read_text().partition("\n")[0].split(",") if has_header else list(rows[0])
-        writer = csv.DictWriter(file, names, lineterminator="\n")  # a row of other columns is refused
-        if not has_header:
+    If a run gains a metric, the file is rewritten with one more column, which is empty in the rows before.
+    """
+
+    def append(path, rows):
+        with open(path, newline="") as file:
+            before = list(csv.reader(file))
+        names = before[0] if before else []
+        added = [name for name in rows[0] if name not in names]
+        rows = [{name: "" if value is None else value for name, value in row.items()} for row in rows]
+        if added:
+            rows = [dict(zip(names, row)) for row in before[1:]] + rows
+            replace_file(path, lambda half: _write_csv(half, [*names, *added], rows, header=True))
+        else:
+            _write_csv(path, names, rows)
+
+    return TextFile(Path(path), append, lambda line: line.split(",", 1)[0], header_lines=1)
+
+
+def _write_csv(path: Path, names: Sequence[str], rows: Sequence[dict], header: bool = False):
+    """Appends rows to a CSV file, after a header if asked; cells that a row lacks are empty."""
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        if header:
             writer.writeheader()
-        writer.writerows({name: "" if value is None else value for name, value in row.items()} for row in rows)
-
-    return TextFile(Path(path), write, lambda line: line.split(",", 1)[0], header_lines=1)
+        writer.writerows(rows)
 
 
 def json_lines(path: str | Path) -> Sink:
     """A file of JSON lines, one per update and run; null stands for a value that is not finite."""
 
-    def write(file, rows):
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    def append(path, rows):
+        with open(path, "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
-    return TextFile(Path(path), write, lambda line: json.loads(line)["updates"])
+    return TextFile(Path(path), append, lambda line: json.loads(line)["updates"])
 
 
-def tensorboard(folder: str | Path) -> Sink:
-    """TensorBoard event files over environment steps, one folder per run. Needs tensorboardX."""
+def tensorboard(folder: str | Path, settings: Mapping[str, Any] | None = None) -> Sink:
+    """TensorBoard event files over environment steps, one folder per run. Needs tensorboardX.
+
+    `settings` are shown as a text beside the metrics.
+    """
     from tensorboardX import SummaryWriter
 
     writers = {}
@@ -107,6 +128,9 @@ def tensorboard(folder: str | Path) -> Sink:
             where = Path(folder) / (f"run-{run}" if run is not None else "")
             if run not in writers:
                 writers[run] = SummaryWriter(str(where), purge_step=step)
+                if settings:
+                    rows = [f"| {name} | {value} |" for name, value in settings.items()]
+                    writers[run].add_text("settings", "\n".join(["| setting | value |", "|---|---|", *rows]), step)
             for name, value in row.items():
                 if value is not None:
                     writers[run].add_scalar(name, value, step)
@@ -120,8 +144,8 @@ def tensorboard(folder: str | Path) -> Sink:
 def wandb(project: str, **options: Any) -> Sink:
     """Weights & Biases, with one W&B run per run. Needs wandb; `mode="offline"` needs no network.
 
-    `options` are those of `wandb.init`. With an `id`, to which the number of the run is appended, a resumed run
-    continues its W&B run.
+    `options` are those of `wandb.init`; the number of the run is appended to `id` and `name`, and added to `config`.
+    With an `id`, which no other run of the project may have, a resumed run continues its W&B run.
     """
     import wandb
 
@@ -131,8 +155,10 @@ def wandb(project: str, **options: Any) -> Sink:
         for row in to_rows(metrics):
             run, update = row.pop("run", 0), row["updates"]
             if run not in runs:
-                named = {"id": f"{options['id']}-{run}", "resume": "allow"} if "id" in options else {}
-                runs[run] = wandb.init(project=project, reinit="create_new", **{**options, **named})
+                own = {name: f"{options[name]}-{run}" for name in ("id", "name") if name in options}
+                own |= {"resume": "allow"} if "id" in options else {}
+                own |= {"config": {**options["config"], "run": run}} if "config" in options else {}
+                runs[run] = wandb.init(project=project, reinit="create_new", **options | own)
             runs[run].log({name: value for name, value in row.items() if value is not None}, step=update)
 
     sink.__name__ = "wandb"
@@ -195,16 +221,26 @@ def check_package(name: str):
         raise ValueError(f"the sink {name!r} needs {package} (pip install {package})")
 
 
-def make_sink(name: str, folder: Path) -> Sink:
+def make_sink(name: str, folder: Path, settings: Mapping[str, Any]) -> Sink:
     """The sink of a name ("console", "csv", "json", "tensorboard", "wandb"), which writes into the folder of a run.
 
-    Raises ValueError if a package is missing.
+    `settings` go to the loggers that show some. Raises ValueError if a package is missing.
     """
     check_package(name)
     return {
         "console": console,
         "csv": lambda: csv_file(folder / "log.csv"),
         "json": lambda: json_lines(folder / "log.jsonl"),
-        "tensorboard": lambda: tensorboard(folder / "tensorboard"),
-        "wandb": lambda: wandb("purejaxppo", dir=folder, group=folder.name, id=folder.name),
+        "tensorboard": lambda: tensorboard(folder / "tensorboard", settings),
+        "wandb": lambda: _wandb_of(folder, settings),
     }[name]()
+
+
+def _wandb_of(folder: Path, settings: Mapping[str, Any]) -> Sink:
+    """W&B for the run of a folder, under an id that the folder keeps: names of folders are not unique."""
+    path = folder / "wandb-id"
+    if not path.exists():
+        path.write_text(secrets.token_hex(8))
+    own_id = path.read_text().strip()
+    group = f"{folder.resolve().name}-{own_id}"
+    return wandb("purejaxppo", dir=folder, group=group, id=own_id, name=folder.resolve().name, config=dict(settings))
