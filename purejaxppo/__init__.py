@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from purejaxppo.adaptive import adaptive_learning_rate
 from purejaxppo.advantages import Batch, gae
-from purejaxppo.batched import batched, concatenate, runs
+from purejaxppo.batched import batched, concatenate, runs, with_hyperparams
 from purejaxppo.config import Config, Hyperparams, linear, schedule
 from purejaxppo.envs import Box, Discrete, Env, MultiDiscrete, Step, check_env, make_env, time_limit
 from purejaxppo.evolving import evolving
@@ -57,7 +57,7 @@ __all__ = [
     "linear", "load", "load_agents", "log_uniform", "make_env", "make_ppo", "optuna_search", "paired", "plan_sweep",
     "plot_curves", "plot_heatmap", "plot_importance", "plot_learning_curve", "plot_parallel", "ppo_loss", "preset",
     "record_episode", "render", "resume", "run_sweep", "runs", "sample", "schedule", "sharded", "sinks",
-    "statistics", "successive_halving", "time_limit", "uniform", "use_one_thread", "with_step",
+    "statistics", "successive_halving", "time_limit", "uniform", "use_one_thread", "with_hyperparams", "with_step",
 ]  # fmt: skip
 
 # The host needs xarray and matplotlib, which `import purejaxppo` should not load. Name -> module; a name that is not in

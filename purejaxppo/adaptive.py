@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 from purejaxppo.checks import check_range
 from purejaxppo.ppo import PPO, TrainState, with_step
+from purejaxppo.validate import check_hyperparams, check_type
 
 
 def adaptive_learning_rate(
@@ -28,6 +29,7 @@ def adaptive_learning_rate(
         ValueError: for values out of range, for updates of one minibatch, and, at tracing, for a rate that is a
             schedule.
     """
+    check_type("ppo", ppo, PPO, "as make_ppo returns it")
     if ppo.config.num_epochs * ppo.config.num_minibatches == 1:
         raise ValueError("num_epochs=1 and num_minibatches=1 leave no KL divergence to measure (try num_epochs=2)")
     check_range("desired_kl", desired_kl, 0, jnp.inf, open_low=True, open_high=True)
@@ -35,6 +37,7 @@ def adaptive_learning_rate(
     check_range("lowest", lowest, 0, highest, open_low=True)
 
     def init(ppo: PPO, key, hyperparams, env_params):
+        check_hyperparams(hyperparams)
         if callable(hyperparams.learning_rate):
             raise ValueError("learning_rate is a schedule, which cannot adapt to the KL divergence (give a number)")
         return ppo.init(key, hyperparams.set({"learning_rate_annealing": 0.0}), env_params)

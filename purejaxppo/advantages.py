@@ -6,16 +6,16 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from purejaxppo.collectives import gather_shards
 from purejaxppo.config import Config, Hyperparams
 from purejaxppo.networks.network import Network
 from purejaxppo.normalize import measure, merge, scale, standardize_observations
+from purejaxppo.record import Record
 from purejaxppo.rollout import Actors, Policy, Rollout, add_time, apply_policy, discounted_returns
 
 
-class Batch(struct.PyTreeNode):
+class Batch(Record):
     """The data to learn from: a rollout [T, N, ...] or a minibatch of it [L, B, ...]; unused fields cost nothing.
 
     Fields without a shape are [T, N] or [L, B].

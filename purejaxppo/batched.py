@@ -15,10 +15,22 @@ from jax.sharding import Mesh, PartitionSpec
 from purejaxppo.checks import check_whole
 from purejaxppo.config import Hyperparams, as_arrays, spec_of, suggest
 from purejaxppo.ppo import PPO, TrainState, replace_step
+from purejaxppo.rollout import Policy
 from purejaxppo.sharded import choose_devices
 from purejaxppo.table import Table
+from purejaxppo.text import shorten
+from purejaxppo.validate import (
+    as_env_params,
+    as_key,
+    check_axis,
+    check_hyperparams,
+    check_is_state,
+    check_type,
+    refuse_difference,
+)
 
 AXIS = "runs"
+ONE = "what belongs to one run goes to the PPO that is not batched"
 GIVEN = ("key", "hyperparams", "env_params", "actors")  # of a state; all else is learned
 WATCHED = ("loss", "grad_norm")  # metrics that tell why a run failed
 FAILURE = "failure"
@@ -42,50 +54,62 @@ def batched(ppo: PPO, devices: int | Sequence[Any] | None = None) -> PPO:
     `devices`, a list or a number of them, distributes the runs across D devices, R / D on each, without communication.
     Raises ValueError if there are fewer devices, or if `ppo` is sharded already.
     """
+    check_type("ppo", ppo, PPO, "as make_ppo returns it")
+    if ppo.many:
+        raise ValueError("batched takes the PPO of one run, and this one is batched already (leave out one batched)")
     mesh = _mesh(ppo, devices)
     on_devices = partial(_on_devices, mesh)
 
     @wraps(ppo.init)
     def init(key: jax.Array, hyperparams: Hyperparams = Hyperparams(), env_params: Any = None):
-        if key.ndim != 1:
-            raise ValueError(f"key must hold one key per run, [R], not shape {key.shape} (see `runs`)")
+        key = as_key(key, axes=1)
         if "rbg" in str(jax.random.key_impl(key)):
             raise ValueError(
                 f"keys of the generator {jax.random.key_impl(key)!r} draw numbers that depend on the size of the batch "
                 "(use keys of 'threefry2x32', or train one run at a time)"
             )
         num_runs = key.shape[0]
-        env_params = ppo.env.params if env_params is None else env_params
+        check_hyperparams(hyperparams, num_runs)
         hyperparams = _per_run(hyperparams, jax.tree.map(lambda _: 0.0, hyperparams), num_runs)
-        return on_devices(jax.vmap(ppo.init))(key, hyperparams, _per_run(env_params, ppo.env.params, num_runs))
+        env_params = _per_run(as_env_params(env_params, ppo.env, num_runs), ppo.env.params, num_runs)
+        return on_devices(jax.vmap(ppo.init))(key, hyperparams, env_params)
 
     @wraps(ppo.evaluate)
     def evaluate(key: jax.Array, policy: Any, env_params: Any = None, **options: Any):
-        env_params = ppo.env.params if env_params is None else env_params
-        env_params = _per_run(env_params, ppo.env.params, key.shape[0])
+        key = as_key(key, axes=1)
+        check_axis(len(key), ONE, policy=policy)
+        env_params = _per_run(as_env_params(env_params, ppo.env, len(key)), ppo.env.params, len(key))
         return jax.vmap(lambda *args: ppo.evaluate(*args, **options))(key, policy, env_params)
 
     @wraps(ppo.act)
     def act(policy: Any, obs: Any, key: jax.Array | None = None, memory: Any = None, env_params: Any = None):
+        check_type("policy", policy, Policy, "such as state.policy")
+        num_runs = np.shape(jax.tree.leaves(policy)[0])[:1]
+        check_axis(*num_runs or (0,), ONE, policy=policy, obs=obs, key=key, memory=memory)
         if env_params is not None:
-            env_params = _per_run(env_params, ppo.env.params, len(jax.tree.leaves(policy)[0]))
+            env_params = _per_run(as_env_params(env_params, ppo.env, *num_runs), ppo.env.params, *num_runs)
         return jax.vmap(ppo.act)(policy, obs, key, memory, env_params)
 
     def over_runs(function: Callable) -> Callable:
-        return wraps(function)(on_devices(partial(_over_runs, function)))
+        distributed = on_devices(partial(_over_runs, function))
+
+        @wraps(function)
+        def run(state: TrainState, *args: Any):
+            _check_batch(state)
+            return distributed(state, *args)
+
+        return run
 
     one = replace_step(ppo, wraps(ppo.step)(lambda state: freeze(state, *ppo.step(state))))
     lifted = {name: over_runs(getattr(one, name)) for name in ("collect", "learn", "step", "train")}
     return ppo._replace(
         init=init, evaluate=evaluate, act=act, **lifted,
-        mesh=mesh or ppo.mesh, freeze=over_runs(freeze), custom=None,
+        mesh=mesh or ppo.mesh, freeze=over_runs(freeze), custom=None, many=True,
     )  # fmt: skip
 
 
 def _over_runs(function: Callable, state: TrainState, *args: Any) -> Any:
     """Applies a function of one state to a batch of R; a single run is passed without its axis, which is faster."""
-    if state.num_updates.ndim == 0:
-        raise ValueError("the batched PPO needs states with a leading axis R (from its own init, with keys [R])")
     if len(state.num_updates) > 1:
         return jax.vmap(function)(state, *args)
     return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], (state, *args))))
@@ -149,6 +173,14 @@ def _part_of(leaf: str) -> str:
     return "" if name in GIVEN else ".".join([name, *rest[:1]]) if name == "policy" else name
 
 
+def _check_batch(state: Any) -> None:
+    """Refuses what is not a batch of runs."""
+    check_is_state(state)
+    if np.ndim(state.num_updates) != 1:
+        raise ValueError("the batched PPO needs states with a leading axis R (from its own init, with keys [R])")
+    check_axis(len(state.num_updates), "make it with the init of this PPO", state=state)
+
+
 def _nothing(metric: jax.Array) -> jax.Array:
     return jnp.asarray(jnp.nan if jnp.issubdtype(metric.dtype, jnp.floating) else 0, metric.dtype)
 
@@ -180,8 +212,33 @@ def _on_devices(mesh: Mesh | None, function: Callable) -> Callable:
 
 
 def concatenate(*states: TrainState) -> TrainState:
-    """The runs of several batches as one batch, in the order given."""
+    """The runs of several batches as one batch, in the order given.
+
+    Raises ValueError for anything but batches whose runs have equal shapes.
+    """
+    if not states:
+        raise ValueError("concatenate needs at least one batch: concatenate(state, other)")
+    for state in states:
+        _check_batch(state)
+        refuse_difference("a batch", state[:0], jax.eval_shape(lambda: states[0][:0]), "PPO or config than the first")
     return jax.tree.map(lambda *xs: jnp.concatenate(xs), *states)
+
+
+def with_hyperparams(state: TrainState, **values: Any) -> TrainState:
+    """The same state with some hyperparameters changed, to continue from: numbers, schedules, or one value per run [R].
+
+        >>> state = pjp.with_hyperparams(state, learning_rate=1e-4, learning_rate_annealing=0.0)
+
+    A name with a point is written as `**{"extra.beta": 0.1}`. Raises ValueError for an unknown name, or a value out
+    of its range.
+    """
+    check_is_state(state)
+    hyperparams = state.hyperparams.set(values)
+    num_runs = state.num_updates.size if state.num_updates.ndim else None
+    check_hyperparams(hyperparams, num_runs)
+    if num_runs is not None:
+        hyperparams = _per_run(hyperparams, jax.tree.map(lambda _: 0.0, hyperparams), num_runs)
+    return state.replace(hyperparams=as_arrays(hyperparams))
 
 
 def runs(
@@ -207,6 +264,13 @@ def runs(
     Raises:
         ValueError: for columns of unequal lengths, or a name that is not a hyperparameter (`Sweep` takes other fields).
     """
+    key = as_key(key)
+    check_hyperparams(hyperparams)
+    if not isinstance(values, (Table, Mapping, type(None))):
+        raise ValueError(
+            f"values={shorten(repr(values))} must be a table or a dictionary of columns, such as "
+            "grid(learning_rate=[1e-4, 1e-3]) (num_seeds= and hyperparams= are arguments of their own)"
+        )
     values = values.columns() if isinstance(values, Table) else values or {}
     for name in values:
         if spec_of(name) is None:

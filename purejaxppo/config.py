@@ -335,7 +335,14 @@ def schedule(optax_schedule: Callable) -> OptaxSchedule:
     """A schedule for `Hyperparams`, from one of optax, which is a function of the number of optimizer steps done.
 
     A run makes `num_epochs * num_minibatches` optimizer steps per update; all of them use the value of the first.
+
+    Raises ValueError for anything but a function.
     """
+    if not callable(optax_schedule):
+        raise ValueError(
+            f"optax_schedule={optax_schedule!r} must be a function of the number of optimizer steps, such as "
+            "optax.cosine_decay_schedule(1e-3, 1000) (a number needs no schedule)"
+        )
     return OptaxSchedule(optax_schedule)
 
 

@@ -4,12 +4,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
+from purejaxppo.checks import check_whole
 from purejaxppo.config import Config
 from purejaxppo.envs.base import Env
 from purejaxppo.networks.network import Network
 from purejaxppo.rollout import Policy, add_time, apply_policy, start, step_envs
+from purejaxppo.text import shorten
+from purejaxppo.validate import as_key
 
 EVALUATION = 2**31
 
@@ -48,10 +52,17 @@ def evaluate(
         num_episodes: E.
         greedy: whether to take the mode instead of a sample.
         max_steps: steps after which running episodes stop; they are not `finished`.
+
+    Raises:
+        ValueError: for arguments of another kind, or of more than one run.
     """
+    check_whole("num_episodes", num_episodes)
+    check_whole("max_steps", max_steps)
+    if not isinstance(greedy, (bool, np.bool_)):
+        raise ValueError(f"greedy={shorten(repr(greedy))} must be True or False")
     env_params = env.params if env_params is None else env_params
     # A separate branch: the given key may be that of the run, whose other branches are used already.
-    start_key, play_key = jax.random.split(jax.random.fold_in(key, EVALUATION))
+    start_key, play_key = jax.random.split(jax.random.fold_in(as_key(key), EVALUATION))
 
     def running(carry):
         time, _, evaluation = carry

@@ -9,17 +9,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from purejaxppo.batched import batched
 from purejaxppo.checks import check_whole
 from purejaxppo.config import Hyperparams, spec_of, suggest
 from purejaxppo.ppo import PPO, TrainState, replace_step
+from purejaxppo.record import Record
+from purejaxppo.validate import as_key, check_hyperparams, check_type
 
 KEPT = ("key", "env_params", "actors")  # by a run that is replaced; the other fields of a state were learned
 
 
-class Population(struct.PyTreeNode):
+class Population(Record):
     """The state of R runs that train together and are compared at intervals: everything that the next step needs."""
 
     runs: TrainState  # [R, ...]
@@ -73,6 +74,9 @@ def evolving(
     Raises:
         ValueError: before anything compiles.
     """
+    check_type("ppo", ppo, PPO, "as make_ppo returns it")
+    if ppo.many:
+        raise ValueError("evolving takes the PPO of one run, and this one is batched already (leave out batched)")
     check_whole("every", every)
     ranges = explored_ranges(explore, factors)
     _check_fraction(fraction)
@@ -83,7 +87,9 @@ def evolving(
 
     @wraps(many.init)
     def init(key: jax.Array, hyperparams: Hyperparams = Hyperparams(), env_params: Any = None):
+        key = as_key(key, axes=1)
         num_replaced(fraction, key.size)
+        check_hyperparams(hyperparams, key.size)
         _check_plain(hyperparams, ranges)
         return Population(
             runs=many.init(key, hyperparams, env_params),
@@ -94,21 +100,26 @@ def evolving(
 
     @wraps(many.collect)
     def collect(state: Population):
+        _check_population(state)
         runs, rollout = many.collect(state.runs)
         return state.replace(runs=runs), rollout
 
     @wraps(many.learn)
     def learn(state: Population, rollout: Any):
+        _check_population(state)
         # A run that became nan must not be compared, so it is frozen here, before the population evolves.
         return finish(state, *freeze(state.runs, *many.learn(state.runs, rollout)))
 
     @wraps(many.step)
     def step(state: Population):
+        _check_population(state)
         return finish(state, *many.step(state.runs))
 
     def finish(state: Population, runs: TrainState, metrics: dict):
         """The population after an update of its runs, evolved if an evolution is due."""
         key, evolve_key = jax.random.split(state.key)
+        if "parent" in metrics:
+            raise ValueError("metric 'parent' is reported by evolving itself (report yours under another name)")
         metrics |= {f"current_{name}": metrics[name] for name in ranges if name in metrics}
         metrics |= {name: runs.hyperparams.get(name) for name in ranges}
         fitness, num_episodes = count_episodes(state, metrics)
@@ -242,6 +253,10 @@ def explored_ranges(
             high = min(high, float(np.nextafter(np.float32(spec.high), np.float32(0))))
         ranges[name] = low, high
     return ranges
+
+
+def _check_population(state: Any) -> None:
+    check_type("state", state, Population, "from the init of this PPO, or from an earlier step")
 
 
 def _check_fraction(fraction: float) -> None:

@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import struct
 
 from purejaxppo.advantages import estimate, scale_rewards
 from purejaxppo.collectives import gather_shards, key_of_shard
@@ -23,20 +21,34 @@ from purejaxppo.evaluate import evaluate
 from purejaxppo.loss import ppo_loss
 from purejaxppo.networks.actor_critic import make_network
 from purejaxppo.networks.network import Network, as_network, check_network
-from purejaxppo.networks.orthogonal import orthogonalize
 from purejaxppo.normalize import (
     measure_observations,
     merge_observations,
-    no_moments,
     observation_moments,
     standardize_observations,
 )
-from purejaxppo.rollout import Actors, Policy, Rollout, add_time, apply_policy, start, unroll
-from purejaxppo.summary import COORDINATES, join_metrics, measure_rollout, summarize
+from purejaxppo.record import Record
+from purejaxppo.rollout import Actors, Policy, Rollout, apply_policy, start, start_policy, unroll
+from purejaxppo.summary import join_metrics, measure_rollout, summarize
 from purejaxppo.update import adam, update
+from purejaxppo.validate import (
+    Expected,
+    as_env_params,
+    as_key,
+    as_rollout,
+    as_step,
+    check_config,
+    check_hyperparams,
+    check_loss,
+    check_optimizer,
+    check_step,
+    check_target_kl,
+    check_type,
+    make_transformation,
+)
 
 
-class TrainState(struct.PyTreeNode):
+class TrainState(Record):
     """The state of a run: everything that the next step needs. A subclass may have more fields, see `with_step`."""
 
     key: jax.Array
@@ -48,7 +60,17 @@ class TrainState(struct.PyTreeNode):
     num_updates: jax.Array  # [] int32, done so far
 
     def __getitem__(self, runs: Any) -> "TrainState":
-        """One run of a batch by its index, or a smaller batch by a slice, a mask or a list of indices."""
+        """One run of a batch by its index, or a smaller batch by a slice, a mask or a list of indices.
+
+        Raises IndexError for an index out of range, and for a state of one run.
+        """
+        shape = self.num_updates.shape
+        if not shape:
+            raise IndexError(
+                "the state is of one run, so it has no runs to choose from (batched(ppo) makes such states)"
+            )
+        if isinstance(runs, int) and not -shape[0] <= runs < shape[0]:
+            raise IndexError(f"index {runs} is out of range: the state holds {shape[0]} runs")
         return jax.tree.map(lambda x: x[jnp.asarray(runs) if isinstance(runs, list) else runs], self)
 
 
@@ -71,6 +93,7 @@ class PPO(NamedTuple):
     freeze: Callable | None = None  # state, next state, metrics -> next state, metrics; keeps runs that would turn nan
     custom: "Custom | None" = None  # the arguments of `with_step`
     changes: tuple = ()  # functions that make it learn otherwise: custom steps and inits, `evolving`
+    many: bool = False  # whether states hold R runs, [R, ...]
 
     def __repr__(self) -> str:
         config = self.config
@@ -78,7 +101,9 @@ class PPO(NamedTuple):
         cycle = f", step {getattr(self.custom.step, '__name__', self.custom.step)}" if self.custom else ""
         return "\n".join(
             [
-                f"PPO on {self.env.name}" + (f", over {self.mesh.size} devices" if self.mesh else ""),
+                f"PPO on {self.env.name}"
+                + (", batched" if self.many else "")
+                + (f", over {self.mesh.size} devices" if self.mesh else ""),
                 f"  collect  {config.num_envs} environments x {config.num_steps} steps",
                 f"  learn    {config.num_epochs} epochs x {config.num_minibatches} minibatches, "
                 f"loss {names[0]}, optimizer {names[1]}{cycle}",
@@ -123,6 +148,9 @@ def make_ppo(
     Raises:
         ValueError: before anything compiles, if environment, network and config do not fit together.
     """
+    check_config(config)
+    check_loss(loss)
+    check_optimizer(optimizer)
     env = make_env(env)
     problems = check_shapes(env)
     if problems:
@@ -149,17 +177,17 @@ def bind_ppo(
         optimizer: see `make_ppo`.
         axis_name: the mesh axis whose shards hold `config.num_envs` environments each (see `sharded`), () for none.
     """
-    bound = partial(bind, config.matmul_precision)
+    bound, expected = partial(bind, config.matmul_precision), Expected(env, network, config, optimizer)
     acting = {"env": env, "network": network, "config": config}
     learning = {"network": network, "config": config, "loss": loss, "optimizer": optimizer, "axis_name": axis_name}
     ppo = PPO(
         init=bound(init, **acting, optimizer=optimizer),
-        collect=bound(collect, **acting, axis_name=axis_name),
-        learn=bound(learn, **learning),
-        step=bound(step, **acting | learning),
+        collect=bound(collect, expected.check_state, **acting, axis_name=axis_name),
+        learn=bound(learn, expected.check_learn, **learning),
+        step=bound(step, expected.check_state, **acting | learning),
         train=train,  # replaced below
-        evaluate=bound(evaluate, **acting),
-        act=bound(act, **acting),
+        evaluate=bound(evaluate, expected.check_evaluate, **acting),
+        act=bound(act, expected.check_act, **acting),
         **acting,
         loss=loss,
         optimizer=optimizer,
@@ -167,20 +195,24 @@ def bind_ppo(
     return replace_step(ppo, ppo.step)
 
 
-def bind(precision: str, function: Callable, **static: Any) -> Callable:
+def bind(precision: str, function: Callable, check: Callable | None = None, **static: Any) -> Callable:
     """A function with static arguments bound, which keeps its name, docstring and remaining signature.
 
-    Its float32 matrix products have the given precision: JAX's default is TF32 on recent GPUs.
+    Its float32 matrix products have the given precision: JAX's default is TF32 on recent GPUs. `check` is given the
+    remaining arguments by name before each call, and may refuse them.
     """
+    signature = inspect.signature(function)
+    left = [parameter for name, parameter in signature.parameters.items() if name not in static]
+    signature = signature.replace(parameters=left)
 
     @wraps(function)
     def bound(*args, **kwargs):
+        if check is not None:
+            check(**signature.bind(*args, **kwargs).arguments)
         with jax.default_matmul_precision(precision):
             return function(*args, **static, **kwargs)
 
-    signature = inspect.signature(function)
-    left = [parameter for name, parameter in signature.parameters.items() if name not in static]
-    vars(bound)["__signature__"] = signature.replace(parameters=left)
+    vars(bound)["__signature__"] = signature
     return bound
 
 
@@ -201,11 +233,14 @@ def with_step(ppo: PPO, step: Callable, init: Callable | None = None) -> PPO:
         init: `init(ppo, key, hyperparams, env_params) -> state`, for a state with more fields.
 
     Raises:
-        ValueError: at tracing, if the step returns another kind of state, or drops metrics of `ppo.learn`.
+        ValueError: for functions with other arguments; at tracing, if the step returns another kind of state, or drops
+            metrics of `ppo.learn`.
     """
+    check_type("ppo", ppo, PPO, "with_step(ppo, step)")
+    check_step(step, init)
 
     def whole_step(state: TrainState):
-        new, metrics = _check_step(state, step(ppo, state))
+        new, metrics = as_step(state, step(ppo, state))
         return ppo.freeze(state, new, metrics) if ppo.freeze else (new, metrics)
 
     def whole_init(key, hyperparams=Hyperparams(), env_params=None):
@@ -242,24 +277,23 @@ def init(
         network: gets its first parameters.
         config: sizes.
         optimizer: hyperparams -> optax transformation.
+
+    Raises:
+        ValueError: for arguments of another kind, or of more than one run.
     """
-    _check_target_kl(hyperparams.target_kl, config)
-    key, network_key, actors_key = jax.random.split(key, 3)
-    hyperparams = as_arrays(hyperparams)
-    env_params = jax.tree.map(
-        lambda x: jnp.asarray(x, jnp.result_type(x)), env.params if env_params is None else env_params
-    )
+    check_hyperparams(hyperparams)
+    check_target_kl(hyperparams.target_kl, config)
+    key, network_key, actors_key = jax.random.split(as_key(key), 3)
+    hyperparams, env_params = as_arrays(hyperparams), as_env_params(env_params, env)
     actors = start(actors_key, env_params, env=env, network=network, num_envs=config.num_envs)
-    observation = observation_moments(observation_space(env)) if config.normalize_observation else ()
-    obs = standardize_observations(observation, add_time(actors.obs), config.observation_clip)
-    params = network.init(network_key, actors.memory, obs, actors.first[None])
-    params = orthogonalize(jax.random.fold_in(network_key, 0), params)  # of custom networks
+    policy = start_policy(network_key, actors.obs, actors.memory, env=env, network=network, config=config)
+    transformation = make_transformation(optimizer, hyperparams.at(0, config))
     return TrainState(
         key=key,
         hyperparams=hyperparams,
         env_params=env_params,
-        policy=Policy(params=params, observation=observation, reward=no_moments() if config.scale_reward else ()),
-        opt_state=optimizer(hyperparams.at(0, config)).init(params),
+        policy=policy,
+        opt_state=transformation.init(policy.params),
         actors=actors,
         num_updates=jnp.int32(0),
     )
@@ -324,7 +358,7 @@ def learn(
     Raises:
         ValueError: for a rollout of another shape.
     """
-    rollout = _check_rollout(rollout, config)
+    rollout = as_rollout(rollout, config)
     hyperparams = state.hyperparams.at(state.num_updates, config)
     policy, actors, reward = scale_rewards(state.policy, state.actors, rollout, hyperparams.discount, config, axis_name)
     batch = estimate(policy, rollout, reward, actors.memory, hyperparams, network=network, config=config)
@@ -407,54 +441,6 @@ def act(
     action = (distribution.mode() if key is None else distribution.sample(key))[0, 0]
     space = action_space(env, env.params if env_params is None else env_params)
     return bound_action(action, space, config.bound_action), memory
-
-
-def _check_rollout(rollout: Rollout, config: Config) -> Rollout:
-    """A rollout as arrays. Refuses leaves that are not [T, N, ...], and numbers that are not [T, N]."""
-    if not isinstance(rollout, Rollout):
-        raise ValueError(f"learn takes (state, rollout), both from collect, not a {type(rollout).__name__} as rollout")
-    rollout, shape = jax.tree.map(jnp.asarray, rollout), (config.num_steps, config.num_envs)
-    numbers = "reward", "terminated", "truncated", "ended", "metrics", "episode_metrics"
-    for path, x in jax.tree_util.tree_leaves_with_path(rollout):
-        exact = path[0].name in numbers
-        if x.shape != shape if exact else x.ndim and x.shape[:2] != shape:
-            raise ValueError(
-                f"rollout{jax.tree_util.keystr(path)} has shape {x.shape}, but must be "
-                f"[T, N{'' if exact else ', ...'}] with [T, N] = {list(shape)}"
-            )
-    return rollout
-
-
-def _check_step(state: TrainState, after: Any) -> tuple[TrainState, dict]:
-    """The result of a custom step as strongly typed arrays. Refuses another kind of state, and missing metrics."""
-    if not (isinstance(after, tuple) and len(after) == 2 and isinstance(after[1], dict)):
-        raise ValueError(f"step must return (state, metrics), as ppo.step does, not {type(after).__name__}")
-    new, metrics = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), after)
-    if jax.tree.structure(new) != jax.tree.structure(state):
-        raise ValueError(
-            f"step must return a {type(state).__name__} with the structure of the one given (same fields, extra and "
-            f"parameters), not another {type(new).__name__}"
-        )
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(new), jax.tree.leaves(state)):
-        if (x.shape, x.dtype) != (jnp.shape(y), jnp.result_type(y)):
-            where, kept = f"state{jax.tree_util.keystr(path)}", f"{jnp.result_type(y)}{list(jnp.shape(y))}"
-            raise ValueError(f"step changed {where} from {kept} to {x.dtype}{list(x.shape)} (keep shape and dtype)")
-    missing = {"episode_return", "num_episodes", "learning_rate"} - metrics.keys()
-    if missing:
-        raise ValueError(f"metrics of a step must hold {min(missing)} (add others to those that ppo.learn returns)")
-    for name, x in metrics.items():
-        if jnp.ndim(x) > new.num_updates.ndim + 1 or "/" in name or name in COORDINATES:
-            raise ValueError(f"metric {name!r} of shape {jnp.shape(x)} must be a scalar or a vector, under a free name")
-    return new, metrics
-
-
-def _check_target_kl(target_kl, config: Config):
-    """Refuses a target without the stop, and a stop without a target, unless the target is traced."""
-    if isinstance(target_kl, (int, float)) and np.isfinite(target_kl) != config.stop_on_kl:
-        raise ValueError(
-            f"target_kl={target_kl} and stop_on_kl={config.stop_on_kl} have no effect: set both, such as "
-            "target_kl=0.02 and stop_on_kl=True, or neither"
-        )
 
 
 def _first_observation(key, *, env, config):

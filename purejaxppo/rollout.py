@@ -7,12 +7,14 @@ import jax.numpy as jnp
 from flax import struct
 
 from purejaxppo.config import Config
-from purejaxppo.envs.base import Env, Step, action_space, bound_action
+from purejaxppo.envs.base import Env, Step, action_space, bound_action, observation_space
 from purejaxppo.networks.network import Network
-from purejaxppo.normalize import standardize_observations
+from purejaxppo.networks.orthogonal import orthogonalize
+from purejaxppo.normalize import no_moments, observation_moments, standardize_observations
+from purejaxppo.record import Record
 
 
-class Policy(struct.PyTreeNode):
+class Policy(Record):
     """All that acting needs, and the moments that scale the rewards to learn from."""
 
     params: Any  # of the network
@@ -20,7 +22,7 @@ class Policy(struct.PyTreeNode):
     reward: Any  # Moments of the discounted return; () where rewards are not scaled
 
 
-class Actors(struct.PyTreeNode):
+class Actors(Record):
     """Where N environments stand between two rollouts."""
 
     env_state: Any  # [N, ...]
@@ -32,7 +34,7 @@ class Actors(struct.PyTreeNode):
     discounted_return: jax.Array  # [N], discounted sum of past rewards; its deviation scales rewards
 
 
-class Rollout(struct.PyTreeNode):
+class Rollout(Record):
     """T steps of N environments, which a custom step may change before it learns from them; one step is [N, ...]."""
 
     obs: Any  # [T, N, ...] acted on, as the environment shows it
@@ -88,6 +90,25 @@ def start(key: jax.Array, env_params: Any, *, env: Env, network: Network, num_en
         episode_length=zeros.astype(jnp.int32),
         discounted_return=zeros,
     )
+
+
+def start_policy(key: jax.Array, obs: Any, memory: Any, *, env: Env, network: Network, config: Config) -> Policy:
+    """A policy that has learned nothing.
+
+    Args:
+        key: draws the parameters.
+        obs: [N, ...], whose shapes the network gets to know.
+        memory: [N, ...], empty.
+        env: says what there is to observe.
+        network: draws its parameters.
+        config: says what is normalised.
+    """
+    observation = observation_moments(observation_space(env)) if config.normalize_observation else ()
+    read = standardize_observations(observation, add_time(obs), config.observation_clip)
+    first = jnp.ones((1, *jax.tree.leaves(obs)[0].shape[:1]), bool)
+    params = network.init(key, memory, read, first)
+    params = orthogonalize(jax.random.fold_in(key, 0), params)  # of custom networks
+    return Policy(params=params, observation=observation, reward=no_moments() if config.scale_reward else ())
 
 
 def unroll(

@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from purejaxppo.checks import check_whole
 from purejaxppo.config import Config
 from purejaxppo.ppo import PPO, TrainState, bind_ppo, with_step
 from purejaxppo.rollout import Rollout
+from purejaxppo.text import shorten
+from purejaxppo.validate import Expected, check_type
 
 AXIS = "envs"
 
@@ -27,6 +30,9 @@ def sharded(ppo: PPO, devices: int | Sequence[Any] | None = None) -> PPO:
     each device shuffles its own transitions. A custom loss must average over transitions; a custom step sees whole
     rollouts. Raises ValueError if a rollout cannot be divided evenly.
     """
+    check_type("ppo", ppo, PPO, "as make_ppo returns it")
+    if ppo.many:
+        raise ValueError("sharded takes the PPO of one run (for many runs write batched(sharded(ppo)))")
     if ppo.custom:
         return with_step(sharded(ppo.custom.ppo, devices), ppo.custom.step, ppo.custom.init)
     if ppo.mesh is not None:
@@ -34,6 +40,7 @@ def sharded(ppo: PPO, devices: int | Sequence[Any] | None = None) -> PPO:
     devices = choose_devices(devices)
     config = _config_of_shard(ppo.config, len(devices))
     mesh = Mesh(np.array(devices), AXIS)
+    expected = Expected(ppo.env, ppo.network, ppo.config, ppo.optimizer)  # of the whole run
     shard = bind_ppo(ppo.env, ppo.network, config, ppo.loss, ppo.optimizer, AXIS)
     # check_vma would prove that replicated values agree on all shards; tests check it instead.
     on_shards = partial(jax.shard_map, mesh=mesh, check_vma=False)
@@ -45,17 +52,20 @@ def sharded(ppo: PPO, devices: int | Sequence[Any] | None = None) -> PPO:
 
     @wraps(ppo.collect)
     def collect(state: TrainState):
+        expected.check_state(state)
         specs = _specs(state), _specs_of_rollout(jax.eval_shape(ppo.collect, state)[1])
         return on_shards(shard.collect, in_specs=specs[:1], out_specs=specs)(state)
 
     @wraps(ppo.learn)
     def learn(state: TrainState, rollout: Rollout):
+        expected.check_learn(state, rollout)
         specs = _specs(state), _specs_of_rollout(rollout)
         return on_shards(shard.learn, in_specs=specs, out_specs=(specs[0], PartitionSpec()))(state, rollout)
 
     def whole(function: Callable) -> Callable:
         @wraps(function)
         def run(state: TrainState):
+            expected.check_state(state)
             specs = _specs(state)
             return on_shards(function, in_specs=(specs,), out_specs=(specs, PartitionSpec()))(state)
 
@@ -79,22 +89,23 @@ def choose_devices(devices: int | Sequence[Any] | None, present: Sequence[Any] |
         if len(present) == 1:
             raise ValueError(f"devices=None needs several devices, but there is one device here ({cores})")
         return present
-    if isinstance(devices, int):
-        if not 1 <= devices <= len(present):
+    if isinstance(devices, (bool, int, float, np.integer)):
+        check_whole("devices", devices)
+        devices = int(devices)
+        if devices > len(present):
             raise ValueError(f"devices={devices} must be from 1 to the {len(present)} that JAX has here ({cores})")
         return present[:devices]
-    devices = list(devices)
-    if not devices or not all(isinstance(d, jax.Device) for d in devices) or len(set(devices)) < len(devices):
+    chosen = list(devices) if isinstance(devices, (Sequence, np.ndarray)) else []
+    if not chosen or not all(isinstance(d, jax.Device) for d in chosen) or len(set(chosen)) < len(chosen):
         raise ValueError(
-            f"devices={devices} must be a number, or a list of different devices such as jax.devices()[:2]"
+            f"devices={shorten(repr(devices))} must be a number, or a list of different devices, such as "
+            "jax.devices()[:2]"
         )
-    return devices
+    return chosen
 
 
 def _specs(state: TrainState) -> TrainState:
     """The PartitionSpec of every leaf of a state: environments are sharded, everything else is replicated."""
-    if state.num_updates.ndim:
-        raise ValueError("sharded takes the PPO of one run (for many runs write batched(sharded(ppo)))")
     everywhere = jax.tree.map(lambda _: PartitionSpec(), state)
     return everywhere.replace(actors=jax.tree.map(lambda _: PartitionSpec(AXIS), state.actors))
 

@@ -64,6 +64,6 @@ def interval(mean: float, low: float, high: float, over: str = "agents", nothing
 
 
 def shorten(value: Any, most: int = 40) -> str:
-    """A value as text of at most `most` characters, cut off with `...`."""
-    text = str(value)
+    """A value as one line of text of at most `most` characters, cut off with `...`."""
+    text = " ".join(str(value).split())
     return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -14,6 +14,7 @@ from purejaxppo.advantages import Batch
 from purejaxppo.collectives import mean_over_shards
 from purejaxppo.config import Config, Hyperparams
 from purejaxppo.normalize import standardize_advantage
+from purejaxppo.validate import as_loss, make_transformation
 
 LOSS = 2**31  # folded into the key of the shuffles, it gives the key of the loss
 
@@ -59,20 +60,21 @@ def update(
         `params`, `opt_state`, and the report of the loss, means over the minibatches.
     """
     segments = to_segments(batch, config.segment_length)
-    transformation = optimizer(hyperparams)
+    transformation = make_transformation(optimizer, hyperparams)
     chosen = minibatches(key, config)
     advantage = minibatch_advantages(batch.advantage, chosen, config, axis_name)
     random = {}
     if "key" in inspect.signature(loss).parameters:
         random["key"] = jax.random.split(jax.random.fold_in(key, LOSS), len(chosen))
 
+    def checked_loss(*args, **kwargs):
+        return as_loss(loss(*args, **kwargs), config)
+
     def learn(carry, minibatch):
         params, opt_state, stopped = carry
         chosen, advantage, random = minibatch
         minibatch = take(segments, chosen).replace(advantage=advantage)  # standardised
-        (_, report), grads = jax.value_and_grad(loss, has_aux=True)(params, minibatch, hyperparams, **random)
-        _check_report(report, config)
-        report = {name: jnp.asarray(value, jnp.float32) for name, value in report.items()}
+        (_, report), grads = jax.value_and_grad(checked_loss, has_aux=True)(params, minibatch, hyperparams, **random)
         grads, report = mean_over_shards((grads, report), axis_name)
         updates, new_opt_state = transformation.update(grads, opt_state, params)
         new_params = optax.apply_updates(params, updates)
@@ -159,17 +161,6 @@ def take(segments: Batch, chosen: jax.Array) -> Batch:
     minibatch = jax.tree.map(lambda x: x[chosen] if x.ndim else x, segments)
     time_first = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1) if x.ndim > 1 else x, minibatch)
     return time_first.replace(memory=minibatch.memory)
-
-
-def _check_report(report: dict, config: Config):
-    """Refuses a report with anything but scalars and vectors."""
-    for name, value in report.items():
-        if jnp.ndim(value) > 1 or not jnp.size(value):
-            raise ValueError(
-                f"the loss reports {name} of shape {jnp.shape(value)}; it must be a scalar or a vector (take a mean)"
-            )
-    if config.stop_on_kl and "approx_kl" not in report:
-        raise ValueError("stop_on_kl=True needs a loss that reports approx_kl")
 
 
 def _mean_where(counted, values):

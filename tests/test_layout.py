@@ -12,11 +12,11 @@ import purejaxppo
 
 ROOT = Path(purejaxppo.__file__).parent
 CORE = [
-    "checks", "text", "config", "envs.base", "envs.check", "envs.import_gymnax", "envs.without_reset",
+    "checks", "text", "record", "config", "envs.base", "envs.check", "envs.import_gymnax", "envs.without_reset",
     "envs.from_gymnax", "envs",
     "collectives", "normalize", "networks.distributions", "networks.orthogonal", "networks.layers",
-    "networks.network", "networks.actor_critic", "networks", "rollout", "advantages", "loss", "update", "summary",
-    "evaluate", "ppo", "adaptive", "sharded", "table", "batched", "evolving",
+    "networks.network", "networks.actor_critic", "networks", "rollout", "advantages", "loss", "summary", "validate",
+    "update", "evaluate", "ppo", "adaptive", "sharded", "table", "batched", "evolving",
 ]  # fmt: skip
 # Of the host: a module imports from its own folder and from those before it.
 FOLDERS = [

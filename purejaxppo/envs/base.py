@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from purejaxppo.text import count, shorten
+
 
 class Step(NamedTuple):
     """The result of one step of one environment; state and observation are those reached, before any reset.
@@ -35,6 +37,11 @@ class Env(NamedTuple):
     action_space: Any  # a space, or params -> space if its bounds depend on the parameters
     observation_space: Any = None  # a space or a dictionary of spaces; None: unbounded boxes shaped like `reset`'s
     name: str = "environment"
+
+    def __repr__(self) -> str:
+        params = count(len(jax.tree.leaves(self.params)), "parameter")
+        spaces = f"actions {shorten(self.action_space, 60)}, observations {shorten(self.observation_space, 60)}"
+        return f"Env {self.name!r}: {spaces}, {params}"
 
 
 class Discrete:

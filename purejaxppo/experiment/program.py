@@ -5,6 +5,7 @@ import functools
 import os
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +19,10 @@ import numpy as np
 
 from purejaxppo.checks import check_whole
 from purejaxppo.config import Config
+from purejaxppo.evolving import Population
 from purejaxppo.ppo import PPO, TrainState
+from purejaxppo.text import count
+from purejaxppo.validate import check_is_state, check_type, refuse_difference
 
 # Transitions of a rollout, over all runs of a slice, that fit the cache of a CPU core.
 TRANSITIONS_PER_SLICE = 4096
@@ -46,13 +50,28 @@ class Program:
     threads: ThreadPoolExecutor
     """Kept between calls: memory of finished threads is not reused by new ones."""
     compile_seconds: float
+    like: TrainState | Population
+    """Shapes of the state."""
+    step: weakref.ref
+    """The step of the PPO that it trains."""
+
+    def __repr__(self) -> str:
+        return (
+            f"Program of up to {count(self.num_updates, 'update')}, compiled in {self.compile_seconds:.1f} s: "
+            f"{count(self.num_slices, 'slice')} of {count(self.slice_size, 'run')}, {self.num_threads} at a time"
+        )
 
     def __call__(self, state: TrainState, length: int | None = None, *, donate: bool = False):
         """The state after `length` updates (all `num_updates` by default) and metrics as numpy, [(R,) length, ...].
 
-        With `donate` the memory of `state` is reused; without, it stays usable.
+        With `donate` the memory of `state` is reused; without, it stays usable. Raises ValueError for a state of other
+        shapes.
         """
         length = self.num_updates if length is None else length
+        if list(map(np.shape, jax.tree.leaves(state))) != list(map(np.shape, jax.tree.leaves(self.like))):
+            if not isinstance(state, Population):
+                check_is_state(state)
+            refuse_difference("state", state, self.like, "PPO than this program")
         check_whole("length", length, at_most=self.num_updates, of="the num_updates of this program")
         state, done = state if donate else jax.tree.map(jnp.copy, state), (slice(None),) * state.num_updates.ndim
         if self.num_slices == 1:
@@ -88,9 +107,11 @@ def compile_training(ppo: PPO, state: Any, num_updates: int | None = None, *, sl
         slice_size: runs of a batch that train together. By default all on an accelerator; on a CPU few enough to stay
             in a core's cache, with the slices side by side on the cores: one large batch leaves the caches, and its
             threads wait for each other.
+
+    Raises:
+        ValueError: before anything compiles, for a state that the PPO cannot train.
     """
-    if state.num_updates.ndim > 1:
-        raise ValueError("a state of a batch of batches cannot be trained; give runs one leading axis")
+    check_training(ppo, state)
     num_updates = ppo.config.num_updates if num_updates is None else num_updates
     check_whole("num_updates", num_updates)
     num_runs = state.num_updates.size
@@ -144,11 +165,47 @@ def compile_training(ppo: PPO, state: Any, num_updates: int | None = None, *, sl
         num_threads=num_threads,
         threads=ThreadPoolExecutor(num_threads),
         compile_seconds=time.perf_counter() - start,
+        like=jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), state),
+        step=weakref.ref(ppo.step),
     )
+
+
+# The newest program of `kept_program` and what it was compiled for, by the step of its PPO; forgotten with the PPO.
+_kept: weakref.WeakKeyDictionary[Callable, tuple[Any, Program]] = weakref.WeakKeyDictionary()
+
+
+def kept_program(ppo: PPO, state: Any, num_updates: int, slice_size: int | None = None) -> Program:
+    """The result of `compile_training`, which is kept until a call with other arguments, or as long as the PPO lives.
+
+    Args:
+        ppo: see `compile_training`.
+        state: a state, of which only shapes and devices matter.
+        num_updates: see `compile_training`.
+        slice_size: see `compile_training`.
+    """
+    leaves = [(np.shape(x), jnp.result_type(x), getattr(x, "sharding", None)) for x in jax.tree.leaves(state)]
+    modes = tuple(getattr(jax.config, name) for name in ("jax_enable_x64", "jax_debug_nans"))
+    wanted = jax.tree.structure(state), leaves, num_updates, slice_size, modes
+    found, program = _kept.get(ppo.step, (None, None))
+    if program is None or found != wanted:
+        _kept.clear()
+        program = compile_training(ppo, state, num_updates, slice_size=slice_size)
+        _kept[ppo.step] = wanted, program
+    return program
+
+
+def check_training(ppo: Any, state: Any) -> None:
+    """Refuses what is not a PPO and a state; tracing a step refuses the state of another PPO."""
+    check_type("ppo", ppo, PPO, "give the PPO first, then its state")
+    if not isinstance(state, Population):
+        check_is_state(state)
+    if np.ndim(state.num_updates) > 1:
+        raise ValueError("a state of a batch of batches cannot be trained; give runs one leading axis")
 
 
 def first_state(ppo: PPO, *args: Any, **kwargs: Any) -> Any:
     """The state that `ppo.init` returns for these arguments; compiles in a quarter less time than `jax.jit`."""
+    check_type("ppo", ppo, PPO, "first_state(ppo, key, ...)")
     return jax.jit(ppo.init, compiler_options=SELDOM)(*args, **kwargs)
 
 

@@ -11,11 +11,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.errors import InvalidRngError, ModifyScopeVariableError
 
 from purejaxppo.config import Config
 from purejaxppo.envs.base import Box, Discrete, MultiDiscrete, Space
 from purejaxppo.networks.distributions import MultiCategorical
 from purejaxppo.networks.orthogonal import orthogonalize
+from purejaxppo.text import shorten
+
+PURE = "leave out Dropout and BatchNorm, which need more than params, memory, obs and first; LayerNorm does not"
 
 
 class Network(NamedTuple):
@@ -25,6 +29,9 @@ class Network(NamedTuple):
     init: Callable  # key, memory, obs [T, B, ...], first [T, B] -> params; `Orthogonal` weights may be left to draw
     apply: Callable  # params, memory, obs [T, B, ...], first [T, B] -> memory, distribution, value [T, B]
 
+    def __repr__(self) -> str:
+        return f"Network({', '.join(getattr(f, '__qualname__', type(f).__name__) for f in self)})"
+
 
 def as_network(network: Any) -> Network:
     """A network as it is, or from a flax linen module. Raises ValueError for anything else."""
@@ -32,17 +39,20 @@ def as_network(network: Any) -> Network:
         return from_linen(network)
     if all(callable(getattr(network, name, None)) for name in Network._fields):
         return network
+    made = " an instance of it, or" if isinstance(network, type) else ""
     raise ValueError(
-        f"network={network!r} must be a Network, a flax linen module, or from_nnx(build) of a function that builds "
-        "an nnx module"
+        f"network={shorten(repr(network))} must be{made} a Network, a flax linen module, or from_nnx(build) of a "
+        "function that builds an nnx module"
     )
 
 
 def from_linen(module: nn.Module) -> Network:
     """A network from a flax linen module that maps observations [B, ...] to (distribution, value [B]).
 
-    Layers of `pjp.layers` in it are initialised as in our own network.
+    Layers of `pjp.layers` in it are initialised as in our own network. Raises ValueError for anything else.
     """
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"module={shorten(repr(module))} must be an instance of a flax linen module")
     return _feed_forward(draw_orthogonal(lambda key, obs: module.init(key, obs)), module.apply)
 
 
@@ -55,11 +65,26 @@ def draw_orthogonal(init: Callable) -> Callable:
 def from_nnx(build: Callable) -> Network:
     """A network from a flax nnx module, given as the function that builds it from `nnx.Rngs`.
 
-    The module maps observations [B, ...] to (distribution, value [B]); its only variables are `nnx.Param`s.
+    The module maps observations [B, ...] to (distribution, value [B]); its only variables are `nnx.Param`s. Raises
+    ValueError for anything else.
     """
     from flax import nnx
 
-    graph, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param)
+    example = "from_nnx(lambda rngs: MyModule(rngs))"
+    if isinstance(build, nnx.Module):
+        raise ValueError(f"build={type(build).__name__}(...) is a module; give the function that builds it: {example}")
+    try:
+        module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    except TypeError as error:
+        raise ValueError(
+            f"build={shorten(repr(build))} cannot build a module from nnx.Rngs: {error} ({example})"
+        ) from None
+    if not isinstance(module, nnx.Module):
+        raise ValueError(f"build must return an nnx module, not a {type(module).__name__} ({example})")
+    graph, _, others = nnx.split(module, nnx.Param, ...)
+    if others:
+        kinds = sorted({type(variable).__name__ for _, variable in nnx.to_flat_state(others)})
+        raise ValueError(f"the module holds {', '.join(kinds)}, but may only hold nnx.Param ({PURE})")
 
     return _feed_forward(
         lambda key, obs: nnx.to_pure_dict(nnx.split(build(nnx.Rngs(key)), nnx.Param)[1]),
@@ -78,6 +103,9 @@ def _feed_forward(init, apply) -> Network:
 
     def apply_sequences(params, memory, obs, first):
         outputs = apply(params, flat(obs))
+        if not isinstance(outputs, tuple) or hasattr(outputs, "log_prob"):
+            what = "an array" if isinstance(outputs, jax.Array) else f"a {type(outputs).__name__}"
+            raise ValueError(f"the module must return the pair (distribution, value [B]), not {what}")
         return memory, *jax.tree.map(lambda x: x.reshape(*first.shape, *x.shape[1:]) if jnp.ndim(x) else x, outputs)
 
     # One run after another: a custom initialiser may call LAPACK, which must not be vmapped on a small thread pool.
@@ -107,9 +135,15 @@ def check_network(network: Network, obs: Any, action_space: Space, config: Confi
         return memory, network.apply(orthogonalize(key, params), memory, many, first)
 
     try:
-        taken, (given, distribution, value) = jax.eval_shape(forward, jax.random.key(0))
+        taken, outputs = jax.eval_shape(forward, jax.random.key(0))
     except Exception as error:
-        raise ValueError(f"network cannot be applied to observations [T, B, ...]: {error}") from error
+        text = str(error).split(" (https://")[0]
+        remedy = f" ({PURE})" if isinstance(error, (InvalidRngError, ModifyScopeVariableError)) else ""
+        raise ValueError(f"network cannot be applied to observations [T, B, ...]: {text}{remedy}") from error
+    if not isinstance(outputs, tuple) or len(outputs) != 3:
+        what = f"{len(outputs)} values" if isinstance(outputs, tuple) else f"a {type(outputs).__name__}"
+        raise ValueError(f"network must return a memory, a distribution and a value, not {what} (leave out the others)")
+    given, distribution, value = outputs
     taken, given = (jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", memory) for memory in (taken, given))
     if taken != given:
         raise ValueError(
@@ -122,6 +156,11 @@ def check_network(network: Network, obs: Any, action_space: Space, config: Confi
         )
     needed = ("sample", "mode", "log_prob", "entropy", *(["noise"] if hasattr(distribution, "from_noise") else []))
     missing = [name for name in needed if not hasattr(distribution, name)]
+    if isinstance(distribution, jax.ShapeDtypeStruct):
+        raise ValueError(
+            f"network must return a distribution and then the value, but the first is an array "
+            f"{list(distribution.shape)} (make a distribution of it, such as pjp.Categorical(logits))"
+        )
     if missing:
         raise ValueError(f"network must return a distribution, but {type(distribution).__name__} has no {missing[0]}")
     for leaf in jax.tree.leaves(distribution):
@@ -130,8 +169,10 @@ def check_network(network: Network, obs: Any, action_space: Space, config: Confi
                 f"network must return a distribution over [T, B] = (2, {num_envs}), but {type(distribution).__name__} "
                 f"holds an array of shape {leaf.shape} (broadcast it, or make it a scalar)"
             )
-    if value.shape != (2, num_envs):
-        raise ValueError(f"network must return values [T, B] = (2, {num_envs}), not {value.shape}")
+    shape = getattr(value, "shape", type(value).__name__)
+    if shape != (2, num_envs):
+        remedy = " (drop the last axis: value[..., 0])" if shape == (2, num_envs, 1) else ""
+        raise ValueError(f"network must return values [T, B] = (2, {num_envs}), not {shape}{remedy}")
     _check_actions(distribution, action_space)
 
 

@@ -16,7 +16,7 @@ from purejaxppo.experiment.runs.settings import read_settings
 from purejaxppo.experiment.sweeps.result import SweepResult, load_sweep
 from purejaxppo.ppo import PPO, make_ppo
 from purejaxppo.rollout import Policy
-from purejaxppo.text import show_setting
+from purejaxppo.text import count, shorten, show_setting
 
 
 class Agents(NamedTuple):
@@ -27,6 +27,9 @@ class Agents(NamedTuple):
     env_params: Any  # [R, ...]
     title: str
     failed: tuple[str, ...] = ()  # [R], a sentence on each agent that turned nan, "" on the others
+
+    def __repr__(self) -> str:
+        return f"{count(self.num, 'agent')} of {self.title}\n  ppo  {shorten(repr(self.ppo), 100)}"
 
     @property
     def num(self) -> int:

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from purejaxppo.envs.base import action_space, bound_action
 from purejaxppo.ppo import PPO, bind
+from purejaxppo.record import Record
 from purejaxppo.rollout import Policy, add_time, apply_policy
 
 FRAMES_PER_SECOND = 25
@@ -22,7 +22,7 @@ GRIDS = (
 )  # fmt: skip
 
 
-class Episode(struct.PyTreeNode):
+class Episode(Record):
     """The L steps of one episode."""
 
     states: Any  # [L, ...] of the environment, before each step

@@ -1,5 +1,6 @@
 """The host loop of one run: compiled chunks, metrics after each of them, checkpoints, sinks."""
 
+import json
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,16 +14,18 @@ import xarray
 from tqdm.auto import tqdm
 
 from purejaxppo.batched import reported_failures
-from purejaxppo.checks import check_whole
+from purejaxppo.checks import check_range, check_whole
 from purejaxppo.envs.check import metric_names
 from purejaxppo.experiment.lock import Lock
 from purejaxppo.experiment.loop import check_on_interrupt, chunks, end, noted_interrupt, step_bar, warn
-from purejaxppo.experiment.program import Program, compile_training
+from purejaxppo.experiment.program import Program, check_training, kept_program
 from purejaxppo.experiment.report.failures import METRIC, UPDATE, failures_of, join_failures, mark_failures
 from purejaxppo.experiment.report.metrics import to_dataframe
 from purejaxppo.experiment.runs.journal import Journal, open_journal
 from purejaxppo.experiment.runs.sinks import guarded
 from purejaxppo.ppo import PPO
+from purejaxppo.text import shorten
+from purejaxppo.validate import check_type
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,18 @@ class Fit:
     """Whether the call ended early: by a signal, or because another process took over the folder."""
     unsaved: str = ""
     """What could not be written to the folder, and what is kept there instead, as one sentence; empty if all was."""
+
+    def __repr__(self) -> str:
+        title, *_ = repr(self.ppo).splitlines()
+        return "\n".join(
+            [
+                f"Fit of {title}",
+                f"  updates  {self.num_updates:,} in {self.run_seconds:.1f} s, compiled in {self.compile_seconds:.1f} s"
+                + (", interrupted" if self.interrupted else ""),
+                f"  metrics  {dict(self.metrics.sizes)}: {shorten(', '.join(map(str, self.metrics)), 90)}",
+                "  fields   ppo, state, metrics, num_updates, compile_seconds, run_seconds, interrupted",
+            ]
+        )
 
     @property
     def steps_per_second(self) -> float:
@@ -67,6 +82,7 @@ def fit(
     num_updates: int | None = None,
     updates_per_chunk: int | None = None,
     slice_size: int | None = None,
+    program: Program | None = None,
     progress: bool = True,
     folder: str | Path | Lock | None = None,
     save_every: float = 60.0,
@@ -86,7 +102,8 @@ def fit(
     `Interrupted` is raised, a KeyboardInterrupt with the `result`, so that a loop over calls ends too. With
     `on_interrupt="return"`, which suits a notebook, the call returns this result, whose `interrupted` is true.
 
-    Raises ValueError if the folder holds another run, has a writer, or if all its checkpoints are damaged.
+    Raises ValueError before it compiles: for arguments that do not fit, or a folder that holds another run, has a
+    writer, or has only damaged checkpoints.
 
         >>> ppo = pjp.make_ppo("CartPole-v1", pjp.Config(num_updates=2))
         >>> result = pjp.fit(ppo, ppo.init(jax.random.key(0)), progress=False)
@@ -99,6 +116,8 @@ def fit(
         num_updates: updates to make; by default up to `config.num_updates`.
         updates_per_chunk: updates between two reads of the metrics; by default a hundredth of the whole.
         slice_size: runs of a batch that train together in one program, see `compile_training`.
+        program: from `compile_training(ppo, state, num_updates)`, whose `num_updates` is then the length of a chunk. By
+            default it compiles, or takes the program of the call before if that was for the same.
         progress: whether to show a progress bar.
         folder: keeps the whole run: checkpoints, and at the end all that `load` reads. The same call resumes from the
             newest intact checkpoint; the result is that of an uninterrupted run, bit for bit on the same device and
@@ -115,16 +134,25 @@ def fit(
         on_interrupt: what the call does after an interrupt: "raise" or "return".
     """
     check_on_interrupt(on_interrupt)
+    check_training(ppo, state)
+    jax.eval_shape(ppo.collect, state)  # refuses the state of another PPO before anything is written
+    _check_arrays(state)
     numbers = {"num_updates": num_updates, "updates_per_chunk": updates_per_chunk, "evaluate_every": evaluate_every}
-    for name, number in numbers.items():
+    for name, number in (numbers | {"slice_size": slice_size}).items():
         if number is not None:
             check_whole(name, number)
+    check_range("save_every", save_every, 0, np.inf)
+    _check_options(folder, sinks, notes)
     first = int(np.max(state.num_updates))
     last = ppo.config.num_updates if num_updates is None else first + num_updates
     if first >= last:
         raise ValueError(
             f"this run is complete: its state has done all num_updates={last} of its config (raise it to extend)"
         )
+    if program is not None:
+        _check_program(program, ppo, updates_per_chunk, slice_size)
+        updates_per_chunk = updates_per_chunk or program.num_updates
+    _warn_of_ended_schedules(ppo, state, first, last)
     chunk = min(updates_per_chunk or -(-(last - first) // 100), evaluate_every or last, last - first)
     with open_journal(
         ppo, state, folder, keep=keep, save_every=save_every, notes=notes, allow_changed=allow_changed
@@ -141,12 +169,76 @@ def fit(
         ) as bar:
             size = slice_size or journal.settings.slice_size  # another size would round differently
             with reported_failures():
-                program = compile_training(ppo, journal.state, chunk, slice_size=size)
+                program = _chunk_program(program, ppo, journal.state, chunk, size)
             journal.start(program.slice_size)
             bar.set_description(f"compiled in {program.compile_seconds:.1f} s, training")
             bar.unpause()
             guards = [guarded(sink) for sink in sinks]
             return _train(program, journal, last, evaluate_every, guards, bar, failed, on_interrupt)
+
+
+def _chunk_program(program: Program | None, ppo: PPO, state: Any, chunk: int, slice_size: int | None) -> Program:
+    """The program of a chunk, with the seconds that this call compiled."""
+    start = time.perf_counter()
+    if program is None:
+        program = kept_program(ppo, state, chunk, slice_size)
+    if program.slice_size != (slice_size or program.slice_size):
+        raise ValueError(
+            f"program trains slices of {program.slice_size} runs, but the run began with slices of {slice_size} "
+            f"(compile_training(..., slice_size={slice_size}))"
+        )
+    return replace(program, num_updates=chunk, compile_seconds=time.perf_counter() - start)
+
+
+def _check_arrays(state: Any):
+    """Refuses shapes, and a state whose memory was given away."""
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        where = f"state{jax.tree_util.keystr(path)}"
+        if isinstance(x, jax.ShapeDtypeStruct):
+            raise ValueError(f"{where} is a shape, not an array (make the state with ppo.init itself)")
+        if isinstance(x, jax.Array) and x.is_deleted():
+            raise ValueError(f"{where} was donated to another call and is gone (use the state that the call returned)")
+
+
+def _check_options(folder: Any, sinks: Any, notes: Any):
+    if folder is not None and not isinstance(folder, (str, Path, Lock)):
+        raise ValueError(f"folder={shorten(repr(folder))} must be a path")
+    if isinstance(sinks, str) or not isinstance(sinks, Sequence) or not all(map(callable, sinks)):
+        raise ValueError(
+            f"sinks={shorten(repr(sinks))} must be a list of functions, such as [pjp.sinks.csv_file('log.csv')]"
+        )
+    try:
+        json.dumps({} if notes is None else dict(notes))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"notes={shorten(repr(notes))} must be a dictionary of JSON data: {error}") from None
+
+
+def _check_program(program: Any, ppo: PPO, updates_per_chunk: int | None, slice_size: int | None):
+    check_type("program", program, Program, "from compile_training(ppo, state)")
+    if program.step() is not ppo.step:
+        raise ValueError("program was compiled for another PPO (compile_training(ppo, state) makes one for this)")
+    if updates_per_chunk is not None:
+        check_whole(
+            "updates_per_chunk", updates_per_chunk, at_most=program.num_updates, of="the updates of the program"
+        )
+    if slice_size not in (None, program.slice_size):
+        raise ValueError(f"slice_size={slice_size} differs from the {program.slice_size} of the program (leave it out)")
+
+
+def _warn_of_ended_schedules(ppo: PPO, state: Any, first: int, last: int):
+    """Warns if training goes past the end of schedules, where they stay as they are at the end."""
+    config, hyperparams = ppo.config, getattr(state, "runs", state).hyperparams
+    scheduled = {name for name in hyperparams.names if callable(hyperparams.get(name))}
+    scheduled |= {"learning_rate"} if np.any(hyperparams.learning_rate_annealing) else set()
+    if last <= config.num_updates or not scheduled:
+        return
+    end = hyperparams.at(config.num_updates, config)
+    values = ", ".join(f"{name}={np.max(end.get(name)):.3g}" for name in sorted(scheduled))
+    warn(
+        f"num_updates={last - first} leads to update {last}, but schedules end at num_updates={config.num_updates} of "
+        f"the config: from update {config.num_updates + 1} on, {values} (make the PPO with Config(num_updates={last}), "
+        "or set learning_rate_annealing=0 and give constants)"
+    )
 
 
 def _train(

@@ -38,6 +38,7 @@ from purejaxppo.experiment.runs.settings import ENV_PARAMS, RunSettings, read_se
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.rollout import Policy
 from purejaxppo.sharded import sharded
+from purejaxppo.text import shorten
 
 METRICS, POLICY = "metrics.nc", "policy.npz"
 FILES = (SETTINGS, METRICS, POLICY)
@@ -56,6 +57,18 @@ class SavedRun:
     policy: Policy
     """With the seed as leading axis if the run was a batch."""
     metrics: xarray.Dataset
+
+    def __repr__(self) -> str:
+        title, *_ = repr(self.ppo).splitlines()
+        return "\n".join(
+            [
+                f"SavedRun of {title}",
+                f"  folder   {self.folder}",
+                f"  updates  {self.settings.num_updates_done} of {self.settings.config.num_updates}",
+                f"  metrics  {dict(self.metrics.sizes)}: {shorten(', '.join(map(str, self.metrics)), 90)}",
+                f"  fields   {', '.join(vars(self))}",
+            ]
+        )
 
     def failed(self) -> list[str]:
         """A sentence for every agent that turned nan."""

@@ -65,6 +65,9 @@ class Halving:
             raise ValueError(NO_SCORE)
         return {name: first[name] for name in self.sweep.table.names}
 
+    def __repr__(self) -> str:
+        return f"Halving of {len(self.sweep.table)} settings on {self.sweep.env}, rungs at {self.rungs} updates"
+
     def state(self, seed: int = 0, **setting: Any) -> TrainState:
         """The state of one run. Raises ValueError if no setting fits, or more than one."""
         if not 0 <= seed < self.sweep.num_seeds:

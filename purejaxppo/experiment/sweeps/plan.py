@@ -20,7 +20,7 @@ from purejaxppo.experiment.sweeps.slices import Slice, find_slices, read_identit
 from purejaxppo.experiment.sweeps.sweep import CONFIG_FIELDS, PLUGGED, Group, Sweep, make_group
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.sharded import choose_devices
-from purejaxppo.text import align, show
+from purejaxppo.text import align, count, show
 
 SHARE_OF_MEMORY = 0.8
 
@@ -50,6 +50,10 @@ class CompiledGroup:
     """Size of one run on disk."""
     compile_seconds: float
 
+    def __repr__(self) -> str:
+        title, *_ = repr(self.ppo).splitlines()
+        return f"CompiledGroup of {count(self.num_runs, 'run')} in slices of {self.slice_size}: {title}"
+
     @property
     def num_slices(self) -> int:
         """Slices of all runs."""
@@ -77,7 +81,7 @@ class Plan:
         """Approximate size of the results of these groups on disk."""
         return sum(compiled.num_runs * compiled.stored_bytes for compiled in self.groups)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         sweep = self.sweep
         if not self.groups:
             return f"{sweep.env}: all {sweep.num_runs} runs are done"

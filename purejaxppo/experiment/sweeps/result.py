@@ -23,7 +23,7 @@ from purejaxppo.experiment.sweeps.slices import Slice, Slices, by_run, read_iden
 from purejaxppo.experiment.sweeps.sweep import Sweep, make_group, name_run
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.rollout import Policy
-from purejaxppo.text import show_setting, to_coordinate
+from purejaxppo.text import shorten, show_setting, to_coordinate
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,17 @@ class SweepResult:
     def num_unfinished(self) -> int:
         """Runs that have updates to make yet; their scores are of what they have done."""
         return int(unfinished(self.metrics).sum())
+
+    def __repr__(self) -> str:
+        metrics = shorten(", ".join(map(str, self.metrics)), 90)
+        return "\n".join(
+            [
+                f"SweepResult of {len(self.sweep.table)} settings x {self.sweep.num_seeds} seeds on {self.sweep.env}",
+                f"  steps    {self.steps:,} in {self.run_seconds:.1f} s",
+                f"  metrics  {dict(self.metrics.sizes)}: {metrics}",
+                f"  folder   {self.slices.folder}",
+            ]
+        )
 
     @cached_property
     def scores(self) -> xarray.DataArray:

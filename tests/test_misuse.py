@@ -1,0 +1,483 @@
+"""Wrong use of the functions in a table: each raises a ValueError with the argument, its value and a remedy."""
+
+import re
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import purejaxppo as pjp
+from purejaxppo.envs.import_gymnax import import_gymnax
+from purejaxppo.loss import policy_loss
+from purejaxppo.validate import as_key
+
+CONFIG = pjp.Config(num_envs=2, num_steps=4, num_updates=2, num_epochs=1, num_minibatches=2, widths=(4,))
+KEY = jax.random.key(0)
+KEYS = jax.random.split(KEY, 3)
+HYPERPARAMS = pjp.Hyperparams()
+
+
+def reset(key, params):
+    position = jax.random.uniform(key)
+    return position, position[None]
+
+
+def move(key, position, action, params):
+    position = position + params["stride"] * (action - 0.5)
+    return pjp.Step(position, position[None], -jnp.abs(position), position > 3, jnp.bool_(False))
+
+
+WALK = pjp.Env(reset, move, params={"stride": 0.1, "size": 3}, action_space=pjp.Discrete(2), name="walk")
+
+
+@cache
+def make(config=CONFIG, **plugged):
+    return pjp.make_ppo(WALK, config, **plugged)
+
+
+@cache
+def many():
+    return pjp.batched(make())
+
+
+@cache
+def start():
+    """The shapes of the first state of one run."""
+    return start_of(make())
+
+
+def start_of(ppo):
+    return jax.eval_shape(ppo.init, KEY)
+
+
+@cache
+def starts():
+    """The shapes of the first state of three runs."""
+    return jax.eval_shape(many().init, KEYS)
+
+
+@cache
+def state():
+    """A state of zeros, which costs no compilation."""
+    return zeros(start())
+
+
+def zeros(shapes):
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jax.tree.map(lambda x: jnp.broadcast_to(KEY, x.shape) if is_key(x) else jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def step(ppo, of=None):
+    return jax.eval_shape(ppo.step, start_of(ppo) if of is None else of)
+
+
+def with_loss(change):
+    """A step whose loss returns `change(loss, report)` of the usual ones."""
+
+    def loss(params, minibatch, hyperparams, *, network, config):
+        return change(*pjp.ppo_loss(params, minibatch, hyperparams, network=network, config=config))
+
+    return step(make(loss=loss))
+
+
+def with_metric(**metrics):
+    def custom(ppo, state):
+        state, ours = ppo.step(state)
+        return state, ours | metrics
+
+    return step(pjp.with_step(make(), custom))
+
+
+def with_module(forward):
+    """A PPO with a linen module."""
+
+    class Module(nn.Module):
+        @nn.compact
+        def __call__(self, obs):
+            return forward(pjp.Categorical(nn.Dense(2)(obs)), nn.Dense(1)(obs)[..., 0])
+
+    return pjp.make_ppo(WALK, CONFIG, network=Module())
+
+
+def normalized(layer):
+    """A PPO with a linen layer before the heads."""
+
+    class Module(nn.Module):
+        @nn.compact
+        def __call__(self, obs):
+            x = layer()(obs)
+            return pjp.Categorical(nn.Dense(2)(x)), nn.Dense(1)(x)[..., 0]
+
+    return pjp.make_ppo(WALK, CONFIG, network=Module())
+
+
+class OfNNX(nnx.Module):
+    def __init__(self, rngs, layer=lambda rngs: lambda x: x):
+        self.layer, self.logits, self.value = layer(rngs), nnx.Linear(1, 2, rngs=rngs), nnx.Linear(1, 1, rngs=rngs)
+
+    def __call__(self, obs):
+        return pjp.Categorical(self.logits(self.layer(obs))), self.value(obs)[..., 0]
+
+
+def population():
+    return pjp.evolving(make(), every=1, fraction=0.5)
+
+
+wide = replace(CONFIG, widths=(8,))
+act = lambda *args: make().act(state().policy, *args)
+evaluate = lambda *args, **options: make().evaluate(*args, **options)
+
+CASES: dict[str, tuple[Any, str]] = {
+    # make_ppo
+    "a transformation as optimizer": (
+        lambda: make(optimizer=optax.adamw(1e-3)),
+        "optimizer=GradientTransformation.* must be a function from Hyperparams .*lambda hyperparams: optax.adamw",
+    ),
+    "a constructor of optax as optimizer": (
+        lambda: make(optimizer=optax.adam),
+        r"optimizer=adam\(learning_rate, .* must be a function from Hyperparams",
+    ),
+    "an optimizer with two arguments": (
+        lambda: make(optimizer=lambda rate, decay: optax.adam(rate)),
+        r"optimizer=<lambda>\(rate, decay\) must be a function from Hyperparams",
+    ),
+    "an optimizer that returns a number": (
+        lambda: start_of(make(optimizer=lambda hyperparams: 3)),
+        r"optimizer=<lambda>\(hyperparams\) must return an optax transformation, not 3",
+    ),
+    "a name as loss": (lambda: make(loss="spo"), r"loss='spo' must be a function \(params, minibatch, .*surrogate="),
+    "a surrogate as loss": (
+        lambda: make(loss=policy_loss),
+        r"loss=policy_loss\(log_ratio, .* must be a function \(params",
+    ),
+    "a loss that returns one number": (
+        lambda: with_loss(lambda loss, report: loss),
+        r"loss must return the pair \(loss, report\), .*not float32\[\]",
+    ),
+    "a loss that returns three values": (
+        lambda: with_loss(lambda loss, report: (loss, report, 0)),
+        "loss must return the pair .*not 3 values",
+    ),
+    "a loss per transition": (
+        lambda: with_loss(lambda loss, report: (jnp.full((1, 4), loss), report)),
+        r"must return one number as its loss, not float32\[1, 4\] \(take a mean\)",
+    ),
+    "a report per transition": (
+        lambda: with_loss(lambda loss, report: (loss, report | {"kl": jnp.full((1, 4), loss)})),
+        r"the loss reports kl as float32\[1, 4\]; it must be a scalar or a vector \(take a mean\)",
+    ),
+    "a report that is text": (
+        lambda: with_loss(lambda loss, report: (loss, report | {"kind": "spo"})),
+        "the loss reports kind as 'spo'; it must be",
+    ),
+    "a report in a report": (
+        lambda: with_loss(lambda loss, report: (loss, report | {"kl": {"mean": loss}})),
+        r"the loss reports kl as \{'mean': float32\[\]\}; it must be",
+    ),
+    **{
+        f"a loss that reports {name}": (
+            lambda name=name: with_loss(lambda loss, report: (loss, report | {name: loss})),
+            f"reports.* '?{name}'?, a name that is taken .*use another name",
+        )
+        for name in ("learning_rate", "episode_return", "grad_norm", "step")
+    },
+    "a preset as config": (
+        lambda: pjp.make_ppo("CartPole-v1", pjp.preset("CartPole-v1")),  # pyright: ignore[reportArgumentType]
+        r"config=Preset\(.* must be a Config \(.*config, hyperparams = preset",
+    ),
+    "parameters of an environment as config": (
+        lambda: pjp.make_ppo(*import_gymnax().make("CartPole-v1")),
+        r"config=EnvParams.* must be a Config \(.*make_ppo\(\(env, params\), config\)",
+    ),
+    "hyperparameters as config": (
+        lambda: pjp.make_ppo(WALK, HYPERPARAMS),
+        r"config=Hyperparams\(.* must be a Config \(hyperparameters go to ppo.init",
+    ),
+    "a dictionary as config": (
+        lambda: pjp.make_ppo(WALK, {"num_envs": 2}),  # pyright: ignore[reportArgumentType]
+        r"config={'num_envs': 2} must be a Config \(write Config\(\*\*config\)",
+    ),
+    # init
+    "a number as key": (lambda: make().init(0), r"key=0 must be a random key, such as jax.random.key\(0\)"),
+    "keys of several runs": (lambda: make().init(KEYS), r"key has shape \(3,\), but must be a single key .batched"),
+    "the key second": (lambda: make().init(HYPERPARAMS, KEY), "hyperparams=.* must be Hyperparams"),
+    "a dictionary as hyperparameters": (
+        lambda: make().init(KEY, {"clip": 0.1}),
+        r"hyperparams={'clip': 0.1} must be Hyperparams \(write Hyperparams\(\*\*hyperparams",
+    ),
+    "environment parameters as hyperparameters": (
+        lambda: make().init(KEY, {"stride": 0.1}),
+        "hyperparams={'stride': 0.1} must be .*parameters of the environment go to env_params=",
+    ),
+    "a config as hyperparameters": (lambda: make().init(KEY, CONFIG), "hyperparams=Config.* goes to make_ppo"),
+    "a preset as hyperparameters": (
+        lambda: make().init(KEY, pjp.preset("CartPole-v1")),
+        "hyperparams=Preset.*config, hyperparams = preset",
+    ),
+    "hyperparameters of several runs": (
+        lambda: make().init(KEY, pjp.Hyperparams(learning_rate=jnp.ones(3))),
+        r"hyperparams.learning_rate has shape \(3,\), but this PPO is of one run .*batched\(ppo\)",
+    ),
+    "a list of a hyperparameter": (
+        lambda: make().init(KEY, pjp.Hyperparams(clip=[0.1, 0.2])),
+        r"hyperparams.clip=\[0.1, 0.2\] is a list \(write jnp.array",
+    ),
+    "environment parameters of other names": (
+        lambda: make().init(KEY, HYPERPARAMS, {"length": 0.5}),
+        r"env_params={'length': float32\[\]} must have the structure of those of walk: .*ppo.env.params",
+    ),
+    "environment parameters without one": (
+        lambda: make().init(KEY, HYPERPARAMS, {"stride": 0.5}),
+        r"env_params=.* must have the structure of those of walk: \['size'\] is missing",
+    ),
+    "environment parameters of another shape": (
+        lambda: make().init(KEY, HYPERPARAMS, {"stride": jnp.ones(3), "size": 3}),
+        r"env_params\['stride'\] has shape \(3,\), but must have \(\), as in walk; give R values to batched",
+    ),
+    "environment parameters of another type": (
+        lambda: make().init(KEY, HYPERPARAMS, {"stride": 0.5, "size": 3.5}),
+        r"env_params\['size'\]=3.5 must be int32, as in walk",
+    ),
+    "keys that are one key": (lambda: many().init(KEY), r"key must hold one key per run, \[R\], not shape \(\)"),
+    "keys that are a number": (lambda: many().init(0), r"key=0 must be a random key per run, \[R\], such as"),
+    "hyperparameters of another number of runs": (
+        lambda: many().init(KEYS, pjp.Hyperparams(clip=jnp.ones(2))),
+        r"hyperparams.clip has shape \(2,\), but there are 3 keys",
+    ),
+    "environment parameters of another number of runs": (
+        lambda: many().init(KEYS, HYPERPARAMS, {"stride": jnp.ones(2), "size": 3}),
+        r"env_params\['stride'\] has shape \(2,\), but must have \(\) or \(3,\), one value per run",
+    ),
+    # step, collect, learn, train
+    **{
+        f"a batch to {name} of one run": (
+            lambda name=name: jax.eval_shape(getattr(make(), name), starts()),
+            r"state holds 3 runs, but this PPO is of one run .*batched\(ppo\), or state\[0\]",
+        )
+        for name in ("step", "collect", "train")
+    },
+    "one run to step of a batch": (lambda: step(many(), start()), r"needs states with a leading axis R"),
+    "a policy as state": (
+        lambda: step(make(), start().policy),
+        r"state=Policy .* must be a TrainState \(from ppo.init",
+    ),
+    "a state of another num_envs": (
+        lambda: step(make(), start_of(make(replace(CONFIG, num_envs=4)))),
+        r"state has 4 environments, but num_envs=2 \(make it with the init of this PPO\)",
+    ),
+    "a state of another environment": (
+        lambda: step(make(), start_of(pjp.make_ppo("CartPole-v1", CONFIG))),
+        "state.env_params belongs to another environment: .*init of this PPO",
+    ),
+    "a state of an environment with a time limit": (
+        lambda: step(make(), start_of(pjp.make_ppo(pjp.time_limit(WALK, 5), CONFIG))),
+        r"state.actors.env_state belongs to another environment: an array is missing",
+    ),
+    "a state of another network": (
+        lambda: step(make(), start_of(make(wide))),
+        r"state.policy.params belongs to another network: \['params'\].* has shape .* instead of",
+    ),
+    "a state of another optimizer": (
+        lambda: step(make(), start_of(make(optimizer=lambda h: optax.sgd(h.learning_rate, momentum=0.9)))),
+        "state.opt_state belongs to another optimizer",
+    ),
+    "a state without moments": (
+        lambda: step(make(replace(CONFIG, normalize_observation=True)), start()),
+        "state.policy.observation belongs to another config .normalize_observation",
+    ),
+    "a state to an evolving PPO": (lambda: step(population(), starts()), "state=TrainState .* must be a Population"),
+    "a population to a batched PPO": (
+        lambda: step(many(), jax.eval_shape(population().init, KEYS)),
+        "state is a Population, which belongs to the PPO that evolving returned",
+    ),
+    # act and evaluate
+    "several observations": (
+        lambda: act(jnp.zeros((5, 1))),
+        r"obs is float32\[5, 1\], but must be float32\[1\] \(jax.vmap\(ppo.act, in_axes=\(None, 0\)\)",
+    ),
+    "a batch of one observation": (lambda: act(jnp.zeros((1, 1))), r"obs is float32\[1, 1\], but must be float32\[1\]"),
+    "an observation of another structure": (lambda: act({"x": jnp.zeros(1)}), "obs is {'x': float32.* but must be"),
+    "a list as observation": (lambda: act([0.0]), r"obs is \[float32\[\]\], but must be float32\[1\]"),
+    "a complex observation": (lambda: act(np.zeros(1, complex)), r"obs is complex64.*convert it to float32"),
+    "a number as key of act": (lambda: act(jnp.zeros(1), 3), "key=3 must be a random key"),
+    "another memory": (lambda: act(jnp.zeros(1), None, jnp.zeros(4)), r"memory is float32\[4\], but must be \(\)"),
+    "a state to act": (
+        lambda: make().act(state(), jnp.zeros(1)),
+        r"policy=TrainState.* must be a Policy \(give its .policy\)",
+    ),
+    "policies of a batch": (
+        lambda: jax.eval_shape(make().act, starts().policy, jnp.zeros(1)),
+        r"policy holds one policy per run, \[R, ...\], but this PPO is of one run",
+    ),
+    "one observation for a batch": (
+        lambda: jax.eval_shape(many().act, starts().policy, jnp.zeros(1)),
+        r"obs has shape \(1,\), but must be \[R, ...\] with R = 3 runs",
+    ),
+    "a policy before the key": (lambda: evaluate(state().policy, KEY), "key=Policy.* must be a random key"),
+    "a state to evaluate": (lambda: evaluate(KEY, state()), r"policy=TrainState.* must be a Policy"),
+    "no episodes": (lambda: evaluate(KEY, state().policy, num_episodes=0), "num_episodes=0 must be at least 1"),
+    "no steps": (lambda: evaluate(KEY, state().policy, max_steps=0), "max_steps=0 must be at least 1"),
+    "a number as environment parameters": (
+        lambda: evaluate(KEY, state().policy, 128),
+        r"env_params=int32\[\] must have the structure of those of walk",
+    ),
+    # networks
+    "a network that returns logits": (
+        lambda: with_module(lambda distribution, value: (distribution.logits, value)),
+        r"must return a distribution .*the first is an array \[2, 2, 2\].*pjp.Categorical",
+    ),
+    "a network that returns the value first": (
+        lambda: with_module(lambda distribution, value: (value, distribution)),
+        "must return a distribution and then the value",
+    ),
+    "a network that returns one thing": (
+        lambda: with_module(lambda distribution, value: distribution),
+        r"must return the pair \(distribution, value \[B\]\), not a Categorical",
+    ),
+    "a network that returns three things": (
+        lambda: with_module(lambda distribution, value: (distribution, value, value)),
+        "must return a memory, a distribution and a value, not 4 values",
+    ),
+    "a value with an axis too many": (
+        lambda: with_module(lambda distribution, value: (distribution, value[..., None])),
+        r"values \[T, B\] = \(2, 2\), not \(2, 2, 1\) \(drop the last axis",
+    ),
+    "dropout": (lambda: normalized(partial(nn.Dropout, 0.5, deterministic=False)), "leave out Dropout and BatchNorm"),
+    "batch normalisation": (
+        lambda: normalized(partial(nn.BatchNorm, use_running_average=False)),
+        "leave out Dropout and BatchNorm.*LayerNorm",
+    ),
+    "batch normalisation of nnx": (
+        lambda: pjp.from_nnx(lambda rngs: OfNNX(rngs, lambda rngs: nnx.BatchNorm(1, rngs=rngs))),
+        "the module holds BatchStat, but may only hold nnx.Param .*leave out",
+    ),
+    "dropout of nnx": (
+        lambda: pjp.from_nnx(lambda rngs: OfNNX(rngs, lambda rngs: nnx.Dropout(0.5, rngs=rngs))),
+        "the module holds RngCount, RngKey, but may only hold nnx.Param",
+    ),
+    "a module of nnx as network": (
+        lambda: pjp.make_ppo(WALK, CONFIG, network=OfNNX(nnx.Rngs(0))),
+        r"^network=.{1,60} must be a Network, .*from_nnx\(build\)",
+    ),
+    "a module of nnx as its builder": (
+        lambda: pjp.from_nnx(OfNNX(nnx.Rngs(0))),
+        r"build=OfNNX\(...\) is a module; .*from_nnx\(lambda rngs: MyModule\(rngs\)\)",
+    ),
+    "a class of modules": (lambda: pjp.make_ppo(WALK, CONFIG, network=nn.Dense), "network=<class.* an instance of it"),
+    # transforms
+    "batched twice": (lambda: pjp.batched(many()), "batched takes the PPO of one run.*leave out"),
+    "sharded of batched": (lambda: pjp.sharded(many()), r"sharded takes the PPO of one run .*batched\(sharded\(ppo"),
+    "evolving of batched": (lambda: pjp.evolving(many(), every=1), "evolving takes the PPO of one run.*leave out"),
+    **{
+        f"{name} of a name": (
+            lambda name=name: getattr(pjp, name)("CartPole-v1", **{"every": 1} if name == "evolving" else {}),
+            r"ppo='CartPole-v1' must be a PPO \(as make_ppo returns it",
+        )
+        for name in ("batched", "sharded", "evolving", "adaptive_learning_rate")
+    },
+    "a name as devices": (lambda: pjp.sharded(make(), "cpu"), "devices='cpu' must be a number, or a list"),
+    "half a device": (lambda: pjp.sharded(make(), 1.5), "devices=1.5 must be a whole number"),
+    "the step before the PPO": (
+        lambda: pjp.with_step(lambda ppo, state: ppo.step(state), make()),  # pyright: ignore[reportArgumentType]
+        r"ppo=<function.* must be a PPO \(with_step\(ppo, step\)\)",
+    ),
+    "a step without its PPO": (
+        lambda: pjp.with_step(make(), lambda state: make().step(state)),
+        r"step=<lambda>\(state\) must be a function \(ppo, state\) -> state, metrics",
+    ),
+    "an init with other arguments": (
+        lambda: pjp.with_step(make(), lambda ppo, state: ppo.step(state), lambda key: None),
+        r"init=<lambda>\(key\) must be a function \(ppo, key, hyperparams, env_params\)",
+    ),
+    "a metric of a step under a taken name": (
+        lambda: with_metric(evaluation_return=0.0),
+        "metric 'evaluation_return' .* under a free name",
+    ),
+    "a metric of a step in a metric": (lambda: with_metric(kl={"mean": 0.0}), "metric 'kl' of step is {'mean'"),
+    "concatenating single runs": (lambda: pjp.concatenate(state(), state()), "needs states with a leading axis R"),
+    "concatenating a list": (
+        lambda: pjp.concatenate([state()]),  # pyright: ignore[reportArgumentType]
+        r"state=\[.* must be a TrainState",
+    ),
+    "concatenating nothing": (lambda: pjp.concatenate(), "concatenate needs at least one batch"),
+    "a number of runs as values": (
+        lambda: pjp.runs(KEY, 8),  # pyright: ignore[reportArgumentType]
+        "values=8 must be a table or a dictionary .*num_seeds=",
+    ),
+    "a seed as key of runs": (lambda: pjp.runs(0), "key=0 must be a random key"),  # pyright: ignore[reportArgumentType]
+    "another hyperparameter of a state": (
+        lambda: pjp.with_hyperparams(state(), rate=1e-3),
+        "rate is not a hyperparameter .choose among learning_rate",
+    ),
+    # fit and compile_training, which refuse before they compile
+    **{
+        f"{function.__name__} with the state first": (
+            lambda function=function: function(state(), make()),
+            r"ppo=TrainState.* must be a PPO \(give the PPO first, then its state\)",
+        )
+        for function in (pjp.fit, pjp.compile_training)
+    },
+    "fit of a batch by one": (lambda: pjp.fit(make(), zeros(starts())), "state holds 3 runs, but this PPO is of one"),
+    "fit of one by a batch": (lambda: pjp.fit(many(), state()), "needs states with a leading axis R"),
+    "fit of a key": (lambda: pjp.fit(make(), KEY), "state=.* must be a TrainState .from ppo.init"),
+    "fit of shapes": (lambda: pjp.fit(make(), start()), "state.key is a shape, not an array"),
+    "fit with a sink alone": (
+        lambda: pjp.fit(make(), state(), sinks=print),  # pyright: ignore[reportArgumentType]
+        r"sinks=<built-in function print> must be a list of functions",
+    ),
+    "fit with the name of a sink": (
+        lambda: pjp.fit(make(), state(), sinks=["csv"]),  # pyright: ignore[reportArgumentType]
+        r"sinks=\['csv'\] must be a list of functions, such as \[pjp.sinks",
+    ),
+    "fit with a negative interval": (lambda: pjp.fit(make(), state(), save_every=-1), "save_every=-1 must be"),
+    "fit with slices of nothing": (lambda: pjp.fit(make(), state(), slice_size=0), "slice_size=0 must be at least 1"),
+    "fit with a function as program": (
+        lambda: pjp.fit(make(), state(), program=make().train),  # pyright: ignore[reportArgumentType]
+        r"program=<function.* must be a Program \(from compile_training",
+    ),
+    "compile_training of another num_envs": (
+        lambda: pjp.compile_training(make(), start_of(make(replace(CONFIG, num_envs=4)))),
+        "state has 4 environments, but num_envs=2",
+    ),
+    "first_state without a PPO": (
+        lambda: pjp.first_state(KEY),  # pyright: ignore[reportArgumentType]
+        r"ppo=.* must be a PPO \(first_state\(ppo, key",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_wrong_use_is_refused_in_a_sentence_with_the_remedy(name):
+    misuse, words = CASES[name]
+    with pytest.raises(ValueError) as error:
+        misuse()
+    message = str(error.value)
+    assert re.search(words, message), message
+    assert len(message) < 320 and "\n" not in message
+
+
+def test_keys_of_the_older_kind_are_taken_too():
+    old = jax.random.PRNGKey(7)
+    np.testing.assert_array_equal(jax.random.key_data(as_key(old)), jax.random.key_data(jax.random.key(7)))
+    assert jax.eval_shape(make().init, old).key.dtype == KEY.dtype
+    assert jax.eval_shape(many().init, jax.random.split(old, 3)).key.shape == (3,)
+
+
+def test_environment_parameters_get_the_types_of_the_environment():
+    params = jax.eval_shape(lambda: make().init(KEY, HYPERPARAMS, {"stride": 1, "size": 4})).env_params
+    assert (params["stride"].dtype, params["size"].dtype) == (jnp.float32, jnp.int32)
+
+
+def test_everything_prints_in_a_few_lines():
+    shown = [make(), many(), state(), state().policy, make().network, WALK, jax.eval_shape(population().init, KEYS)]
+    assert all(len(text.splitlines()) <= 10 and len(text) < 700 for text in map(repr, shown))
+    assert repr(state().policy).splitlines()[0] == "Policy"
+    assert "  num_updates  int32[]" in repr(state()).splitlines()
+    assert repr(WALK).startswith("Env 'walk': actions Discrete(2)")
