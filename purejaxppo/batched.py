@@ -84,10 +84,10 @@ def batched(ppo: PPO, devices: int | Sequence[Any] | None = None) -> PPO:
     @wraps(ppo.act)
     def act(policy: Any, obs: Any, key: jax.Array | None = None, memory: Any = None, env_params: Any = None):
         check_type("policy", policy, Policy, "such as state.policy")
-        num_runs = np.shape(jax.tree.leaves(policy)[0])[:1]
-        check_axis(*num_runs or (0,), ONE, policy=policy, obs=obs, key=key, memory=memory)
+        num_runs, *_ = *np.shape(jax.tree.leaves(policy)[0]), 0
+        check_axis(num_runs, ONE, policy=policy, obs=obs, key=key, memory=memory)
         if env_params is not None:
-            env_params = _per_run(as_env_params(env_params, ppo.env, *num_runs), ppo.env.params, *num_runs)
+            env_params = _per_run(as_env_params(env_params, ppo.env, num_runs), ppo.env.params, num_runs)
         return jax.vmap(ppo.act)(policy, obs, key, memory, env_params)
 
     def over_runs(function: Callable) -> Callable:

@@ -231,16 +231,7 @@ def as_key(key: Any, axes: int = 0) -> jax.Array:
 
 def check_hyperparams(hyperparams: Any, num_runs: int | None = None) -> None:
     """Refuses what is not `Hyperparams` of one run, or of R runs: numbers, or arrays [R]."""
-    if isinstance(hyperparams, Mapping):
-        known = all(name in Hyperparams().names for name in hyperparams)
-        remedy = "write Hyperparams(**hyperparams)" if known else "parameters of the environment go to env_params="
-    elif isinstance(hyperparams, Config):
-        remedy = "a Config goes to make_ppo(env, config)"
-    elif isinstance(hyperparams, tuple):
-        remedy = "a preset is a pair: config, hyperparams = preset(...)"
-    else:
-        remedy = "such as Hyperparams(learning_rate=3e-4)"
-    check_type("hyperparams", hyperparams, Hyperparams, remedy)
+    check_type("hyperparams", hyperparams, Hyperparams, _place_of(hyperparams))
     for name in hyperparams.names:
         value = hyperparams.get(name)
         if isinstance(value, (list, tuple)):
@@ -256,6 +247,19 @@ def check_hyperparams(hyperparams: Any, num_runs: int | None = None) -> None:
                     f"hyperparams.{name} has shape {shape}, but there are {num_runs} keys (give a number, or one per "
                     "key)"
                 )
+
+
+def _place_of(value: Any) -> str:
+    """Where something belongs that was given as hyperparameters."""
+    if isinstance(value, Mapping) and all(name in Hyperparams().names for name in value):
+        return "write Hyperparams(**hyperparams)"
+    if isinstance(value, Mapping):
+        return "parameters of the environment go to env_params="
+    if isinstance(value, Config):
+        return "a Config goes to make_ppo(env, config)"
+    if isinstance(value, tuple):
+        return "a preset is a pair: config, hyperparams = preset(...)"
+    return "such as Hyperparams(learning_rate=3e-4)"
 
 
 def check_target_kl(target_kl: Any, config: Config) -> None:

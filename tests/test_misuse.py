@@ -18,6 +18,7 @@ from purejaxppo.envs.import_gymnax import import_gymnax
 from purejaxppo.loss import policy_loss
 from purejaxppo.validate import as_key
 
+api: Any = pjp  # without types, so that it can be used wrongly
 CONFIG = pjp.Config(num_envs=2, num_steps=4, num_updates=2, num_epochs=1, num_minibatches=2, widths=(4,))
 KEY = jax.random.key(0)
 KEYS = jax.random.split(KEY, 3)
@@ -189,19 +190,19 @@ CASES: dict[str, tuple[Any, str]] = {
         for name in ("learning_rate", "episode_return", "grad_norm", "step")
     },
     "a preset as config": (
-        lambda: pjp.make_ppo("CartPole-v1", pjp.preset("CartPole-v1")),  # pyright: ignore[reportArgumentType]
+        lambda: api.make_ppo("CartPole-v1", api.preset("CartPole-v1")),
         r"config=Preset\(.* must be a Config \(.*config, hyperparams = preset",
     ),
     "parameters of an environment as config": (
-        lambda: pjp.make_ppo(*import_gymnax().make("CartPole-v1")),
+        lambda: api.make_ppo(*import_gymnax().make("CartPole-v1")),
         r"config=EnvParams.* must be a Config \(.*make_ppo\(\(env, params\), config\)",
     ),
     "hyperparameters as config": (
-        lambda: pjp.make_ppo(WALK, HYPERPARAMS),
+        lambda: api.make_ppo(WALK, HYPERPARAMS),
         r"config=Hyperparams\(.* must be a Config \(hyperparameters go to ppo.init",
     ),
     "a dictionary as config": (
-        lambda: pjp.make_ppo(WALK, {"num_envs": 2}),  # pyright: ignore[reportArgumentType]
+        lambda: api.make_ppo(WALK, {"num_envs": 2}),
         r"config={'num_envs': 2} must be a Config \(write Config\(\*\*config\)",
     ),
     # init
@@ -218,15 +219,15 @@ CASES: dict[str, tuple[Any, str]] = {
     ),
     "a config as hyperparameters": (lambda: make().init(KEY, CONFIG), "hyperparams=Config.* goes to make_ppo"),
     "a preset as hyperparameters": (
-        lambda: make().init(KEY, pjp.preset("CartPole-v1")),
+        lambda: make().init(KEY, api.preset("CartPole-v1")),
         "hyperparams=Preset.*config, hyperparams = preset",
     ),
     "hyperparameters of several runs": (
-        lambda: make().init(KEY, pjp.Hyperparams(learning_rate=jnp.ones(3))),
+        lambda: make().init(KEY, api.Hyperparams(learning_rate=jnp.ones(3))),
         r"hyperparams.learning_rate has shape \(3,\), but this PPO is of one run .*batched\(ppo\)",
     ),
     "a list of a hyperparameter": (
-        lambda: make().init(KEY, pjp.Hyperparams(clip=[0.1, 0.2])),
+        lambda: make().init(KEY, api.Hyperparams(clip=[0.1, 0.2])),
         r"hyperparams.clip=\[0.1, 0.2\] is a list \(write jnp.array",
     ),
     "environment parameters of other names": (
@@ -248,7 +249,7 @@ CASES: dict[str, tuple[Any, str]] = {
     "keys that are one key": (lambda: many().init(KEY), r"key must hold one key per run, \[R\], not shape \(\)"),
     "keys that are a number": (lambda: many().init(0), r"key=0 must be a random key per run, \[R\], such as"),
     "hyperparameters of another number of runs": (
-        lambda: many().init(KEYS, pjp.Hyperparams(clip=jnp.ones(2))),
+        lambda: many().init(KEYS, api.Hyperparams(clip=jnp.ones(2))),
         r"hyperparams.clip has shape \(2,\), but there are 3 keys",
     ),
     "environment parameters of another number of runs": (
@@ -273,11 +274,11 @@ CASES: dict[str, tuple[Any, str]] = {
         r"state has 4 environments, but num_envs=2 \(make it with the init of this PPO\)",
     ),
     "a state of another environment": (
-        lambda: step(make(), start_of(pjp.make_ppo("CartPole-v1", CONFIG))),
+        lambda: step(make(), start_of(api.make_ppo("CartPole-v1", CONFIG))),
         "state.env_params belongs to another environment: .*init of this PPO",
     ),
     "a state of an environment with a time limit": (
-        lambda: step(make(), start_of(pjp.make_ppo(pjp.time_limit(WALK, 5), CONFIG))),
+        lambda: step(make(), start_of(api.make_ppo(api.time_limit(WALK, 5), CONFIG))),
         r"state.actors.env_state belongs to another environment: an array is missing",
     ),
     "a state of another network": (
@@ -355,45 +356,45 @@ CASES: dict[str, tuple[Any, str]] = {
         "leave out Dropout and BatchNorm.*LayerNorm",
     ),
     "batch normalisation of nnx": (
-        lambda: pjp.from_nnx(lambda rngs: OfNNX(rngs, lambda rngs: nnx.BatchNorm(1, rngs=rngs))),
+        lambda: api.from_nnx(lambda rngs: OfNNX(rngs, lambda rngs: nnx.BatchNorm(1, rngs=rngs))),
         "the module holds BatchStat, but may only hold nnx.Param .*leave out",
     ),
     "dropout of nnx": (
-        lambda: pjp.from_nnx(lambda rngs: OfNNX(rngs, lambda rngs: nnx.Dropout(0.5, rngs=rngs))),
+        lambda: api.from_nnx(lambda rngs: OfNNX(rngs, lambda rngs: nnx.Dropout(0.5, rngs=rngs))),
         "the module holds RngCount, RngKey, but may only hold nnx.Param",
     ),
     "a module of nnx as network": (
-        lambda: pjp.make_ppo(WALK, CONFIG, network=OfNNX(nnx.Rngs(0))),
+        lambda: api.make_ppo(WALK, CONFIG, network=OfNNX(nnx.Rngs(0))),
         r"^network=.{1,60} must be a Network, .*from_nnx\(build\)",
     ),
     "a module of nnx as its builder": (
-        lambda: pjp.from_nnx(OfNNX(nnx.Rngs(0))),
+        lambda: api.from_nnx(OfNNX(nnx.Rngs(0))),
         r"build=OfNNX\(...\) is a module; .*from_nnx\(lambda rngs: MyModule\(rngs\)\)",
     ),
-    "a class of modules": (lambda: pjp.make_ppo(WALK, CONFIG, network=nn.Dense), "network=<class.* an instance of it"),
+    "a class of modules": (lambda: api.make_ppo(WALK, CONFIG, network=nn.Dense), "network=<class.* an instance of it"),
     # transforms
-    "batched twice": (lambda: pjp.batched(many()), "batched takes the PPO of one run.*leave out"),
-    "sharded of batched": (lambda: pjp.sharded(many()), r"sharded takes the PPO of one run .*batched\(sharded\(ppo"),
-    "evolving of batched": (lambda: pjp.evolving(many(), every=1), "evolving takes the PPO of one run.*leave out"),
+    "batched twice": (lambda: api.batched(many()), "batched takes the PPO of one run.*leave out"),
+    "sharded of batched": (lambda: api.sharded(many()), r"sharded takes the PPO of one run .*batched\(sharded\(ppo"),
+    "evolving of batched": (lambda: api.evolving(many(), every=1), "evolving takes the PPO of one run.*leave out"),
     **{
         f"{name} of a name": (
-            lambda name=name: getattr(pjp, name)("CartPole-v1", **{"every": 1} if name == "evolving" else {}),
+            lambda name=name: getattr(api, name)("CartPole-v1", **{"every": 1} if name == "evolving" else {}),
             r"ppo='CartPole-v1' must be a PPO \(as make_ppo returns it",
         )
         for name in ("batched", "sharded", "evolving", "adaptive_learning_rate")
     },
-    "a name as devices": (lambda: pjp.sharded(make(), "cpu"), "devices='cpu' must be a number, or a list"),
-    "half a device": (lambda: pjp.sharded(make(), 1.5), "devices=1.5 must be a whole number"),
+    "a name as devices": (lambda: api.sharded(make(), "cpu"), "devices='cpu' must be a number, or a list"),
+    "half a device": (lambda: api.sharded(make(), 1.5), "devices=1.5 must be a whole number"),
     "the step before the PPO": (
-        lambda: pjp.with_step(lambda ppo, state: ppo.step(state), make()),  # pyright: ignore[reportArgumentType]
+        lambda: api.with_step(lambda ppo, state: ppo.step(state), make()),
         r"ppo=<function.* must be a PPO \(with_step\(ppo, step\)\)",
     ),
     "a step without its PPO": (
-        lambda: pjp.with_step(make(), lambda state: make().step(state)),
+        lambda: api.with_step(make(), lambda state: make().step(state)),
         r"step=<lambda>\(state\) must be a function \(ppo, state\) -> state, metrics",
     ),
     "an init with other arguments": (
-        lambda: pjp.with_step(make(), lambda ppo, state: ppo.step(state), lambda key: None),
+        lambda: api.with_step(make(), lambda ppo, state: ppo.step(state), lambda key: None),
         r"init=<lambda>\(key\) must be a function \(ppo, key, hyperparams, env_params\)",
     ),
     "a metric of a step under a taken name": (
@@ -401,19 +402,19 @@ CASES: dict[str, tuple[Any, str]] = {
         "metric 'evaluation_return' .* under a free name",
     ),
     "a metric of a step in a metric": (lambda: with_metric(kl={"mean": 0.0}), "metric 'kl' of step is {'mean'"),
-    "concatenating single runs": (lambda: pjp.concatenate(state(), state()), "needs states with a leading axis R"),
+    "concatenating single runs": (lambda: api.concatenate(state(), state()), "needs states with a leading axis R"),
     "concatenating a list": (
-        lambda: pjp.concatenate([state()]),  # pyright: ignore[reportArgumentType]
+        lambda: api.concatenate([state()]),
         r"state=\[.* must be a TrainState",
     ),
-    "concatenating nothing": (lambda: pjp.concatenate(), "concatenate needs at least one batch"),
+    "concatenating nothing": (lambda: api.concatenate(), "concatenate needs at least one batch"),
     "a number of runs as values": (
-        lambda: pjp.runs(KEY, 8),  # pyright: ignore[reportArgumentType]
+        lambda: api.runs(KEY, 8),
         "values=8 must be a table or a dictionary .*num_seeds=",
     ),
-    "a seed as key of runs": (lambda: pjp.runs(0), "key=0 must be a random key"),  # pyright: ignore[reportArgumentType]
+    "a seed as key of runs": (lambda: api.runs(0), "key=0 must be a random key"),
     "another hyperparameter of a state": (
-        lambda: pjp.with_hyperparams(state(), rate=1e-3),
+        lambda: api.with_hyperparams(state(), rate=1e-3),
         "rate is not a hyperparameter .choose among learning_rate",
     ),
     # fit and compile_training, which refuse before they compile
@@ -422,32 +423,32 @@ CASES: dict[str, tuple[Any, str]] = {
             lambda function=function: function(state(), make()),
             r"ppo=TrainState.* must be a PPO \(give the PPO first, then its state\)",
         )
-        for function in (pjp.fit, pjp.compile_training)
+        for function in (api.fit, api.compile_training)
     },
-    "fit of a batch by one": (lambda: pjp.fit(make(), zeros(starts())), "state holds 3 runs, but this PPO is of one"),
-    "fit of one by a batch": (lambda: pjp.fit(many(), state()), "needs states with a leading axis R"),
-    "fit of a key": (lambda: pjp.fit(make(), KEY), "state=.* must be a TrainState .from ppo.init"),
-    "fit of shapes": (lambda: pjp.fit(make(), start()), "state.key is a shape, not an array"),
+    "fit of a batch by one": (lambda: api.fit(make(), zeros(starts())), "state holds 3 runs, but this PPO is of one"),
+    "fit of one by a batch": (lambda: api.fit(many(), state()), "needs states with a leading axis R"),
+    "fit of a key": (lambda: api.fit(make(), KEY), "state=.* must be a TrainState .from ppo.init"),
+    "fit of shapes": (lambda: api.fit(make(), start()), "state.key is a shape, not an array"),
     "fit with a sink alone": (
-        lambda: pjp.fit(make(), state(), sinks=print),  # pyright: ignore[reportArgumentType]
+        lambda: api.fit(make(), state(), sinks=print),
         r"sinks=<built-in function print> must be a list of functions",
     ),
     "fit with the name of a sink": (
-        lambda: pjp.fit(make(), state(), sinks=["csv"]),  # pyright: ignore[reportArgumentType]
+        lambda: api.fit(make(), state(), sinks=["csv"]),
         r"sinks=\['csv'\] must be a list of functions, such as \[pjp.sinks",
     ),
-    "fit with a negative interval": (lambda: pjp.fit(make(), state(), save_every=-1), "save_every=-1 must be"),
-    "fit with slices of nothing": (lambda: pjp.fit(make(), state(), slice_size=0), "slice_size=0 must be at least 1"),
+    "fit with a negative interval": (lambda: api.fit(make(), state(), save_every=-1), "save_every=-1 must be"),
+    "fit with slices of nothing": (lambda: api.fit(make(), state(), slice_size=0), "slice_size=0 must be at least 1"),
     "fit with a function as program": (
-        lambda: pjp.fit(make(), state(), program=make().train),  # pyright: ignore[reportArgumentType]
+        lambda: api.fit(make(), state(), program=make().train),
         r"program=<function.* must be a Program \(from compile_training",
     ),
     "compile_training of another num_envs": (
-        lambda: pjp.compile_training(make(), start_of(make(replace(CONFIG, num_envs=4)))),
+        lambda: api.compile_training(make(), start_of(make(replace(CONFIG, num_envs=4)))),
         "state has 4 environments, but num_envs=2",
     ),
     "first_state without a PPO": (
-        lambda: pjp.first_state(KEY),  # pyright: ignore[reportArgumentType]
+        lambda: api.first_state(KEY),
         r"ppo=.* must be a PPO \(first_state\(ppo, key",
     ),
 }
