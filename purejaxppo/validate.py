@@ -207,7 +207,8 @@ def check_metrics(source: str, metrics: Mapping[Any, Any], most: int) -> None:
         if not isinstance(name, str):
             raise ValueError(f"{source} a metric under the name {name!r} (names must be text)")
         if not _is_array(value) or jnp.ndim(value) > most or not jnp.size(value):
-            raise ValueError(f"{source} {name} as {_describe(value)}; it must be a scalar or a vector (take a mean)")
+            what = f"of shape {jnp.shape(value)}" if _is_array(value) else f"as {_describe(value)}"
+            raise ValueError(f"{source} {name} {what}; it must be a scalar or a vector (take a mean)")
 
 
 def as_key(key: Any, axes: int = 0) -> jax.Array:

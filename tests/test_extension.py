@@ -331,6 +331,29 @@ def test_early_stopping_in_the_program():
     assert metrics["episode_return"] > 40 and state.num_updates < 1000
 
 
+def test_continuing_with_another_learning_rate():
+    """Schedules end at the last update of a config, so the longer run has a config with more."""
+    ppo = pjp.make_ppo("CartPole-v1", CONFIG)
+    first = pjp.fit(ppo, ppo.init(jax.random.key(0), FAST), progress=False)
+    more = pjp.make_ppo("CartPole-v1", replace(CONFIG, num_updates=6))
+    state = pjp.with_hyperparams(first.state, learning_rate=1e-4, learning_rate_annealing=0.0)
+    second = pjp.fit(more, state, progress=False)
+
+    # In use
+    np.testing.assert_array_equal(second.metrics["updates"], [5, 6])
+    np.testing.assert_allclose(second.metrics["learning_rate"], 1e-4, rtol=1e-6)
+
+
+def test_fine_tuning_from_a_policy():
+    """A new optimizer and new environments; the normalisers come with the policy."""
+    ppo = pjp.make_ppo("CartPole-v1", CONFIG)
+    policy = train(ppo)[0].policy
+    state = ppo.init(jax.random.key(1), pjp.Hyperparams(learning_rate=0.0)).replace(policy=policy)
+
+    # In use
+    chex.assert_trees_all_equal(jax.jit(ppo.step)(state)[0].policy, policy)
+
+
 def test_reading_the_policies_of_a_training():
     ppo = pjp.make_ppo("CartPole-v1", CONFIG)
 

@@ -172,7 +172,7 @@ CASES: dict[str, tuple[Any, str]] = {
     ),
     "a report per transition": (
         lambda: with_loss(lambda loss, report: (loss, report | {"kl": jnp.full((1, 4), loss)})),
-        r"the loss reports kl as float32\[1, 4\]; it must be a scalar or a vector \(take a mean\)",
+        r"the loss reports kl of shape \(1, 4\); it must be a scalar or a vector \(take a mean\)",
     ),
     "a report that is text": (
         lambda: with_loss(lambda loss, report: (loss, report | {"kind": "spo"})),
@@ -447,6 +447,33 @@ CASES: dict[str, tuple[Any, str]] = {
         lambda: api.compile_training(make(), start_of(make(replace(CONFIG, num_envs=4)))),
         "state has 4 environments, but num_envs=2",
     ),
+    # trained agents
+    "agents that are a folder": (
+        lambda: api.evaluate_agents("runs/mine"),
+        r"agents='runs/mine' must be .* \(from load_agents\(folder\)\)",
+    ),
+    "a folder after the PPO": (lambda: api.load(make(), "runs/mine"), "folder=PPO on walk .* must be a path"),
+    "a name as PPO of a folder": (
+        lambda: api.load_agents("runs/mine", "CartPole-v1"),
+        "ppo='CartPole-v1' must be a PPO",
+    ),
+    "an export without its PPO": (
+        lambda: api.export(state().policy, "policy.npz", "policy.npz"),
+        "ppo=Policy .* must be a PPO .agents.ppo",
+    ),
+    "an export of a state": (
+        lambda: api.export(make(), state(), "policy.npz"),
+        "policy=TrainState .* must be a Policy .such as agents.policy",
+    ),
+    "an export of a batch": (
+        lambda: api.export(many(), zeros(starts()).policy, "policy.npz"),
+        "ppo is batched, but one agent is asked for",
+    ),
+    "an episode of another network": (
+        lambda: api.record_episode(make(), zeros(start_of(make(wide))).policy, KEY),
+        "policy.params belongs to another network",
+    ),
+    "an episode with a seed": (lambda: api.record_episode(make(), state().policy, 0), "key=0 must be a random key"),
     "first_state without a PPO": (
         lambda: api.first_state(KEY),
         r"ppo=.* must be a PPO \(first_state\(ppo, key",

@@ -6,9 +6,11 @@ import numpy as np
 import xarray
 
 from purejaxppo.batched import batched, seed_keys
+from purejaxppo.checks import check_whole
 from purejaxppo.envs.base import Box, Discrete, action_space, observation_space
 from purejaxppo.experiment.agents.load import Agents
 from purejaxppo.experiment.report.metrics import mean_interval
+from purejaxppo.validate import check_type
 
 
 def evaluate_agents(
@@ -26,6 +28,7 @@ def evaluate_agents(
     Returns:
         `episode_return`, `episode_length` and `finished`, with the dimensions `seed` (of the agent) and `episode`.
     """
+    check_type("agents", agents, Agents, "from load_agents(folder)")
     many = batched(agents.ppo)
     options = {"num_episodes": num_episodes, "greedy": greedy, "max_steps": max_steps}
     keys = seed_keys(jax.random.key(seed), jnp.arange(agents.num))
@@ -53,6 +56,8 @@ def evaluate_in_gymnasium(
     """
     import gymnasium
 
+    check_type("agents", agents, Agents, "from load_agents(folder)")
+    check_whole("num_episodes", num_episodes)
     env_id = agents.ppo.env.name if env_id is None else env_id
     try:
         envs = gymnasium.make_vec(env_id, num_envs=num_episodes, vectorization_mode="sync")

@@ -11,6 +11,7 @@ import numpy as np
 from flax.errors import FlaxError
 
 from purejaxppo.envs.base import Box, Discrete, action_space, bound_action, observation_space
+from purejaxppo.experiment.agents.load import check_agent
 from purejaxppo.experiment.files import to_arrays
 from purejaxppo.networks.actor_critic import make_network
 from purejaxppo.ppo import PPO, bind
@@ -42,8 +43,9 @@ def export(
         platforms: that a .stablehlo file runs on.
 
     Raises:
-        ValueError: for another suffix, or a network that .npz does not support.
+        ValueError: for a policy of another PPO, another suffix, or a network that .npz does not support.
     """
+    check_agent(ppo, policy)
     path = Path(path)
     if path.suffix not in FORMATS:
         raise ValueError(f"path={path} must end in {' or '.join(FORMATS)}, which says what to write")

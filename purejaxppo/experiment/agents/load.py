@@ -17,6 +17,7 @@ from purejaxppo.experiment.sweeps.result import SweepResult, load_sweep
 from purejaxppo.ppo import PPO, make_ppo
 from purejaxppo.rollout import Policy
 from purejaxppo.text import count, shorten, show_setting
+from purejaxppo.validate import check_type
 
 
 class Agents(NamedTuple):
@@ -66,6 +67,7 @@ def load(
     Raises:
         ValueError: if the folder holds neither, an unfinished run, or damaged files.
     """
+    _check_arguments(folder, ppo)
     if kind_of(folder) == "sweep":
         make = make if ppo is None else lambda *_, **__: ppo
         return load_sweep(folder, make, values=values, allow_changed=allow_changed)
@@ -80,6 +82,7 @@ def load_agents(folder: str | Path, ppo: PPO | None = None) -> Agents:
     `ppo` is the PPO of one agent; it must be given unless it was `make_ppo(name, config)`. Raises ValueError if the
     folder holds neither a run nor a sweep, or if the agents are not trained yet.
     """
+    _check_arguments(folder, ppo)
     if kind_of(folder) == "sweep":
         return _best_agents(load_sweep(folder) if ppo is None else load_sweep(folder, make=lambda *_: ppo))
     settings = read_settings(folder)
@@ -92,6 +95,23 @@ def load_agents(folder: str | Path, ppo: PPO | None = None) -> Agents:
     done, total = settings.num_updates_done or 0, settings.config.num_updates
     title = settings.env if done >= total else f"{settings.env} after {done} of {total} updates"
     return Agents(one, policies, env_params, title, sentences)
+
+
+def check_agent(ppo: Any, policy: Any) -> None:
+    """Raises ValueError unless `policy` is one of `ppo`, the PPO of one agent; compiles nothing."""
+    check_type("ppo", ppo, PPO, "agents.ppo, or as make_ppo returns it")
+    check_type("policy", policy, Policy, "such as agents.policy(0)")
+    if ppo.many:
+        raise ValueError("ppo is batched, but one agent is asked for (give agents.ppo, or the PPO that was batched)")
+    _, obs = jax.eval_shape(ppo.env.reset, jax.random.key(0), ppo.env.params)
+    jax.eval_shape(ppo.act, policy, obs)
+
+
+def _check_arguments(folder: Any, ppo: Any):
+    if not isinstance(folder, (str, Path)):
+        raise ValueError(f"folder={shorten(repr(folder))} must be a path (the PPO comes after it)")
+    if ppo is not None:
+        check_type("ppo", ppo, PPO, "as make_ppo returns it")
 
 
 def _best_agents(result: SweepResult) -> Agents:

@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from purejaxppo.checks import check_whole
 from purejaxppo.envs.base import action_space, bound_action
+from purejaxppo.experiment.agents.load import check_agent
 from purejaxppo.ppo import PPO, bind
 from purejaxppo.record import Record
 from purejaxppo.rollout import Policy, add_time, apply_policy
+from purejaxppo.validate import as_key
 
 FRAMES_PER_SECOND = 25
 CLASSIC = ("Acrobot-v1", "CartPole-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Pendulum-v1")
@@ -44,10 +47,15 @@ def record_episode(
         env_params: by default those of the environment.
         greedy: whether to take the most probable action instead of a sample.
         max_steps: steps to play at most.
+
+    Raises:
+        ValueError: for arguments of another kind, or a policy of another PPO.
     """
+    check_agent(ppo, policy)
+    check_whole("max_steps", max_steps)
     env_params = ppo.env.params if env_params is None else env_params
     space = action_space(ppo.env, env_params)
-    reset_key, play_key = jax.random.split(key)
+    reset_key, play_key = jax.random.split(as_key(key))
 
     def step(carry, step_key):
         state, obs, memory, first = carry
