@@ -1,35 +1,48 @@
 """Checks of the numbers and words that a user gives; each raises a ValueError of one sentence."""
 
 import math
+import operator
 from dataclasses import Field
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+MAX_INT = 2**31 - 1  # the largest number that is counted on a device
 
-def check_whole(name: str, value: Any, at_least: int = 1, at_most: int | None = None, of: str = "") -> None:
-    """Raises ValueError unless a value is a whole number in [`at_least`, `at_most`].
+
+def check_whole(name: str, value: Any, at_least: int = 1, at_most: int = MAX_INT, of: str = "") -> int:
+    """A whole number in [`at_least`, `at_most`] as a Python integer.
 
     Args:
         name: of the argument, for the message.
-        value: any object; True and False are not whole numbers.
+        value: any object; True and False are not whole numbers, and neither is 8.0.
         at_least: the lowest number allowed.
-        at_most: the highest number allowed, None for no bound.
+        at_most: the highest number allowed.
         of: what there are `at_most` of, for the message.
+
+    Raises:
+        ValueError: for anything else.
     """
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise ValueError(f"{name}={value!r} must be a whole number")
-    if value < at_least:
-        raise ValueError(f"{name}={value} must be at least {at_least}")
-    if at_most is not None and value > at_most:
-        raise ValueError(f"{name}={value} must be at most {at_most}{of and f', {of}'}")
+    try:
+        if getattr(value, "dtype", type(value)) in (bool, np.bool_):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        whole = isinstance(value, (float, np.floating)) and float(value).is_integer()
+        raise ValueError(f"{name}={value!r} must be a whole number{f' (try {int(value)})' if whole else ''}") from None
+    if number < at_least:
+        raise ValueError(f"{name}={number} must be at least {at_least}")
+    if number > at_most:
+        raise ValueError(f"{name}={number} must be at most {at_most}{of and f', {of}'}")
+    return number
 
 
 def check_choice(field: Field, value: Any) -> None:
     """Raises ValueError for a value that the type of a dataclass's field, a Literal or a bool, does not allow."""
     choices = getattr(field.type, "__args__", ()) if getattr(field.type, "__origin__", None) is Literal else ()
-    if choices and value not in choices:
+    if choices and not (isinstance(value, str) and value in choices):
         raise ValueError(f"{field.name}={value!r} must be one of {', '.join(map(repr, choices))}")
     if field.type is bool and not isinstance(value, (bool, np.bool_)):
         raise ValueError(f"{field.name}={value!r} must be True or False")
@@ -50,15 +63,30 @@ def check_range(
     """
     if isinstance(value, Tracer):
         return
-    try:
-        values = np.asarray(value, np.float64)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}={value!r} must be a number") from None
-    good = (values > low if open_low else values >= low) & (values < high if open_high else values <= high)
-    if not good.all():
-        bad = values[~good].flat[0]
+    # Numbers as a program holds them: a float64 may become 0, inf or the end of an open interval.
+    values, held = _as_floats(name, value), _as_floats(name, value, np.float32)
+    good = [(x > low if open_low else x >= low) & (x < high if open_high else x <= high) for x in (values, held)]
+    if not (good[0] & good[1]).all():
+        bad = float(values[~(good[0] & good[1])].flat[0])
         interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
-        raise ValueError(f"{name}={bad:g} must be a number in {interval}")
+        bad, where = (f"{bad:g}", "") if not good[0].all() else (f"{bad!r}", ", also when rounded to float32")
+        raise ValueError(f"{name}={bad} must be a number in {interval}{where}")
+    lost = (np.isinf(held) & np.isfinite(values)) | ((held == 0) & (values != 0))
+    if lost.any():
+        bad = values[lost].flat[0]
+        raise ValueError(f"{name}={bad:g} is {'inf' if abs(bad) > 1 else '0'} in float32 (write that, if it is meant)")
+
+
+def _as_floats(name: str, value: Any, dtype: Any = np.float64) -> np.ndarray:
+    """A number or an array of numbers in a floating-point type."""
+    try:
+        numbers = np.asarray(float(value) if isinstance(value, int) and not isinstance(value, bool) else value)
+        if not (jnp.issubdtype(numbers.dtype, jnp.floating) or jnp.issubdtype(numbers.dtype, jnp.integer)):
+            raise TypeError
+        with np.errstate(over="ignore", under="ignore"):
+            return numbers.astype(dtype)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name}={repr(value)[:99]} must be a number") from None
 
 
 def nearest_divisors(number: int, wanted: int) -> str:

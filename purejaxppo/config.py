@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
-from purejaxppo.checks import check_choice, check_range, check_whole, nearest_divisors
-
-MAX_INT = 2**31 - 1
+from purejaxppo.checks import MAX_INT, check_choice, check_range, check_whole, nearest_divisors
 
 if TYPE_CHECKING:
     Traced = Any  # a number, an array, or a schedule
@@ -86,19 +85,32 @@ class Config:
     """Precision of float32 matrix products: full, three low-precision passes, or the fastest (TF32 on recent GPUs)."""
 
     def __post_init__(self) -> None:
+        def keep(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)  # as Python's own types, which can be hashed and saved
+
         for name in ("num_envs", "num_steps", "num_updates", "num_epochs", "num_minibatches", "segment_length"):
-            check_whole(name, getattr(self, name), at_least=1, at_most=MAX_INT)
+            keep(name, check_whole(name, getattr(self, name), at_least=1))
         for name in ("gru_width", "resets_per_step"):
-            check_whole(name, getattr(self, name), at_least=0, at_most=MAX_INT)
-        if not isinstance(self.widths, (tuple, list)):
-            raise ValueError(f"widths={self.widths!r} must be a sequence of whole numbers, such as (64, 64)")
-        object.__setattr__(self, "widths", tuple(self.widths))
-        for width in self.widths:
-            check_whole("widths", width, at_least=1, at_most=MAX_INT)
+            keep(name, check_whole(name, getattr(self, name), at_least=0))
+        widths: Any = self.widths
+        if not isinstance(widths, (tuple, list)) and np.ndim(widths) != 1:
+            raise ValueError(f"widths={widths!r} must be a sequence of whole numbers, such as (64, 64)")
+        keep("widths", tuple(check_whole("widths", width, at_least=1) for width in widths))
         for option in fields(self):
             check_choice(option, getattr(self, option.name))
+            if option.type is bool:
+                keep(option.name, bool(getattr(self, option.name)))
         for name in ("observation_clip", "reward_clip", "initial_std"):
-            check_range(name, getattr(self, name), 0, math.inf, open_low=True, open_high=name == "initial_std")
+            value = getattr(self, name)
+            if np.ndim(value):
+                raise ValueError(f"{name}={value!r} must be one number")
+            check_range(name, value, 0, math.inf, open_low=True, open_high=name == "initial_std")
+            keep(name, value if isinstance(value, (int, float)) else float(value))
+        if self.num_epochs * self.steps_per_update > MAX_INT:
+            raise ValueError(
+                f"num_envs={self.num_envs} x num_steps={self.num_steps} x num_epochs={self.num_epochs} must be at most "
+                f"{MAX_INT}, the transitions of an update"
+            )
         if self.num_steps % self.segment_length:
             raise ValueError(
                 f"segment_length={self.segment_length} must divide num_steps={self.num_steps} "
@@ -114,6 +126,11 @@ class Config:
             raise ValueError(
                 f"num_minibatches={self.num_minibatches} leaves one transition per minibatch, whose standardised "
                 "advantage is 0 (try fewer, or normalize_advantage='off')"
+            )
+        if self.normalize_advantage == "batch" and self.steps_per_update == 1:
+            raise ValueError(
+                "normalize_advantage='batch' standardises over one transition (num_envs=1 x num_steps=1), which gives "
+                "advantage 0 (try more steps, or normalize_advantage='off')"
             )
         if self.gru_width and self.segment_length == 1:
             raise ValueError(
@@ -141,12 +158,14 @@ class Config:
         """Number of segments in one rollout; minibatches shuffle segments."""
         return self.steps_per_update // self.segment_length
 
-    def with_total_steps(self, total_steps: int) -> "Config":
-        """The same config with as many whole updates as fit into `total_steps` environment steps.
+    def with_total_steps(self, total_steps: int | float) -> "Config":
+        """The same config with as many whole updates as fit into `total_steps` environment steps, such as 1e6.
 
         Raises ValueError if none fits.
         """
-        check_whole("total_steps", total_steps, at_least=1)
+        if isinstance(total_steps, (float, np.floating)) and float(total_steps).is_integer():
+            total_steps = int(total_steps)
+        total_steps = check_whole("total_steps", total_steps, at_least=1, at_most=2**53)
         if total_steps < self.steps_per_update:
             raise ValueError(
                 f"total_steps={total_steps} must be at least one rollout, num_envs x num_steps = "
@@ -349,6 +368,8 @@ def schedule(optax_schedule: Callable) -> OptaxSchedule:
 def _check_value(name: str, value: Any) -> None:
     spec = spec_of(name)
     assert spec is not None  # of a name in `names`
+    if isinstance(value, (list, tuple)):
+        raise ValueError(f"{name}={value!r} must be a number, or an array of one number per run (try jnp.array)")
     if not callable(value):
         check_range(name, value, spec.low, spec.high, open_high=spec.open_high)
         return
@@ -366,4 +387,4 @@ def _check_value(name: str, value: Any) -> None:
 
 def as_arrays(hyperparams: Hyperparams) -> Hyperparams:
     """The same hyperparameters with every leaf as a strongly typed float32 array."""
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), hyperparams)
+    return jax.tree.map(lambda x: jnp.asarray(float(x) if isinstance(x, int) else x, jnp.float32), hyperparams)

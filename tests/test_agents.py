@@ -2,13 +2,29 @@
 
 import json
 
+import gymnasium
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_command_line import TINY, run
 
 from probes import SMALL
-from purejaxppo import Env, Sweep, batched, fit, grid, make_ppo, preset, run_sweep, runs
+from purejaxppo import (
+    Categorical,
+    Discrete,
+    Env,
+    Network,
+    Step,
+    Sweep,
+    batched,
+    fit,
+    grid,
+    make_ppo,
+    preset,
+    run_sweep,
+    runs,
+)  # fmt: skip
 from purejaxppo.experiment.agents.evaluation import evaluate_agents, evaluate_in_gymnasium, mean_return
 from purejaxppo.experiment.agents.load import Agents, load_agents
 from purejaxppo.experiment.agents.render import record_episode, render
@@ -39,6 +55,12 @@ def alone(name, config=SMALL):
     return Agents(ppo, first(state.policy), first(state.env_params), name)
 
 
+def test_a_preset_of_an_unknown_name_is_refused_with_the_nearest():
+    assert preset("CartPole-v1").config.num_envs == 8
+    with pytest.raises(ValueError, match="env='CartPole' is not a known environment .did you mean CartPole-v1"):
+        preset("CartPole")
+
+
 def test_each_agent_plays_as_its_own_ppo_evaluates(agents):
     played = evaluate_agents(agents, num_episodes=16, greedy=True, seed=5)
     assert played["episode_return"].dims == ("seed", "episode") and played["finished"].all()
@@ -67,10 +89,42 @@ def test_classic_control_is_played_in_gymnasium_to_its_time_limit(name):
 def test_gymnasium_is_refused_where_it_has_another_task(agents):
     with pytest.raises(ValueError, match="Gymnasium cannot make 'Catch-bsuite'"):
         evaluate_in_gymnasium(alone("Catch-bsuite"))
-    with pytest.raises(ValueError, match="has observations"):
+    with pytest.raises(ValueError, match="has the observations"):
         evaluate_in_gymnasium(agents, "Acrobot-v1")
     with pytest.raises(ValueError, match="has the actions Discrete"):
         evaluate_in_gymnasium(alone("MountainCarContinuous-v0"), "MountainCar-v0")
+
+
+class Endless(gymnasium.Env):
+    """Rewards the action, observes it plus 5; no episode ends."""
+
+    def __init__(self):
+        self.action_space = gymnasium.spaces.Discrete(2, start=1)
+        self.observation_space = gymnasium.spaces.Discrete(3, start=5)
+
+    def reset(self, *, seed=None, options=None):
+        return 5, {}
+
+    def step(self, action):
+        return int(action) + 5, float(action), False, False, {}
+
+
+def test_gymnasium_gets_actions_from_its_own_start_and_episodes_stop_after_max_steps():
+    """A policy whose logits favour what it observes: from observation 0 it takes action 1 of 0 and 1, a 2 there."""
+
+    def apply(params, memory, obs, first):
+        logits = jnp.where(obs[..., None] == 0, jnp.array([0.0, 9.0]), jnp.array([9.0, 0.0]))
+        return memory, Categorical(logits + params), jnp.zeros(obs.shape)
+
+    gymnasium.register("Endless-v0", entry_point=Endless, order_enforce=False, disable_env_checker=True)
+    step = lambda key, state, action, params: Step(state, action + 1, action * 1.0, False, False)  # never called
+    env = Env(lambda key, params: ((), jnp.int32(0)), step, (), Discrete(2), Discrete(3), "Endless-v0")
+    ppo = make_ppo(env, SMALL, network=Network(lambda batch: (), lambda *_: jnp.zeros(()), apply))
+    policies = jax.tree.map(lambda x: x[None], ppo.init(jax.random.key(0)).policy)
+    played = evaluate_in_gymnasium(Agents(ppo, policies, (), "endless"), num_episodes=2, greedy=True, max_steps=3)
+    np.testing.assert_array_equal(played["episode_return"], [[4, 4]])  # 2, then 1 from the observations 7 and 6
+    np.testing.assert_array_equal(played["episode_length"], [[3, 3]])
+    assert not played["finished"].any()
 
 
 def test_the_interval_is_over_agents_or_over_the_episodes_of_one(agents):

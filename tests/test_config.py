@@ -1,4 +1,5 @@
-from dataclasses import fields
+import json
+from dataclasses import asdict, fields
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import optax
 import pytest
 
 from purejaxppo import Config, Hyperparams, linear, runs, schedule
-from purejaxppo.config import OTHER_NAMES
+from purejaxppo.config import OTHER_NAMES, as_arrays
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,20 @@ from purejaxppo.config import OTHER_NAMES
         ({"num_steps": -3}, "num_steps=-3 must be at least 1"),
         ({"num_epochs": 2.5}, "num_epochs=2.5 must be a whole number"),
         ({"num_updates": True}, "num_updates=True must be a whole number"),
+        ({"num_envs": 8.0}, r"num_envs=8.0 must be a whole number \(try 8\)"),
+        ({"num_envs": "8"}, "num_envs='8' must be a whole number"),
+        ({"num_envs": 10**12, "num_minibatches": 3}, "num_envs=1000000000000 must be at most 2147483647"),
+        ({"num_steps": 10**8, "num_envs": 100}, "num_steps=100000000 x num_epochs=4 must be at most 2147483647"),
+        ({"num_envs": 2**22 + 1, "num_epochs": 1, "num_minibatches": 3}, r"must divide .* \(try 2 or 4\)"),
+        ({"widths": np.array([8.0])}, r"widths=np.float64\(8.0\) must be a whole number \(try 8\)"),
+        ({"initial_std": np.ones(3)}, "initial_std=array.* must be one number"),
+        ({"initial_std": "1"}, "initial_std='1' must be a number"),
+        ({"reward_clip": 1e39}, "reward_clip=1e.39 is inf in float32"),
+        ({"activation": None}, "activation=None must be one of"),
+        (
+            {"num_envs": 1, "num_steps": 1, "num_minibatches": 1, "normalize_advantage": "batch"},
+            "normalize_advantage='batch' standardises over one transition",
+        ),
         ({"widths": (64, 0)}, "widths=0 must be at least 1"),
         ({"widths": 64}, "widths=64 must be a sequence"),
         ({"encoder": "transformer"}, "encoder='transformer' must be one of 'mlp', 'cnn'"),
@@ -46,6 +61,19 @@ def test_a_config_that_cannot_be_is_refused_in_one_sentence(settings, sentence):
         ({"gae_lambda": -0.1}, "gae_lambda=-0.1"),
         ({"learning_rate": -1e-3}, "learning_rate=-0.001"),
         ({"learning_rate": "fast"}, "learning_rate='fast' must be a number"),
+        ({"discount": "0.99"}, "discount='0.99' must be a number"),
+        ({"learning_rate": True}, "learning_rate=True must be a number"),
+        ({"learning_rate": None}, "learning_rate=None must be a number"),
+        ({"learning_rate": 1j}, "learning_rate=1j must be a number"),
+        ({"learning_rate": np.array([True])}, "learning_rate=array.* must be a number"),
+        ({"learning_rate": (1,)}, r"learning_rate=\(1,\) must be a number, or an array of one number per run"),
+        ({"target_kl": 10**400}, "target_kl=1000.* must be a number"),
+        ({"target_kl": 1e39}, "target_kl=1e.39 is inf in float32"),
+        ({"adam_eps": 1e-50}, "adam_eps=1e-50 is 0 in float32"),
+        (
+            {"adam_b1": 0.99999999999},
+            r"adam_b1=0.99999999999 must be a number in \[0, 1\), also when rounded to float32",
+        ),
         ({"learning_rate": jnp.array([1e-3, jnp.nan])}, "learning_rate=nan"),
         ({"adam_b1": 1.0}, r"adam_b1=1 must be a number in \[0, 1\)"),
         ({"entropy_coefficient": float("inf")}, "entropy_coefficient=inf"),
@@ -101,6 +129,21 @@ def test_total_steps_are_whole_updates():
     assert (config.num_updates, config.total_steps, config.steps_per_update) == (976, 499_712, 512)
     with pytest.raises(ValueError, match="total_steps=511 must be at least one rollout"):
         Config().with_total_steps(511)
+
+
+def test_total_steps_may_be_written_as_a_float():
+    assert Config().with_total_steps(1e5) == Config().with_total_steps(100_000)
+    for total_steps in (1e5 + 0.5, float("inf"), "1e5"):
+        with pytest.raises(ValueError, match="total_steps=.* must be a whole number"):
+            Config().with_total_steps(total_steps)
+
+
+def test_numbers_of_numpy_and_jax_are_settings_too():
+    given: dict[str, Any] = {"widths": np.array([8, 8]), "num_envs": jnp.array(8), "initial_std": jnp.float32(0.5)}
+    config = Config(**given, scale_reward=np.True_, num_steps=np.int64(64))  # pyright: ignore[reportArgumentType]
+    assert config == Config(widths=(8, 8), num_envs=8, initial_std=0.5, scale_reward=True, num_steps=64)
+    assert hash(config) and json.dumps(asdict(config))
+    assert as_arrays(Hyperparams(target_kl=10**30, learning_rate=np.float64(0.5))).target_kl == jnp.float32(1e30)
 
 
 def test_a_config_can_be_hashed_and_compared():

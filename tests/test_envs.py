@@ -101,6 +101,18 @@ def test_what_is_no_environment_is_refused():
         make_env(42)
 
 
+def test_sizes_of_spaces_are_whole_numbers():
+    for space, sentence in [
+        (lambda: Discrete(2.5), "n=2.5 must be a whole number"),  # pyright: ignore[reportArgumentType]
+        (lambda: Discrete(0), "n=0 must be at least 1"),
+        (lambda: MultiDiscrete([2, 0]), "sizes=0 must be at least 1"),
+        (lambda: MultiDiscrete([]), r"sizes=\[\] of a MultiDiscrete space must hold"),
+        (lambda: Box(shape=3), r"shape=3 of a Box must be a sequence"),  # pyright: ignore[reportArgumentType]
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            space()
+
+
 def test_a_time_limit_truncates_and_terminates_nothing(key):
     env = time_limit(counter(5, truncate=False), 3)
     state, _ = env.reset(key, ())
@@ -242,6 +254,34 @@ def test_a_wrapper_begins_every_episode_and_is_part_of_the_name(key):
     env = make_env(Doubled(Counting()))
     assert env.reset(key, env.params)[1].tolist() == [[7, 7]] and env.name == "Doubled(Counting)"
     assert check_env(make_env(StickyActionWrapper(Counting(), 0.5))) == []
+
+
+class FromOne(spaces.Discrete):
+    start = 1
+
+
+class Offset(Counting):
+    def action_space(self, params):
+        return FromOne(2)
+
+    def observation_space(self, params):
+        return spaces.Dict({"sum": FromOne(4)})
+
+    def reset_env(self, key, params):
+        _, state = super().reset_env(key, params)
+        return {"sum": state.sum + 1}, state
+
+    def step_env(self, key, state, action, params):
+        _, state, *rest = super().step_env(key, state, action, params)
+        return {"sum": state.sum + 1}, state, *rest
+
+
+def test_discrete_spaces_that_begin_elsewhere_are_counted_from_zero(key):
+    env = make_env(Offset())
+    state, obs = env.reset(key, env.params)
+    result = env.step(key, state, jnp.int32(1), env.params)
+    assert (obs["sum"], result.obs["sum"], result.reward) == (0, 2, 2)
+    assert repr((action_space(env, env.params), observation_space(env))) == "(Discrete(2), {'sum': Discrete(4)})"
 
 
 class Closed(GymnaxWrapper):

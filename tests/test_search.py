@@ -102,7 +102,7 @@ def test_optuna_is_asked_for_batches_and_a_study_goes_on_from_its_storage(tmp_pa
     assert {trial.params["discount"] for trial in study.trials} <= {0.9, 0.99}
     best = study.best_trial
     table = pjp.paired(**{name: [value] for name, value in best.params.items()})
-    sweep = pjp.Sweep("probe", table, config=SMALL, hyperparams=pjp.preset("probe").hyperparams)
+    sweep = pjp.Sweep("probe", table, config=SMALL, hyperparams=pjp.Hyperparams())
     alone = pjp.run_sweep(sweep, progress=False, make=make_probe)
     np.testing.assert_allclose(best.value, alone.scores.item(), atol=0.1)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import tyro
 
 from purejaxppo.checks import check_whole
-from purejaxppo.cli.options import MAX_INT, TrainingOptions, check_counts, check_file, make, parse, prepare_cpu
+from purejaxppo.cli.options import TrainingOptions, check_counts, check_file, make, parse, prepare_cpu
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def bench(arguments: list[str]) -> int:
     if not options.num_seeds:
         raise ValueError("num_seeds is empty (give one number or more, such as 1 8 32)")
     for number in options.num_seeds:
-        check_whole("num_seeds", number, at_most=MAX_INT)
+        check_whole("num_seeds", number)
     check_counts(options, "rounds")
     if not 0 < options.seconds < float("inf"):
         raise ValueError(f"seconds={options.seconds} must be a positive number")

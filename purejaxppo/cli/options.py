@@ -13,7 +13,6 @@ from purejaxppo.ppo import PPO
 
 Options = TypeVar("Options", bound="TrainingOptions")
 WHOLE_NUMBERS = tyro.constructors.ConstructorRegistry()  # active in a `with` statement
-MAX_INT = 2**31 - 1
 NOT_SAVED = 3  # the exit status if results could not be written
 ALL_FAILED = 4  # the exit status if every agent turned nan
 
@@ -89,7 +88,7 @@ def check_counts(options: Any, *names: str, at_least: int = 1):
     """Refuses options that are not whole numbers from `at_least` to 2**31 - 1; None passes."""
     for name in names:
         if getattr(options, name) is not None:
-            check_whole(name, getattr(options, name), at_least=at_least, at_most=MAX_INT)
+            check_whole(name, getattr(options, name), at_least=at_least)
 
 
 def check_file(path: Path):

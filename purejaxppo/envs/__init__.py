@@ -18,6 +18,16 @@ def env_names() -> list[str]:
     return gymnax_names()
 
 
+def check_name(env: str) -> None:
+    """Raises ValueError, with the nearest known names, unless a name is one of an environment."""
+    names = env_names()
+    if env not in names:
+        lower = {name.lower(): name for name in names}
+        near = difflib.get_close_matches(env.lower(), lower, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(lower[n] for n in near)}?" if near else "`purejaxppo envs` lists them"
+        raise ValueError(f"env={env!r} is not a known environment ({hint})")
+
+
 def make_env(env: Any) -> Env:
     """An `Env` from a name, a gymnax environment, a pair (gymnax environment, params), or an `Env` itself.
 
@@ -27,12 +37,7 @@ def make_env(env: Any) -> Env:
     if isinstance(env, Env):
         return env
     if isinstance(env, str):
-        names = env_names()
-        if env not in names:
-            lower = {name.lower(): name for name in names}
-            near = difflib.get_close_matches(env.lower(), lower, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(lower[n] for n in near)}?" if near else "`purejaxppo envs` lists them"
-            raise ValueError(f"env={env!r} is not a known environment ({hint})")
+        check_name(env)
         return from_gymnax(env)
     environment, params = env if isinstance(env, tuple) and len(env) == 2 else (env, None)
     if isinstance(environment, type):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from purejaxppo.checks import check_whole
 from purejaxppo.text import count, shorten
 
 
@@ -48,9 +49,7 @@ class Discrete:
     """The integers 0 .. n - 1."""
 
     def __init__(self, n: int):
-        if n < 1:
-            raise ValueError(f"a Discrete space of n={n} must have at least one value")
-        self.n, self.shape = int(n), ()
+        self.n, self.shape = check_whole("n", n), ()
 
     def __repr__(self) -> str:
         return f"Discrete({self.n})"
@@ -60,9 +59,9 @@ class MultiDiscrete:
     """Vectors whose entry i is one of the integers 0 .. sizes[i] - 1."""
 
     def __init__(self, sizes: Any):
-        self.sizes = tuple(int(n) for n in np.asarray(sizes).reshape(-1))
-        if not self.sizes or min(self.sizes) < 1:
-            raise ValueError(f"a MultiDiscrete space of sizes={self.sizes} must have at least one value in each entry")
+        self.sizes = tuple(check_whole("sizes", n) for n in np.asarray(sizes).reshape(-1))
+        if not self.sizes:
+            raise ValueError("sizes=[] of a MultiDiscrete space must hold a number of choices for each entry")
         self.shape = (len(self.sizes),)
 
     def __repr__(self) -> str:
@@ -73,7 +72,10 @@ class Box:
     """Arrays of one shape between `low` and `high`, which are numbers or arrays, perhaps infinite or traced."""
 
     def __init__(self, low: Any = -np.inf, high: Any = np.inf, shape: Sequence[int] = (), dtype: Any = jnp.float32):
-        self.low, self.high, self.shape, self.dtype = low, high, tuple(shape), jnp.dtype(dtype)
+        if np.ndim(shape) != 1:
+            raise ValueError(f"shape={shape!r} of a Box must be a sequence of whole numbers, such as (3,)")
+        self.low, self.high, self.dtype = low, high, jnp.dtype(dtype)
+        self.shape = tuple(check_whole("shape", size, at_least=0) for size in shape)
 
     def __repr__(self) -> str:
         return f"Box({self.low}, {self.high}, {self.shape}, {self.dtype.name})"

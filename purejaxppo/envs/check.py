@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from purejaxppo.checks import check_whole
 from purejaxppo.envs.base import Box, Discrete, Env, MultiDiscrete, Step, action_space, bound_action, observation_space
 
 PACKAGES = [Path(jax.__file__).parent, Path(__file__).parents[1]]
@@ -21,6 +22,7 @@ def check_env(env: Any, num_steps: int = 200, seed: int = 0) -> list[str]:
 
     Traces `reset` and `step`. If they fit together, plays `num_steps` random steps in 8 environments.
     """
+    check_whole("num_steps", num_steps)
     if not isinstance(env, Env):
         return [f"{env!r} is not an Env; make_env makes one from a name or a gymnax environment."]
     try:

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from purejaxppo.envs.base import Box, Discrete, Env, MultiDiscrete, Step
 from purejaxppo.envs.import_gymnax import import_gymnax
@@ -30,16 +31,22 @@ def from_gymnax(env: Any, params: Any = None) -> Env:
         params = default_params if params is None else params
     params = env.default_params if params is None else params
     raw = without_reset(env, params)
+    start = getattr(env.action_space(params), "start", 0)
+    try:
+        declared = env.observation_space(params)
+    except NotImplementedError:
+        declared = None
 
     def reset(key, params):
         obs, state = raw.reset(key, params)
-        return _in_32_bits(state), _in_32_bits(obs)
+        return _in_32_bits(state), _in_32_bits(_from_zero(declared, obs))
 
     def step(key, state, action, params):
+        action = action + jnp.asarray(start, action.dtype) if np.any(start) else action
         obs, state, reward, terminated, truncated, info = raw.step(key, state, action, params)
         return Step(
             state=_in_32_bits(state),
-            obs=_in_32_bits(obs),
+            obs=_in_32_bits(_from_zero(declared, obs)),
             reward=jnp.asarray(reward, jnp.float32),
             terminated=jnp.asarray(terminated, bool),
             truncated=jnp.asarray(truncated, bool),
@@ -51,7 +58,7 @@ def from_gymnax(env: Any, params: Any = None) -> Env:
         step=step,
         params=params,
         action_space=lambda params: _space(env.action_space(params)),
-        observation_space=_observation_space(env, jax.eval_shape(raw.reset, jax.random.key(0), params)[0], params),
+        observation_space=_observation_space(declared, jax.eval_shape(reset, jax.random.key(0), params)[1]),
         name=_name(env),
     )
 
@@ -88,14 +95,18 @@ def _name(env) -> str:
     return f"{type(env).__name__}({_name(wrapped[0])})" if wrapped else env.name
 
 
-def _observation_space(env, obs, params):
+def _from_zero(space, obs):
+    """An observation with every discrete part counted from 0, as our spaces do, where a space has a `start`."""
+    if hasattr(space, "spaces") and hasattr(space.spaces, "items"):
+        return {name: _from_zero(part, obs[name]) for name, part in space.spaces.items()}
+    return obs - jnp.asarray(space.start, obs.dtype) if np.any(getattr(space, "start", 0)) else obs
+
+
+def _observation_space(declared, obs):
     """The declared kind of space with the shape and dtype that `reset` returns: in gymnax the two can differ."""
-    try:
-        declared = _space(env.observation_space(params))
-    except NotImplementedError:
-        declared = jax.tree.map(lambda x: Box(), obs)
+    kind = jax.tree.map(lambda x: Box(), obs) if declared is None else _space(declared)
     return jax.tree.map(
-        lambda space, x: Box(shape=x.shape, dtype=x.dtype) if isinstance(space, Box) else space, declared, obs
+        lambda space, x: Box(shape=x.shape, dtype=x.dtype) if isinstance(space, Box) else space, kind, obs
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import fields
 from typing import Any, NamedTuple
 
 from purejaxppo.config import Config, Hyperparams
+from purejaxppo.envs import check_name
 
 
 class Preset(NamedTuple):
@@ -14,9 +15,19 @@ class Preset(NamedTuple):
     hyperparams: Hyperparams
 
 
+DEFAULTS = Preset(Config(), Hyperparams())
+
+
 def preset(env: str) -> Preset:
-    """The preset of an environment by name, or the defaults if it has none."""
-    return PRESETS.get(env, Preset(Config(), Hyperparams()))
+    """The preset of an environment by name, or the defaults if it has none.
+
+    Raises ValueError for a name that no environment has, with the nearest known names.
+    """
+    if not isinstance(env, str):
+        raise ValueError(f"env={env!r} must be the name of an environment, such as 'CartPole-v1'")
+    if env not in PRESETS:
+        check_name(env)
+    return PRESETS.get(env, DEFAULTS)
 
 
 def a2c(**config: Any) -> Preset:

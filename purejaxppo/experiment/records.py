@@ -9,6 +9,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
 
+import numpy as np
+
 import purejaxppo
 from purejaxppo.checks import check_range
 from purejaxppo.config import Hyperparams, spec_of
@@ -113,7 +115,8 @@ def complete_hyperparams(values: Mapping[str, Any], lacking: list[str]) -> dict[
             raise ValueError(f"the key {shorten('hyperparams.' + name)!r} is not known")
         _check(f"hyperparams.{name}", value, not isinstance(value, bool), "a number")
         if not (spec.schedulable and isinstance(value, list)):  # the numbers of a schedule
-            check_range(f"hyperparams.{name}", value, spec.low, spec.high, open_high=spec.open_high)
+            numbers = [float(x) if x in ("inf", "-inf") else x for x in (value if isinstance(value, list) else [value])]
+            check_range(f"hyperparams.{name}", np.array(numbers), spec.low, spec.high, open_high=spec.open_high)
     lacking += [f"hyperparams.{name}" for name in defaults.names if name not in values]
     return {name: as_json(defaults.get(name)) for name in defaults.names} | dict(values)
 

@@ -1,5 +1,7 @@
 """Evaluation of trained agents, in their own environment or in Gymnasium's of the same name."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import xarray
 
 from purejaxppo.batched import batched, seed_keys
 from purejaxppo.checks import check_whole
-from purejaxppo.envs.base import Box, Discrete, action_space, observation_space
+from purejaxppo.envs.base import Box, action_space, observation_space
 from purejaxppo.experiment.agents.load import Agents
 from purejaxppo.experiment.report.metrics import mean_interval
 from purejaxppo.validate import check_type
@@ -29,6 +31,7 @@ def evaluate_agents(
         `episode_return`, `episode_length` and `finished`, with the dimensions `seed` (of the agent) and `episode`.
     """
     check_type("agents", agents, Agents, "from load_agents(folder)")
+    check_whole("seed", seed, at_least=0)
     many = batched(agents.ppo)
     options = {"num_episodes": num_episodes, "greedy": greedy, "max_steps": max_steps}
     keys = seed_keys(jax.random.key(seed), jnp.arange(agents.num))
@@ -37,7 +40,13 @@ def evaluate_agents(
 
 
 def evaluate_in_gymnasium(
-    agents: Agents, env_id: str | None = None, *, num_episodes: int = 128, greedy: bool = False, seed: int = 0
+    agents: Agents,
+    env_id: str | None = None,
+    *,
+    num_episodes: int = 128,
+    greedy: bool = False,
+    seed: int = 0,
+    max_steps: int = 10_000,
 ) -> xarray.Dataset:
     """Plays as `evaluate_agents` does, in an environment of Gymnasium, with its time limit.
 
@@ -47,6 +56,7 @@ def evaluate_in_gymnasium(
         num_episodes: episodes per agent.
         greedy: whether to take the most probable action instead of a sample.
         seed: random seed.
+        max_steps: steps after which running episodes stop; they are not `finished`.
 
     Returns:
         The same variables as `evaluate_agents`.
@@ -57,7 +67,9 @@ def evaluate_in_gymnasium(
     import gymnasium
 
     check_type("agents", agents, Agents, "from load_agents(folder)")
-    check_whole("num_episodes", num_episodes)
+    for name, number in {"num_episodes": num_episodes, "max_steps": max_steps}.items():
+        check_whole(name, number)
+    check_whole("seed", seed, at_least=0)
     env_id = agents.ppo.env.name if env_id is None else env_id
     try:
         envs = gymnasium.make_vec(env_id, num_envs=num_episodes, vectorization_mode="sync")
@@ -66,7 +78,7 @@ def evaluate_in_gymnasium(
     _check_spaces(agents, envs, env_id)
     act = jax.jit(jax.vmap(agents.ppo.act, in_axes=(None, 0, None if greedy else 0, 0)))
     begin = jax.jit(jax.vmap(agents.ppo.act, in_axes=(None, 0, None if greedy else 0)))
-    played = [_play(envs, act, begin, agents.policy(i), i, greedy, seed) for i in range(agents.num)]
+    played = [_play(envs, act, begin, agents.policy(i), i, greedy, seed, max_steps) for i in range(agents.num)]
     envs.close()
     return _label(*map(np.stack, zip(*played)))
 
@@ -77,36 +89,55 @@ def mean_return(played: xarray.Dataset) -> tuple[float, float, float]:
     return mean_interval(returns.mean("episode") if returns.sizes["seed"] > 1 else returns)
 
 
-def _play(envs, act, begin, policy, agent: int, greedy: bool, seed: int):
+def _play(envs, act, begin, policy, agent: int, greedy: bool, seed: int, max_steps: int):
     """Return, length and `finished` of the first episode of every environment, [E] each."""
     num = envs.num_envs
     key = jax.random.fold_in(jax.random.key(seed), agent)
     obs, _ = envs.reset(seed=seed)  # the same for every agent
     total, length, running = np.zeros(num), np.zeros(num, int), np.ones(num, bool)
     memory, step = None, 0
-    while running.any():
+    while running.any() and step < max_steps:
         keys = None if greedy else jax.random.split(jax.random.fold_in(key, step), num)
-        action, memory = begin(policy, obs, keys) if step == 0 else act(policy, obs, keys, memory)
-        obs, reward, terminated, truncated, _ = envs.step(np.asarray(action))
-        total += np.where(running, reward, 0)
+        seen = _from_zero(envs.single_observation_space, obs)
+        action, memory = begin(policy, seen, keys) if step == 0 else act(policy, seen, keys, memory)
+        obs, reward, terminated, truncated, _ = envs.step(np.asarray(action) + _start(envs.single_action_space))
+        ended = terminated | truncated
+        total += np.where(running & ~(ended & np.isnan(reward)), reward, 0)  # see `Step`
         length += running
-        running &= ~(terminated | truncated)
+        running &= ~ended
         step += 1
     return total, length, ~running
+
+
+def _start(space: Any) -> Any:
+    """The first integer of a discrete space of Gymnasium; ours begin at 0."""
+    return getattr(space, "start", 0)
+
+
+def _from_zero(space: Any, obs: Any) -> Any:
+    """An observation of Gymnasium with every discrete part counted from 0."""
+    if hasattr(space, "spaces"):
+        return {name: _from_zero(part, obs[name]) for name, part in space.spaces.items()}
+    return obs - _start(space) if hasattr(space, "start") else obs
 
 
 def _check_spaces(agents: Agents, envs, env_id: str):
     obs, action = envs.single_observation_space, envs.single_action_space
     ours = observation_space(agents.ppo.env), action_space(agents.ppo.env, agents.ppo.env.params)
-    if getattr(ours[0], "shape", None) != obs.shape:
-        shape = getattr(ours[0], "shape", "a dictionary")
-        raise ValueError(f"{env_id} has observations {obs.shape} in Gymnasium, but the agents take {shape}")
-    same = isinstance(ours[1], Discrete) and getattr(action, "n", None) == ours[1].n
+    if getattr(ours[0], "shape", None) != obs.shape or _choices(ours[0]) != _choices(obs):
+        raise ValueError(f"{env_id} has the observations {obs} in Gymnasium, but the agents take {ours[0]!r}")
+    same = not isinstance(ours[1], Box) and (ours[1].shape, _choices(ours[1])) == (action.shape, _choices(action))
     if isinstance(ours[1], Box) and hasattr(action, "low"):
         bounds = [np.broadcast_to(np.asarray(x, np.float32), ours[1].shape) for x in (ours[1].low, ours[1].high)]
         same = ours[1].shape == action.shape and np.allclose(bounds, [action.low, action.high])
     if not same:
         raise ValueError(f"{env_id} has the actions {action} in Gymnasium, but the agents act in {ours[1]!r}")
+
+
+def _choices(space: Any) -> list[int]:
+    """The number of choices in each entry of a discrete space, of ours or of Gymnasium; [] for other spaces."""
+    sizes = [getattr(space, name) for name in ("n", "nvec", "sizes") if hasattr(space, name)]
+    return np.asarray(sizes, int).reshape(-1).tolist()
 
 
 def _label(episode_return, episode_length, finished) -> xarray.Dataset:

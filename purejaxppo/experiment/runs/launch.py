@@ -42,7 +42,7 @@ class Launch:
     def __post_init__(self):
         for name, least in (("num_seeds", 1), ("seed", 0), ("num_devices", 1), ("keep", 1), ("evaluate_every", 1)):
             if getattr(self, name) is not None:
-                check_whole(name, getattr(self, name), at_least=least, at_most=2**31 - 1)
+                check_whole(name, getattr(self, name), at_least=least)
         if not self.save_every >= 0:
             raise ValueError(f"save_every={self.save_every} must be a number of seconds, at least 0")
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, TypedDict
 
 from purejaxppo.checks import check_whole
 from purejaxppo.config import EXTRA, Config, Hyperparams, spec_of, suggest
-from purejaxppo.experiment.presets import Preset, preset
+from purejaxppo.experiment.presets import DEFAULTS, PRESETS
 from purejaxppo.experiment.records import as_record, complete_hyperparams
 from purejaxppo.ppo import PPO, make_ppo, with_step
 from purejaxppo.table import Named, Table, named, paired
@@ -79,8 +79,8 @@ class Sweep:
             object.__setattr__(self, "env", Named(named("env", environment), self.env))
         if not isinstance(self.table, Table):
             raise ValueError(f"table={self.table!r} must be a Table, such as grid(learning_rate=[1e-4, 1e-3])")
-        check_whole("num_seeds", self.num_seeds, at_most=2**31 - 1)
-        check_whole("seed", self.seed, at_least=0, at_most=2**31 - 1)
+        check_whole("num_seeds", self.num_seeds)
+        check_whole("seed", self.seed, at_least=0)
         if self.num_runs > MAX_RUNS:
             raise ValueError(
                 f"num_seeds={self.num_seeds} of {len(self.table):,} settings make {self.num_runs:,} runs, more than "
@@ -89,7 +89,7 @@ class Sweep:
         object.__setattr__(self, "num_seeds", int(self.num_seeds))
         object.__setattr__(self, "seed", int(self.seed))
         if self.config is None or self.hyperparams is None:
-            default = Preset(Config(), Hyperparams()) if isinstance(self.env, Named) else preset(str(self.env))
+            default = DEFAULTS if isinstance(self.env, Named) else PRESETS.get(self.env, DEFAULTS)
             object.__setattr__(self, "config", self.config or default.config)
             object.__setattr__(self, "hyperparams", self.hyperparams or default.hyperparams)
         scheduled = [name for name in self.hyperparams.names if callable(self.hyperparams.get(name))]
