@@ -117,7 +117,7 @@ def test_gymnasium_gets_actions_from_its_own_start_and_episodes_stop_after_max_s
         return memory, Categorical(logits + params), jnp.zeros(obs.shape)
 
     gymnasium.register("Endless-v0", entry_point=Endless, order_enforce=False, disable_env_checker=True)
-    step = lambda key, state, action, params: Step(state, action + 1, action * 1.0, False, False)  # never called
+    step = lambda key, state, action, params: Step(state, action + 1, action * 1.0, action > 2, action > 2)
     env = Env(lambda key, params: ((), jnp.int32(0)), step, (), Discrete(2), Discrete(3), "Endless-v0")
     ppo = make_ppo(env, SMALL, network=Network(lambda batch: (), lambda *_: jnp.zeros(()), apply))
     policies = jax.tree.map(lambda x: x[None], ppo.init(jax.random.key(0)).policy)

@@ -133,7 +133,8 @@ def test_total_steps_are_whole_updates():
 
 def test_total_steps_may_be_written_as_a_float():
     assert Config().with_total_steps(1e5) == Config().with_total_steps(100_000)
-    for total_steps in (1e5 + 0.5, float("inf"), "1e5"):
+    wrong: list[Any] = [1e5 + 0.5, float("inf"), "1e5"]
+    for total_steps in wrong:
         with pytest.raises(ValueError, match="total_steps=.* must be a whole number"):
             Config().with_total_steps(total_steps)
 

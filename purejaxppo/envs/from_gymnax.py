@@ -31,22 +31,23 @@ def from_gymnax(env: Any, params: Any = None) -> Env:
         params = default_params if params is None else params
     params = env.default_params if params is None else params
     raw = without_reset(env, params)
-    start = getattr(env.action_space(params), "start", 0)
+    start = _start(env.action_space(params))
     try:
         declared = env.observation_space(params)
     except NotImplementedError:
         declared = None
+    starts = _start(declared)
 
     def reset(key, params):
         obs, state = raw.reset(key, params)
-        return _in_32_bits(state), _in_32_bits(_from_zero(declared, obs))
+        return _in_32_bits(state), _in_32_bits(_from_zero(starts, obs))
 
     def step(key, state, action, params):
-        action = action + jnp.asarray(start, action.dtype) if np.any(start) else action
+        action = action if start is None else action + jnp.asarray(start, action.dtype)
         obs, state, reward, terminated, truncated, info = raw.step(key, state, action, params)
         return Step(
             state=_in_32_bits(state),
-            obs=_in_32_bits(_from_zero(declared, obs)),
+            obs=_in_32_bits(_from_zero(starts, obs)),
             reward=jnp.asarray(reward, jnp.float32),
             terminated=jnp.asarray(terminated, bool),
             truncated=jnp.asarray(truncated, bool),
@@ -95,11 +96,20 @@ def _name(env) -> str:
     return f"{type(env).__name__}({_name(wrapped[0])})" if wrapped else env.name
 
 
-def _from_zero(space, obs):
-    """An observation with every discrete part counted from 0, as our spaces do, where a space has a `start`."""
+def _start(space):
+    """The first integer of a discrete space, by name for a dictionary; None for 0, where our spaces begin."""
     if hasattr(space, "spaces") and hasattr(space.spaces, "items"):
-        return {name: _from_zero(part, obs[name]) for name, part in space.spaces.items()}
-    return obs - jnp.asarray(space.start, obs.dtype) if np.any(getattr(space, "start", 0)) else obs
+        starts = {name: _start(part) for name, part in space.spaces.items()}
+        return starts if any(start is not None for start in starts.values()) else None
+    start = getattr(space, "start", 0)
+    return start if np.any(start) else None
+
+
+def _from_zero(start, obs):
+    """An observation with every discrete part counted from 0."""
+    if isinstance(start, dict):
+        return {name: _from_zero(start[name], obs[name]) for name in start}
+    return obs if start is None else obs - jnp.asarray(start, obs.dtype)
 
 
 def _observation_space(declared, obs):

@@ -15,25 +15,22 @@ NEVER = 2**30  # a time limit that no episode reaches; an environment may add to
 class WithoutReset:
     """A gymnax environment or wrapper with a `step` that never resets; its other attributes are those of `env`."""
 
-    def __init__(self, env: Any, reset: Callable, step: Callable, params: Any):
-        self.env, self._reset, self._step, self._params = env, reset, step, params
-        self.calls: set[str] = set()
+    def __init__(self, env: Any, reset: Callable, step: Callable):
+        self.env, self._reset, self._step = env, reset, step
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.env, name)
 
     def reset(self, key: jax.Array, params: Any = None) -> tuple[Any, Any]:
         """The observation and the state of a start."""
-        self.calls.add("reset")
-        result = self._reset(key, self._params if params is None else params)
+        result = self._reset(key, self.env.default_params if params is None else params)
         if not (isinstance(result, tuple) and len(result) == 2):
             raise ValueError(f"reset of {_name(self.env)} must return (obs, state), not {_kind(result)}")
         return result
 
     def step(self, key: jax.Array, state: Any, action: Any, params: Any = None) -> tuple:
         """Observation, state, reward, terminated, truncated and info of one step, before any reset."""
-        self.calls.add("step")
-        return self._step(key, state, action, self._params if params is None else params)
+        return self._step(key, state, action, self.env.default_params if params is None else params)
 
 
 def without_reset(env: Any, params: Any) -> WithoutReset:
@@ -56,15 +53,15 @@ def without_reset(env: Any, params: Any) -> WithoutReset:
     if own_step and not (is_environment or wrapped or own_parts):
         raise ValueError(f"{_name(env)} must keep the environment that it wraps as an attribute, such as self._env")
     if own_step and (is_environment or wrapped):
-        return WithoutReset(env, copy.reset, partial(_own_step, copy, _resets_itself(env, wrapped, params)), params)
+        return WithoutReset(env, copy.reset, partial(_own_step, copy, _resets_itself(env, wrapped, params)))
     if wrapped and not (is_environment or own_parts):
-        return WithoutReset(env, copy.reset, copy.step, params)  # `step` is that of the wrapped environment
+        return WithoutReset(env, copy.reset, copy.step)  # `step` is that of the wrapped environment
     if any(_defines(inner.env, "step") for inner in wrapped.values()):
         raise ValueError(
             f"step_env of {_name(env)} does without the step of the wrapper that it wraps (override step instead)"
         )
     reset = copy.reset if _defines(env, "reset") else copy.reset_env
-    return WithoutReset(env, reset, partial(_step_in_parts, copy), params)
+    return WithoutReset(env, reset, partial(_step_in_parts, copy))
 
 
 def wrapped_environments(env: Any) -> dict[str, Any]:
@@ -84,19 +81,25 @@ def _own_step(env, resets_itself, key, state, action, params):
 def _resets_itself(env, wrapped, params) -> bool:
     """Whether the step of `env` resets, found by tracing it; refuses a step that hides the observation reached."""
     key = jax.random.key(0)
-    start = WithoutReset(env, _copy(env, wrapped).reset, env.step, params)
+    start = WithoutReset(env, _copy(env, wrapped).reset, env.step)
     _, state = jax.eval_shape(start.reset, key, params)
     action = jax.eval_shape(env.action_space(params).sample, key)
-    copy, resets = _copy(env, wrapped), []  # another copy, for which jit has traced nothing yet
+    calls = []
+
+    def record(name, function):
+        return lambda *args, **named: calls.append(name) or function(*args, **named)
+
+    recorded = {
+        name: WithoutReset(inner, record("reset", inner.reset), record("step", inner.step))
+        for name, inner in wrapped.items()
+    }
+    copy = _copy(env, recorded)  # not the one above, whose functions jit has traced already
     if _base(env):
-        vars(copy)["reset_env"] = lambda *args, **named: resets.append(1) or env.reset_env(*args, **named)
-    for inner in wrapped.values():
-        inner.calls.clear()
+        vars(copy)["reset_env"] = record("reset", env.reset_env)
     obs, *_, info = _whole(env, jax.eval_shape(copy.step, key, state, action, params))
-    calls = {call for inner in wrapped.values() for call in inner.calls}
     if wrapped and "step" not in calls:
         raise ValueError(f"step of {_name(env)} must call step of the environment that it holds, or its resets remain")
-    if not resets and "reset" not in calls:
+    if "reset" not in calls:
         return False
     if jax.tree.map(_shape, info.get("final_observation")) != jax.tree.map(_shape, obs):
         raise ValueError(
