@@ -116,7 +116,7 @@ def test_gymnasium_gets_actions_from_its_own_start_and_episodes_stop_after_max_s
         logits = jnp.where(obs[..., None] == 0, jnp.array([0.0, 9.0]), jnp.array([9.0, 0.0]))
         return memory, Categorical(logits + params), jnp.zeros(obs.shape)
 
-    gymnasium.register("Endless-v0", entry_point=Endless, order_enforce=False, disable_env_checker=True)
+    gymnasium.register("Endless-v0", entry_point="test_agents:Endless", order_enforce=False, disable_env_checker=True)
     step = lambda key, state, action, params: Step(state, action + 1, action * 1.0, action > 2, action > 2)
     env = Env(lambda key, params: ((), jnp.int32(0)), step, (), Discrete(2), Discrete(3), "Endless-v0")
     ppo = make_ppo(env, SMALL, network=Network(lambda batch: (), lambda *_: jnp.zeros(()), apply))
