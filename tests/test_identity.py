@@ -229,8 +229,12 @@ def test_losses_steps_and_environments_are_axes_of_one_sweep(tmp_path):
     close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
     jax.tree.map(close, result.policy(seed=1, loss="spo").params, state.policy.params)
 
-    with pytest.raises(ValueError, match="loss='spo' is only a name"):
+    with pytest.raises(ValueError, match="env='short' is only a name here .*values={'env': {'short'"):
         load_sweep(tmp_path).ppo(loss="spo")
+    with pytest.warns(UserWarning, match="loss=ppo_loss .* instead of purejaxppo.ppo_loss"):
+        load_sweep(tmp_path, values={"env": values["env"]}).ppo(loss="spo")
+    with pytest.raises(ValueError, match="loss='spo' is only a name here"):
+        pjp.plan_sweep(pjp.Sweep("CartPole-v1", pjp.grid(loss=["spo"]), config=SMALL))
     loaded = pjp.load(tmp_path, values=values)
     assert isinstance(loaded, SweepResult) and loaded.ppo(loss="spo").env is env
     assert pjp.plan_sweep(sweep, tmp_path).groups == []

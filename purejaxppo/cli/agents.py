@@ -1,6 +1,6 @@
 """`purejaxppo evaluate`, `render`, `export` and `show`: commands for trained agents."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -8,9 +8,11 @@ import numpy as np
 import tyro
 
 from purejaxppo.cli.options import ALL_FAILED, check_counts, check_file
+from purejaxppo.cli.plugged import Acting, Plugged, check_given, make_plugged, to_named
 from purejaxppo.text import count, interval
 
 if TYPE_CHECKING:
+    from purejaxppo.experiment.agents.load import Agents
     from purejaxppo.experiment.provenance import Machine
     from purejaxppo.experiment.runs.settings import RunSettings
 
@@ -29,6 +31,7 @@ class EvaluateOptions:
     """Take the most probable action instead of a sample."""
     seed: int = 0
     """Random seed."""
+    acting: tyro.conf.OmitArgPrefixes[Acting] = field(default_factory=Acting)
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class RenderOptions:
     """Steps to draw at most."""
     seed: int = 0
     """Random seed."""
+    acting: tyro.conf.OmitArgPrefixes[Acting] = field(default_factory=Acting)
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class ExportOptions:
     """File to write: NAME.stablehlo for JAX, NAME.npz for NumPy."""
     agent: int = 0
     """The agent, by its number."""
+    acting: tyro.conf.OmitArgPrefixes[Acting] = field(default_factory=Acting)
 
 
 @dataclass(frozen=True)
@@ -76,9 +81,8 @@ def evaluate(arguments: list[str]) -> int:
     check_counts(options, "seed", at_least=0)
 
     from purejaxppo.experiment.agents.evaluation import evaluate_agents, evaluate_in_gymnasium, mean_return
-    from purejaxppo.experiment.agents.load import load_agents
 
-    agents = load_agents(options.folder)
+    agents = _load_agents(options.folder, options.acting)
     play = evaluate_in_gymnasium if options.where == "gymnasium" else evaluate_agents
     played = play(agents, num_episodes=options.episodes, greedy=options.greedy, seed=options.seed)
     where = " in Gymnasium" if options.where == "gymnasium" else ""
@@ -107,11 +111,10 @@ def render(arguments: list[str]) -> int:
 
     import jax
 
-    from purejaxppo.experiment.agents.load import load_agents
     from purejaxppo.experiment.agents.render import check_drawable, record_episode
     from purejaxppo.experiment.agents.render import render as render_episode
 
-    agents, out = load_agents(options.folder), options.out or options.folder / "episode.gif"
+    agents, out = _load_agents(options.folder, options.acting), options.out or options.folder / "episode.gif"
     policy = agents.policy(options.agent)
     check_drawable(agents.ppo.env.name, out)
     check_file(out)
@@ -133,9 +136,8 @@ def export(arguments: list[str]) -> int:
     import jax
 
     from purejaxppo.experiment.agents.export import export as export_policy
-    from purejaxppo.experiment.agents.load import load_agents
 
-    agents = load_agents(options.folder)
+    agents = _load_agents(options.folder, options.acting)
     policy = agents.policy(options.agent)
     check_file(options.out)
     lines = export_policy(agents.ppo, policy, options.out, jax.tree.map(lambda x: x[options.agent], agents.env_params))
@@ -179,6 +181,22 @@ def _show_progress(folder: Path):
     print(f"  {done} of {count(result.sweep.num_runs, 'run')} complete, {len(failed)} of them failed")
     for sentence in [*failed[:MOST], *["..."] * (len(failed) > MOST)]:
         print(f"  {sentence}")
+
+
+def _load_agents(folder: Path, acting: Acting) -> "Agents":
+    """The agents of a folder, with the custom environment and network that the command names."""
+    from purejaxppo.experiment.agents.load import load_agents
+    from purejaxppo.experiment.files import kind_of
+    from purejaxppo.experiment.runs.settings import read_settings
+
+    given = {name: x for name, x in asdict(acting).items() if x}
+    if kind_of(folder) == "sweep":
+        return load_agents(folder, values={name: {x: to_named(name, x).value} for name, x in given.items()})
+    settings = read_settings(folder)
+    check_given(given, settings.notes.get("launch", {}).get("plugged", {}), folder, ("env", "network"))
+    if not given:
+        return load_agents(folder)
+    return load_agents(folder, make_plugged(acting.env or settings.env, settings.config, Plugged(acting.network)))
 
 
 def _show_run(folder: Path, settings: "RunSettings"):

@@ -8,6 +8,7 @@ import warnings
 from dataclasses import fields
 from typing import Any
 
+from purejaxppo.cli.plugged import FIELDS
 from purejaxppo.config import Config, Hyperparams
 
 # Command -> the module here that has it, as a function of the same name.
@@ -81,17 +82,22 @@ def name_flags(sentence: str, options: Any, arguments: list[str]) -> str:
         options: the dataclass of the command's flags, or None.
         arguments: what the caller wrote.
     """
-    own = {field.name for field in fields(options)} - {"env", "folder"} if options else set()
+    own = {field.name for field in fields(options)} - {"folder"} if options else set()
+    own |= {"plugged": {*FIELDS}, "acting": {"env", "network"}}.get(min(own & {"plugged", "acting"}, default=""), set())
     algorithm = {field.name for kind in (Config, Hyperparams) for field in fields(kind)} if "config" in own else set()
     has_folder = bool(options) and "folder" in options.__dataclass_fields__  # an argument without a flag
     renamed = {"path": "out", **({} if has_folder else {"folder": "out"})} if "out" in own else {}
-    written = {"env", *re.findall(r"(?<!-)\b(\w+)=", " ".join(a for a in arguments if not a.startswith("--")))}
+    positional = {"env"} if "config" in own else set()
+    written = {*positional, *re.findall(r"(?<!-)\b(\w+)=", " ".join(a for a in arguments if not a.startswith("--")))}
 
     def flag(match: re.Match) -> str:
         name, value = str(match[1]), str(match[2])
         kebab = renamed.get(name, name).replace("_", "-")
         return {"True": f"--{kebab}", "False": f"--no-{kebab}"}.get(value, f"--{kebab}={value}")
 
+    if "allow_changed" in own:
+        words = re.compile(r"allow_changed=\[(.*?)\]")
+        sentence = words.sub(lambda match: f"--allow-changed {re.sub('[^a-z_ .]', '', match[1])}", sentence)
     first = re.match(r"(\w+)=", sentence)
     if not first or first[1] in written or first[1] not in own | algorithm | renamed.keys():
         return sentence

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import tyro
 
 from purejaxppo.checks import check_whole
+from purejaxppo.cli.plugged import Plugged, make_plugged
 from purejaxppo.config import Config, Hyperparams
 from purejaxppo.ppo import PPO
 
@@ -22,11 +23,12 @@ class TrainingOptions:
     """Flags of every command that trains; those that are not given come from the preset of the environment."""
 
     env: tyro.conf.Positional[str]
-    """A name that `purejaxppo envs` lists."""
+    """A name that `purejaxppo envs` lists, or module:name of an environment."""
     compile_cache: Path | None = None
     """Folder that caches compiled programs for later runs."""
     config: tyro.conf.OmitArgPrefixes[Config] = field(default_factory=Config)
     hyperparams: tyro.conf.OmitArgPrefixes[Hyperparams] = field(default_factory=Hyperparams)
+    plugged: tyro.conf.OmitArgPrefixes[Plugged] = field(default_factory=Plugged)
 
 
 @WHOLE_NUMBERS.primitive_rule
@@ -79,6 +81,8 @@ def parse(kind: type[Options], command: str, arguments: list[str]) -> Options:
                 f"name an environment first: purejaxppo {command} ENV [flags] (`purejaxppo envs` lists them)"
             )
         env = "CartPole-v1"
+    elif ":" in env:
+        return tyro.cli(kind, args=arguments, default=kind(env), prog=f"purejaxppo {command}")
     elif env not in env_names():
         make_env(env)  # raises
     return tyro.cli(kind, args=arguments, default=kind(env, **preset(env)._asdict()), prog=f"purejaxppo {command}")
@@ -114,7 +118,7 @@ def make_folder(name: str) -> Path:
     from purejaxppo.experiment.files import make_new
 
     time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return make_new(Path("runs") / f"{name.replace('/', '-')}-{time}")
+    return make_new(Path("runs") / f"{name.replace('/', '-').replace(':', '-')}-{time}")
 
 
 def cache(options: TrainingOptions):
@@ -132,10 +136,8 @@ def make(options: TrainingOptions) -> PPO:
     """Makes the PPO that the options describe. Raises ValueError if they do not fit together."""
     import jax
 
-    from purejaxppo.ppo import make_ppo
-
     cache(options)
-    ppo = make_ppo(options.env, options.config)
+    ppo = make_plugged(options.env, options.config, options.plugged)
     jax.eval_shape(lambda key: ppo.init(key, options.hyperparams), jax.random.key(0))
     return ppo
 

@@ -17,6 +17,7 @@ from purejaxppo.cli.options import (
     parse,
     whole_number,
 )
+from purejaxppo.cli.plugged import FIELDS, to_named
 from purejaxppo.config import Config, spec_of
 from purejaxppo.text import count
 
@@ -28,7 +29,8 @@ class SweepOptions(TrainingOptions):
 
     grid: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """FIELD=VALUE,VALUE,...; given several times, every combination. A field is any flag of `train` that sets the
-    algorithm, `env`, or `env.NAME` for a parameter of the environment; widths are written 64x64."""
+    algorithm, `env`, or `env.NAME` for a parameter of the environment; widths are written 64x64, custom losses,
+    networks, optimizers, steps and environments module:name."""
     sample: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """FIELD=log_uniform:LOW:HIGH, uniform:LOW:HIGH, integers:LOW:HIGH or choice:VALUE:VALUE..."""
     num_samples: int = 0
@@ -43,6 +45,8 @@ class SweepOptions(TrainingOptions):
     """Environment steps of each agent; sets num_updates to as many whole updates as fit."""
     slice_size: int | None = None
     """Agents that train together in one program; chosen for this machine by default."""
+    allow_changed: tuple[str, ...] = ()
+    """What may differ from what the folder was trained with, such as loss or optimizer."""
     dry_run: bool = False
     """Print the plan and stop."""
     out: Path | None = None
@@ -71,14 +75,16 @@ def sweep(arguments: list[str]) -> int:
 
     from purejaxppo.experiment.loop import Interrupted
     from purejaxppo.experiment.report.ranking import as_table
+    from purejaxppo.experiment.report.statistics import improvements
     from purejaxppo.experiment.sweeps.plan import plan_sweep
     from purejaxppo.experiment.sweeps.run import run_sweep
-    from purejaxppo.experiment.sweeps.sweep import Sweep
+    from purejaxppo.experiment.sweeps.sweep import PLUGGED, Sweep
 
-    wanted = Sweep(options.env, table, options.num_seeds, options.config, options.hyperparams, options.seed)
+    env = to_named("env", options.env) if ":" in options.env else options.env
+    wanted = Sweep(env, table, options.num_seeds, options.config, options.hyperparams, options.seed)
     cache(options)
     print(wanted, flush=True)
-    plan = plan_sweep(wanted, options.out, slice_size=options.slice_size)
+    plan = plan_sweep(wanted, options.out, slice_size=options.slice_size, allow_changed=options.allow_changed)
     print(plan, flush=True)
     if options.dry_run:
         return 0
@@ -88,6 +94,10 @@ def sweep(arguments: list[str]) -> int:
     except Interrupted as error:
         result = error.result
     print(as_table(result.ranked()))
+    for field in (field for field in PLUGGED if field in result.scores.dims):
+        for versus, found in improvements(result.scores, field).items():
+            low, value, high = (float(found[name]) for name in ("low", "value", "high"))
+            print(f"  P({versus}) = {value:.2f}  [{low:.2f}, {high:.2f}] 95 %")
     plots = _draw_sweep(result.metrics, out, options.env)
     if result.steps:
         rate = result.steps / max(result.run_seconds, 1e-9)
@@ -130,10 +140,11 @@ def _parse_sweep(arguments: list[str]):
     options = parse(SweepOptions, "sweep", arguments)
     check_counts(options, "num_seeds")
     check_counts(options, "seed", at_least=0)
-    columns = dict(_parse_column(text) for text in options.grid)
+    columns = dict(_parse_column(text, options.env) for text in options.grid)
     if len(columns) < len(options.grid):
         raise ValueError(f"grid={' '.join(options.grid)} names a field twice (put all its values in one --grid)")
-    table = grid(**columns)
+    given = {field: [to_named(field, text, options.env)] for field, text in options.plugged.given().items()}
+    table = grid(**given | columns)
     distributions = dict(_parse_distribution(text) for text in options.sample)
     if bool(distributions) != bool(options.num_samples):
         raise ValueError(f"num_samples={options.num_samples} and sample go together: give both, or neither")
@@ -148,12 +159,15 @@ def _parse_sweep(arguments: list[str]):
     return complete(options), table
 
 
-def _parse_column(text: str) -> tuple[str, list]:
+def _parse_column(text: str, env: str) -> tuple[str, list]:
     name, equals, values = text.partition("=")
     name = name.strip().replace("-", "_") if not name.startswith("env") else name.strip()
     if not equals or not name or not values.strip():
         raise ValueError(f"grid={text} must be FIELD=VALUE,VALUE,..., such as learning_rate=1e-4,1e-3")
-    return name, [_parse_value(name, value.strip()) for value in values.split(",")]
+    words = [word.strip() for word in values.split(",")]
+    if name in FIELDS or name == "env":
+        return name, [to_named(name, word, env) if ":" in word or name in FIELDS else word for word in words]
+    return name, [_parse_value(name, word) for word in words]
 
 
 def _parse_distribution(text: str):

@@ -1,7 +1,7 @@
 """`purejaxppo train` and `purejaxppo resume`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -21,6 +21,7 @@ from purejaxppo.cli.options import (
     parse,
     prepare_cpu,
 )
+from purejaxppo.cli.plugged import Plugged, check_given, make_plugged
 from purejaxppo.config import Config
 from purejaxppo.text import count, interval
 
@@ -71,6 +72,11 @@ class ResumeOptions:
     """Environment steps of each agent over the whole run, to extend it; its schedules then end there."""
     one_thread: bool = False
     """Limit XLA to one CPU thread (see `train`)."""
+    env: str | None = None
+    """The environment again, if it was given as module:name."""
+    allow_changed: tuple[str, ...] = ()
+    """What may differ from what the run was trained with, such as loss or optimizer."""
+    plugged: tyro.conf.OmitArgPrefixes[Plugged] = field(default_factory=Plugged)
 
 
 def train(arguments: list[str]) -> int:
@@ -101,7 +107,8 @@ def train(arguments: list[str]) -> int:
     for name in options.log:
         check_package(name)
     names = "num_seeds", "seed", "num_devices", "save_every", "keep", "evaluate_every", "log"
-    launch = Launch(**{name: getattr(options, name) for name in names})
+    custom = options.plugged.given() | ({"env": options.env} if ":" in options.env else {})
+    launch = Launch(**{name: getattr(options, name) for name in names}, plugged=custom)
     with claim_folder(make_folder(options.env) if options.out is None else options.out, new=True) as lock:
         _print_header(options.env, options.config, launch)
         return _report(partial(launch_run, ppo, options.hyperparams, launch, lock), launch, lock.folder)
@@ -129,9 +136,16 @@ def resume(arguments: list[str]) -> int:
             raise ValueError(
                 f"total_steps={options.total_steps} must be at least the {settings.config.total_steps} of the run"
             )
+    given = options.plugged.given() | ({"env": options.env} if options.env else {})
+    check_given(given, launch.plugged, options.folder)
+
+    def make_one(env: str, config: Config):
+        return make_plugged(options.env or env, config, options.plugged)
+
     with claim_folder(options.folder) as lock:
         _print_header(settings.env, config, launch)
-        return _report(partial(resume_run, lock, num_updates=num_updates), launch, options.folder)
+        resumed = partial(resume_run, lock, num_updates=num_updates, make=make_one, allow_changed=options.allow_changed)
+        return _report(resumed, launch, options.folder)
 
 
 def _print_header(env: str, config: Config, launch: "Launch"):

@@ -36,8 +36,9 @@ BY_NAME = {"purejaxppo", "jax", "jaxlib", "flax", "optax", "gymnax", "chex", "nu
 INSTALLED = ("site-packages", "dist-packages")
 DEFAULTS = {"network": "purejaxppo.make_network", "loss": "purejaxppo.ppo_loss", "optimizer": "purejaxppo.adam"}
 NONE = "none"
-# What a policy needs to act.
+# What a policy needs to act, and what matters to training alone.
 ACTING = {"env", "network"}
+TRAINING = ("loss", "optimizer", "step", *Hyperparams().names)
 
 
 def identify_ppo(ppo: PPO, hyperparams: Hyperparams = Hyperparams()) -> dict[str, str]:
@@ -136,7 +137,8 @@ class _Identifier:
             return self.join("dict", sorted(f"{self(key)}: {self(x)}" for key, x in value.items()))
         if isinstance(value, (set, frozenset)):
             return self.join("set", sorted(map(self, value)))
-        if isinstance(value, Env):  # its parameters are compared as numbers
+        if isinstance(value, Env):
+            self.known[id(value.params)] = value.params, "params"  # they are compared as numbers
             return self.join(value.name, map(self, value._replace(params=None)))
         if isinstance(value, (list, tuple)):
             return self.join(kind.__name__ if hasattr(value, "_fields") else "list", map(self, value))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from purejaxppo.batched import batched
 from purejaxppo.experiment.files import kind_of
+from purejaxppo.experiment.identity import TRAINING
 from purejaxppo.experiment.report.failures import failures_of
 from purejaxppo.experiment.runs.saved import SavedRun, load_run, remake
 from purejaxppo.experiment.runs.settings import read_settings
@@ -76,17 +77,26 @@ def load(
     return load_run(folder, ppo, allow_changed=allow_changed)
 
 
-def load_agents(folder: str | Path, ppo: PPO | None = None) -> Agents:
+def load_agents(
+    folder: str | Path, ppo: PPO | None = None, *, values: Mapping[str, Mapping[str, Any]] | None = None
+) -> Agents:
     """The agents of a run, or of the best setting of a sweep.
 
-    `ppo` is the PPO of one agent; it must be given unless it was `make_ppo(name, config)`. Raises ValueError if the
-    folder holds neither a run nor a sweep, or if the agents are not trained yet.
+    Args:
+        folder: what `fit`, `run_sweep` or the command line wrote.
+        ppo: the PPO of one agent; it must be given unless it was `make_ppo(name, config)`.
+        values: what names of a sweep stand for, as {"network": {"mine": network}}.
+
+    Raises:
+        ValueError: if the folder holds neither a run nor a sweep, or if the agents are not trained yet.
     """
     _check_arguments(folder, ppo)
     if kind_of(folder) == "sweep":
-        return _best_agents(load_sweep(folder) if ppo is None else load_sweep(folder, make=lambda *_: ppo))
+        make = make_ppo if ppo is None else lambda *_, **__: ppo
+        return _best_agents(load_sweep(folder, make, values=values, allow_changed=TRAINING))
     settings = read_settings(folder)
-    saved = load_run(folder, batched(ppo) if ppo is not None and settings.num_runs else ppo)
+    ppo_of_run = batched(ppo) if ppo is not None and settings.num_runs else ppo
+    saved = load_run(folder, ppo_of_run, allow_changed=TRAINING)
     agents = saved.policy, saved.env_params
     policies, env_params = agents if settings.num_runs else jax.tree.map(lambda x: x[None], agents)
     one = remake(replace(settings, num_runs=None)) if ppo is None else ppo

@@ -7,6 +7,7 @@ every score (`probability_of_improvement`). A higher score is better.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -200,6 +201,34 @@ def probability_of_improvement(
 
     values = _bootstrap(statistic, [*samples[0], *samples[1]], confidence, num_resamples, seed)
     return xarray.Dataset({name: float(x) for name, x in zip(("value", "low", "high"), values)})
+
+
+def improvements(
+    scores: xarray.DataArray, field: str, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0
+) -> dict[str, xarray.Dataset]:
+    """The probability of improvement of every value of a swept field over the first one, averaged over other fields.
+
+    The keys are "VALUE > FIRST"; see `probability_of_improvement` for the values. Raises ValueError if the field is
+    not a dimension of the scores, as when it was paired with others.
+
+    Args:
+        scores: one score per run, with the dimensions `field` and `seed`.
+        field: a swept field, such as "loss".
+        confidence: level of the intervals, between 0 and 1.
+        num_resamples: bootstrap resamples; with 0 the intervals are nan.
+        seed: random seed of the bootstrap.
+    """
+    if field not in scores.dims:
+        raise ValueError(f"field={field!r} is no dimension of the scores (theirs: {', '.join(map(str, scores.dims))})")
+    others = [dim for dim in scores.dims if dim not in (field, "seed")]
+    rows = scores.transpose(field, *others, "seed").values
+    rows = rows.reshape(len(rows), -1, scores.sizes["seed"])
+    first, *rest = (xarray.DataArray(x, dims=("env", "seed")) for x in rows)
+    names = [str(name) for name in scores[field].values]
+    compare = partial(
+        probability_of_improvement, b=first, confidence=confidence, num_resamples=num_resamples, seed=seed
+    )
+    return {f"{name} > {names[0]}": compare(x) for name, x in zip(names[1:], rest)}
 
 
 def _win_rate(x: np.ndarray, y: np.ndarray) -> np.ndarray:

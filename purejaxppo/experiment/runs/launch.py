@@ -1,6 +1,7 @@
 """Runs that can be rebuilt from their folder alone: those that `purejaxppo train` starts."""
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import jax
@@ -17,7 +18,7 @@ from purejaxppo.experiment.runs.fit import Fit, fit
 from purejaxppo.experiment.runs.saved import remake
 from purejaxppo.experiment.runs.settings import RunSettings, read_settings
 from purejaxppo.experiment.runs.sinks import make_sink
-from purejaxppo.ppo import PPO
+from purejaxppo.ppo import PPO, make_ppo
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Launch:
     """Updates between two evaluations; None for none."""
     log: tuple[str, ...] = ()
     """Names of sinks, see `make_sink`."""
+    plugged: dict[str, str] = field(default_factory=dict)
+    """Where the custom parts came from, as {"loss": "module:name"}; nothing imports them by what is written here."""
 
     def __post_init__(self):
         for name, least in (("num_seeds", 1), ("seed", 0), ("num_devices", 1), ("keep", 1), ("evaluate_every", 1)):
@@ -48,7 +51,13 @@ class Launch:
 
 
 def launch_run(
-    ppo: PPO, hyperparams: Hyperparams, launch: Launch, folder: str | Path | Lock, *, progress: bool = True
+    ppo: PPO,
+    hyperparams: Hyperparams,
+    launch: Launch,
+    folder: str | Path | Lock,
+    *,
+    progress: bool = True,
+    allow_changed: Sequence[str] = (),
 ) -> Fit:
     """Trains a batched PPO in a folder, from its newest checkpoint if it has one.
 
@@ -58,6 +67,7 @@ def launch_run(
         launch: how many agents, from which seed, saved and logged how.
         folder: where everything is written, see `fit`.
         progress: whether to show a progress bar.
+        allow_changed: see `fit`.
     """
     numbers = {name: as_json(hyperparams.get(name)) for name in hyperparams.names}
     settings = {"env": ppo.env.name, **asdict(ppo.config), **numbers, **asdict(launch)}
@@ -73,15 +83,31 @@ def launch_run(
             sinks=[make_sink(name, lock.folder, settings) for name in launch.log],
             notes={"launch": asdict(launch)},
             progress=progress,
+            allow_changed=allow_changed,
         )
 
 
-def resume(folder: str | Path | Lock, *, num_updates: int | None = None, progress: bool = True) -> Fit:
+def resume(
+    folder: str | Path | Lock,
+    *,
+    num_updates: int | None = None,
+    progress: bool = True,
+    make: Callable[..., PPO] = make_ppo,
+    allow_changed: Sequence[str] = (),
+) -> Fit:
     """Resumes the run that `purejaxppo train` started in a folder; the result is that of an uninterrupted run.
 
-    With `num_updates`, the updates of the whole run, it is extended: its schedules then end there, as a warning says.
-    Raises `Interrupted` as `fit` does, and ValueError if the folder holds no run, one that was started in Python (call
-    `fit` again to continue it), or if all its checkpoints are damaged.
+    Args:
+        folder: of the run.
+        num_updates: updates of the whole run, to extend it: its schedules then end there, as a warning says.
+        progress: whether to show a progress bar.
+        make: `make(env, config)` makes the PPO of one agent.
+        allow_changed: see `fit`.
+
+    Raises:
+        Interrupted: as `fit` does.
+        ValueError: if the folder holds no run, one that was started in Python (call `fit` again to continue it), or one
+            with other custom parts, or if all its checkpoints are damaged.
     """
     path = folder.folder if isinstance(folder, Lock) else Path(folder)
     settings = read_settings(path)
@@ -90,8 +116,8 @@ def resume(folder: str | Path | Lock, *, num_updates: int | None = None, progres
         if num_updates < config.num_updates:
             raise ValueError(f"num_updates={num_updates} must be at least the {config.num_updates} of the run")
         config = replace(config, num_updates=num_updates)
-    ppo = remake(settings, launch.num_devices, config)
-    return launch_run(ppo, settings.to_hyperparams(), launch, folder, progress=progress)
+    ppo = remake(settings, launch.num_devices, config, make)
+    return launch_run(ppo, settings.to_hyperparams(), launch, folder, progress=progress, allow_changed=allow_changed)
 
 
 def read_launch(settings: RunSettings, folder: str | Path) -> Launch:

@@ -9,7 +9,7 @@ files.json           SHA-256 of all files above but the checkpoints; older versi
 learning_curve.png
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,12 +178,18 @@ def read_failures(folder: Path) -> dict[int, str]:
     return failures_of(mark_failures(checkpoint.metrics, checkpoint.arrays)) if checkpoint else {}
 
 
-def remake(settings: RunSettings, num_devices: int = 1, config: Config | None = None) -> PPO:
-    """The PPO of a run whose environment is a name, its environments distributed over several devices if asked.
+def remake(
+    settings: RunSettings, num_devices: int = 1, config: Config | None = None, make: Callable[..., PPO] = make_ppo
+) -> PPO:
+    """The PPO of a run, from its settings.
 
-    `config` replaces the one in the settings.
+    Args:
+        settings: of the run.
+        num_devices: across which its environments are distributed.
+        config: replaces the one in the settings.
+        make: `make(env, config)` makes the PPO of one agent from the name of its environment.
     """
-    ppo = make_ppo(settings.env, config or settings.config)
+    ppo = make(settings.env, config or settings.config)
     ppo = sharded(ppo, num_devices) if num_devices > 1 else ppo
     return ppo if settings.num_runs is None else batched(ppo)
 

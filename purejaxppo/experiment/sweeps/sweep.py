@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, TypedDict
 
 from purejaxppo.checks import check_whole
 from purejaxppo.config import EXTRA, Config, Hyperparams, spec_of, suggest
+from purejaxppo.envs import env_names
 from purejaxppo.experiment.presets import DEFAULTS, PRESETS
 from purejaxppo.experiment.records import as_record, complete_hyperparams
 from purejaxppo.ppo import PPO, make_ppo, with_step
@@ -217,20 +218,27 @@ class Sweep:
         )
 
 
-def make_group(group: Group, make: Callable = make_ppo) -> PPO:
+def make_group(group: Group, make: Callable = make_ppo, *, loaded: bool = False) -> PPO:
     """The PPO of a group of settings.
 
-    `make(env, config, **plugged)` makes it, where `plugged` are those of network, loss and optimizer that are swept.
-    Raises ValueError for a name without a value.
+    Args:
+        group: of a sweep.
+        make: `make(env, config, **plugged)` makes it, where `plugged` are those of network, loss and optimizer that are
+            swept.
+        loaded: whether the sweep comes from disk, where custom values are names alone. Its PPO can act without a loss,
+            an optimizer or a step, so that the defaults take their places.
+
+    Raises:
+        ValueError: for a name without a value.
     """
     values = {}
-    for field, name in group.plugged:
-        if not isinstance(name, Named):
-            raise ValueError(
-                f"{field}={name!r} is only a name here, as in {field}={{{name!r}: ...}} (give its value; for a sweep "
-                f"from disk as values={{{field!r}: {{{name!r}: ...}}}})"
-            )
-        values |= {field: name.value} if name.value is not None else {}
+    for field, name in (("env", group.env), *group.plugged):
+        bare = not isinstance(name, Named) and not (field == "env" and (name in env_names() or not loaded))
+        if bare and not (loaded and field in ("loss", "optimizer", "step")):
+            remedy = f"values={{{field!r}: {{{name!r}: ...}}}}" if loaded else f"{field}={{{name!r}: ...}}"
+            raise ValueError(f"{field}={name!r} is only a name here (give what it stands for: {remedy})")
+        if field != "env" and isinstance(name, Named) and name.value is not None:
+            values[field] = name.value
     step = values.pop("step", ())
     ppo = make(group.env.value if isinstance(group.env, Named) else group.env, group.config, **values)
     return with_step(ppo, *(step if isinstance(step, tuple) else (step,))) if step else ppo
