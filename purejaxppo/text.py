@@ -63,6 +63,11 @@ def interval(mean: float, low: float, high: float, over: str = "agents", nothing
     )
 
 
+def printable(text: str) -> str:
+    """Text with an escape such as `\\x1b` in place of every character that is not printable, line breaks too."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def shorten(value: Any, most: int = 40) -> str:
     """A value as one line of text of at most `most` characters, cut off with `...`."""
     text = " ".join(str(value).split())

@@ -13,6 +13,7 @@ import xarray
 from purejaxppo import load
 from purejaxppo.cli.agents import RenderOptions
 from purejaxppo.cli.main import main, name_flags
+from purejaxppo.cli.options import say
 from purejaxppo.cli.sweep import SweepOptions
 from purejaxppo.cli.train import ResumeOptions, TrainOptions
 from purejaxppo.experiment.runs.saved import SavedRun
@@ -159,6 +160,42 @@ def test_help_names_every_setting(capsys):
     _, printed, _ = run(capsys, "train", "--help")
     for flag in ("--num-seeds", "--learning-rate", "--target-kl", "--bootstrap-on-truncation", "--out"):
         assert flag in printed
+
+
+def test_agents_that_turn_nan_are_named_everywhere_and_have_no_score(tmp_path, capsys):
+    folder, failed = str(tmp_path / "run"), "run 1 turned nan in update 1, where loss was not finite"
+    begin = ["train", "CartPole-v1", *TINY, "--num-seeds", "2", "--learning-rate", "1e30", "--out", folder]
+    status, printed, errors = run(capsys, *begin)
+    assert status == 4 and "2 of 2 agents, left out above" in printed
+    assert failed in errors and "all 2 runs have failed" in errors
+    table = {line[2:30].strip(): line[30:] for line in printed.splitlines()}
+    assert table["return, last 100 episodes"] == table["return, 128 fresh episodes"] == "failed"
+    status, _, errors = run(capsys, "resume", folder)
+    assert status == 4 and failed in errors
+    status, printed, _ = run(capsys, "show", folder)
+    assert status == 0 and failed in printed
+    status, printed, _ = run(capsys, "evaluate", folder)
+    assert status == 4 and failed in printed and printed.split()[-2:] == ["mean", "failed"]
+
+
+@pytest.mark.parametrize("arguments", [["envs"], ["bench", "--help"]])
+def test_a_reader_that_leaves_ends_a_command_quietly(arguments):
+    command = [sys.executable, "-m", "purejaxppo", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
+def test_a_terminal_gets_no_control_characters_from_a_file(tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "settings.json").write_text(json.dumps({"env": "Cart\x1b[2J\u202e", "config": {"\x1b]0;": 1}}))
+    status, printed, errors = run(capsys, "show", str(folder))
+    assert status == 2 and (printed + errors).removesuffix("\n").isprintable()
+    say("Cart\x1b[2J", "a\nb", "\N{GREEK SMALL LETTER ALPHA}")
+    assert capsys.readouterr().out == "Cart\\x1b[2J\na\\nb\n\N{GREEK SMALL LETTER ALPHA}\n"
 
 
 def test_the_module_runs_as_a_command():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 import tyro
 
-from purejaxppo.cli.options import ALL_FAILED, check_counts, check_file
+from purejaxppo.cli.options import ALL_FAILED, check_counts, check_file, say
 from purejaxppo.cli.plugged import Acting, Plugged, check_given, make_plugged, to_named
 from purejaxppo.text import count, interval
 
@@ -87,19 +87,19 @@ def evaluate(arguments: list[str]) -> int:
     played = play(agents, num_episodes=options.episodes, greedy=options.greedy, seed=options.seed)
     where = " in Gymnasium" if options.where == "gymnasium" else ""
     how = "the most probable actions" if options.greedy else "sampled actions"
-    print(f"{agents.title}{where}: {options.episodes} episodes of {count(agents.num, 'agent')}, {how}")
+    say(f"{agents.title}{where}: {options.episodes} episodes of {count(agents.num, 'agent')}, {how}")
     failed = np.array([bool(sentence) for sentence in agents.failed])
     for seed, returns in enumerate(played["episode_return"].values):
         if failed[seed]:
-            print(f"  agent {seed:<4} {'failed':>10}  {agents.failed[seed]}")
+            say(f"  agent {seed:<4} {'failed':>10}  {agents.failed[seed]}")
         else:
-            print(f"  agent {seed:<4} {returns.mean():10.2f}  from {returns.min():.2f} to {returns.max():.2f}")
+            say(f"  agent {seed:<4} {returns.mean():10.2f}  from {returns.min():.2f} to {returns.max():.2f}")
     played = played.isel(seed=~failed)
     over = "agents" if played.sizes["seed"] > 1 else "episodes"
-    print(f"  mean       {interval(*mean_return(played), over=over, nothing='failed'):>10}")
+    say(f"  mean       {interval(*mean_return(played), over=over, nothing='failed'):>10}")
     cut = int((~played["finished"]).sum())
     if cut:
-        print(f"  {count(cut, 'episode')} had not ended and counted as they were")
+        say(f"  {count(cut, 'episode')} had not ended and counted as they were")
     return ALL_FAILED if failed.all() else 0
 
 
@@ -124,7 +124,7 @@ def render(arguments: list[str]) -> int:
         greedy=options.greedy, max_steps=options.max_steps,
     )  # fmt: skip
     render_episode(agents.ppo.env.name, episode, out, env_params)
-    print(f"{out}: {len(episode.rewards)} steps, return {episode.rewards.sum():.2f}")
+    say(f"{out}: {len(episode.rewards)} steps, return {episode.rewards.sum():.2f}")
     return 0
 
 
@@ -141,7 +141,7 @@ def export(arguments: list[str]) -> int:
     policy = agents.policy(options.agent)
     check_file(options.out)
     lines = export_policy(agents.ppo, policy, options.out, jax.tree.map(lambda x: x[options.agent], agents.env_params))
-    print(f"# {options.out} holds agent {options.agent} of {agents.title}; use it like this:\n\n{lines}")
+    say(f"# {options.out} holds agent {options.agent} of {agents.title}; use it like this:", "", *lines.split("\n"))
     return 0
 
 
@@ -154,7 +154,7 @@ def show(arguments: list[str]) -> int:
     from purejaxppo.experiment.sweeps.slices import read_sessions, read_sweep
 
     if kind_of(options.folder) == "sweep":
-        print(read_sweep(options.folder))
+        say(*str(read_sweep(options.folder)).split("\n"))
         _show_progress(options.folder)
         sessions = read_sessions(options.folder)
     else:
@@ -174,13 +174,13 @@ def _show_progress(folder: Path):
     try:
         result = load_sweep(folder)
     except ValueError as error:  # nothing is trained yet
-        print(f"  {error}")
+        say(f"  {error}")
         return
     failed = result.failed()
     done = result.sweep.num_runs - result.num_unfinished
-    print(f"  {done} of {count(result.sweep.num_runs, 'run')} complete, {len(failed)} of them failed")
+    say(f"  {done} of {count(result.sweep.num_runs, 'run')} complete, {len(failed)} of them failed")
     for sentence in [*failed[:MOST], *["..."] * (len(failed) > MOST)]:
-        print(f"  {sentence}")
+        say(f"  {sentence}")
 
 
 def _load_agents(folder: Path, acting: Acting) -> "Agents":
@@ -206,19 +206,19 @@ def _show_run(folder: Path, settings: "RunSettings"):
     config = settings.config
     done = max([settings.num_updates_done or 0, *(int(path.name) for path in Checkpoints(folder).paths())])
     seed = settings.notes.get("launch", {}).get("seed", "unknown")
-    print(f"{settings.env}: {count(settings.num_runs or 1, 'agent')}, seed {seed}")
-    print(f"  {done} of {config.num_updates} updates, {done * config.steps_per_update:,} steps per agent")
+    say(f"{settings.env}: {count(settings.num_runs or 1, 'agent')}, seed {seed}")
+    say(f"  {done} of {config.num_updates} updates, {done * config.steps_per_update:,} steps per agent")
     for sentence in saved.read_failures(folder).values():
-        print(f"  {sentence}")
+        say(f"  {sentence}")
     for kind, values in (("config", asdict(config)), ("hyperparams", settings.hyperparams)):
-        print(f"  {kind:<12} {', '.join(f'{name}={value}' for name, value in values.items())}")
-    print(f"  {'precision':<12} {config.matmul_precision}")
+        say(f"  {kind:<12} {', '.join(f'{name}={value}' for name, value in values.items())}")
+    say(f"  {'precision':<12} {config.matmul_precision}")
 
 
 def _show_session(session: "Machine"):
     versions = ", ".join(f"{name} {version}" for name, version in session["versions"].items())
     device = session["device"]
-    print(f"  {session['started']}  {' '.join(session['command'])}")
-    print(f"    {'code':<10} {session.get('code') or 'not a checkout'}")
-    print(f"    {'packages':<10} {versions}")
-    print(f"    {'device':<10} {device['count']} x {device['kind']}, {session['cpu_cores']} CPU cores")
+    say(f"  {session['started']}  {' '.join(session['command'])}")
+    say(f"    {'code':<10} {session.get('code') or 'not a checkout'}")
+    say(f"    {'packages':<10} {versions}")
+    say(f"    {'device':<10} {device['count']} x {device['kind']}, {session['cpu_cores']} CPU cores")

@@ -7,7 +7,7 @@ from pathlib import Path
 import tyro
 
 from purejaxppo.checks import check_whole
-from purejaxppo.cli.options import TrainingOptions, check_counts, check_file, make, parse, prepare_cpu
+from purejaxppo.cli.options import TrainingOptions, check_counts, check_file, make, parse, prepare_cpu, say
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,13 @@ def bench(arguments: list[str]) -> int:
         check_file(options.out)
     machine = describe_machine()
     device, cores = machine["device"], machine["cpu_cores"]
-    print(
+    say(
         f"{options.env}, {options.config.num_envs} environments x {options.config.num_steps} steps, on "
         f"{device['kind']} ({cores} CPU cores), jax {machine['versions']['jax']}; medians of {options.rounds}",
-        flush=True,
     )
     results = measure(
         ppo, options.hyperparams, options.num_seeds, rounds=options.rounds, seconds=options.seconds,
-        report=lambda line: print(line, flush=True),
+        report=say,
     )  # fmt: skip
     if options.out:
         hyperparams = {name: as_json(options.hyperparams.get(name)) for name in options.hyperparams.names}
@@ -74,8 +73,8 @@ def _print_envs():
     from purejaxppo.experiment.presets import changed_settings, preset
 
     width = max(map(len, env_names()))
-    print(f"{'environment':{width}}  {'steps':>10}  preset, if different from the defaults")
+    say(f"{'environment':{width}}  {'steps':>10}  preset, if different from the defaults")
     for name in env_names():
         config, hyperparams = preset(name)
         changed = ", ".join(f"{key}={value}" for key, value in changed_settings(config, hyperparams).items())
-        print(f"{name:{width}}  {config.total_steps:>10,}  {changed}")
+        say(f"{name:{width}}  {config.total_steps:>10,}  {changed}")

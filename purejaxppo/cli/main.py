@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import os
 import re
 import sys
 import warnings
@@ -10,6 +11,7 @@ from typing import Any
 
 from purejaxppo.cli.plugged import FIELDS
 from purejaxppo.config import Config, Hyperparams
+from purejaxppo.text import printable
 
 # Command -> the module here that has it, as a function of the same name.
 COMMANDS = {
@@ -42,8 +44,20 @@ interrupt
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns the exit status, with one sentence on standard error if it is not 0.
 
-    2 stands for bad input, 3 for results that could not be written, 4 if every agent turned nan, 130 for an interrupt.
+    2 stands for bad input, 3 for results that could not be written, 4 if every agent turned nan, 130 for an interrupt,
+    and 141 if nobody reads the output any more.
     """
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # as in `purejaxppo envs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
+        return 128 + 13  # that of a program that SIGPIPE ends
+
+
+def _run(arguments: list[str] | None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("--help", "-h"):
@@ -107,10 +121,10 @@ def name_flags(sentence: str, options: Any, arguments: list[str]) -> str:
 
 
 def _refuse(sentence: str, status: int = 2) -> int:
-    print(f"purejaxppo: {sentence}", file=sys.stderr)
+    print("purejaxppo:", *map(printable, sentence.split("\n")), file=sys.stderr)
     return status
 
 
 def _warn(message, category, *_args, **_kwargs):
     if category is UserWarning:
-        print(f"purejaxppo: warning: {message}", file=sys.stderr)
+        print("purejaxppo: warning:", *map(printable, str(message).split("\n")), file=sys.stderr)

@@ -11,6 +11,7 @@ from purejaxppo.checks import check_whole
 from purejaxppo.cli.plugged import Plugged, make_plugged
 from purejaxppo.config import Config, Hyperparams
 from purejaxppo.ppo import PPO
+from purejaxppo.text import printable
 
 Options = TypeVar("Options", bound="TrainingOptions")
 WHOLE_NUMBERS = tyro.constructors.ConstructorRegistry()  # active in a `with` statement
@@ -53,6 +54,11 @@ def whole_number(text: str) -> int:
     if number % 1:  # nan of infinity
         raise ValueError(f"{text!r} is not a whole number, such as 100000, 100_000 or 1e5")
     return int(number)
+
+
+def say(*lines: str):
+    """Prints lines; whatever a file on disk puts into them, a terminal gets no control characters."""
+    print(*map(printable, lines), sep="\n", flush=True)
 
 
 def prepare_cpu(arguments: list[str]):

@@ -15,6 +15,7 @@ from purejaxppo.cli.options import (
     draw_without_screen,
     make_folder,
     parse,
+    say,
     whole_number,
 )
 from purejaxppo.cli.plugged import FIELDS, to_named
@@ -83,9 +84,9 @@ def sweep(arguments: list[str]) -> int:
     env = to_named("env", options.env) if ":" in options.env else options.env
     wanted = Sweep(env, table, options.num_seeds, options.config, options.hyperparams, options.seed)
     cache(options)
-    print(wanted, flush=True)
+    say(*str(wanted).split("\n"))
     plan = plan_sweep(wanted, options.out, slice_size=options.slice_size, allow_changed=options.allow_changed)
-    print(plan, flush=True)
+    say(*str(plan).split("\n"))
     if options.dry_run:
         return 0
     out = make_folder(f"sweep-{options.env}") if options.out is None else options.out
@@ -93,18 +94,18 @@ def sweep(arguments: list[str]) -> int:
         result = run_sweep(plan, out)
     except Interrupted as error:
         result = error.result
-    print(as_table(result.ranked()))
+    say(*as_table(result.ranked()).split("\n"))
     for field in (field for field in PLUGGED if field in result.scores.dims):
         for versus, found in improvements(result.scores, field).items():
             low, value, high = (float(found[name]) for name in ("low", "value", "high"))
-            print(f"  P({versus}) = {value:.2f}  [{low:.2f}, {high:.2f}] 95 %")
+            say(f"  P({versus}) = {value:.2f}  [{low:.2f}, {high:.2f}] 95 %")
     plots = _draw_sweep(result.metrics, out, options.env)
     if result.steps:
         rate = result.steps / max(result.run_seconds, 1e-9)
-        print(f"  {result.steps:,} steps in {result.run_seconds:.1f} s, {rate:,.0f} per second")
-    print(f"  saved in {out}: {', '.join(['results.nc', *plots])}")
+        say(f"  {result.steps:,} steps in {result.run_seconds:.1f} s, {rate:,.0f} per second")
+    say(f"  saved in {out}: {', '.join(['results.nc', *plots])}")
     if result.interrupted:
-        print(
+        say(
             f"interrupted: {result.num_unfinished} of {count(wanted.num_runs, 'run')} are unfinished and ranked by "
             f"what they have done; the same command with --out {out} continues"
         )
@@ -129,7 +130,7 @@ def plot(arguments: list[str]) -> int:
         plots = _draw_sweep(loaded.metrics, out, loaded.sweep.env, **chosen)
     else:
         plots = [draw(loaded.metrics, out, loaded.settings.env)]
-    print(f"drawn in {out}: {', '.join(plots)}")
+    say(f"drawn in {out}: {', '.join(plots)}")
     return 0
 
 
@@ -219,7 +220,7 @@ def _draw_sweep(metrics, out: Path, title: str, **chosen) -> list[str]:
     except ValueError as error:
         if any(chosen.get(name) for name in ("line", "panel")):
             raise
-        print(f"  no plots: {error}")
+        say(f"  no plots: {error}")
         return []
     for name, figure in figures.items():
         replace_file(out / f"{name}.png", lambda half, figure=figure: figure.savefig(half, dpi=150, format="png"))

@@ -20,6 +20,7 @@ from purejaxppo.cli.options import (
     make_folder,
     parse,
     prepare_cpu,
+    say,
 )
 from purejaxppo.cli.plugged import Plugged, check_given, make_plugged
 from purejaxppo.config import Config
@@ -152,11 +153,10 @@ def _print_header(env: str, config: Config, launch: "Launch"):
     import jax
 
     devices = launch.num_devices
-    print(
+    say(
         f"{env}: {count(launch.num_seeds, 'agent')} x {config.total_steps:,} steps "
         f"({config.num_updates} updates of {config.num_envs} environments x {config.num_steps} steps) "
         f"on {f'{devices} x ' if devices > 1 else ''}{jax.devices()[0].device_kind}",
-        flush=True,
     )
 
 
@@ -177,11 +177,11 @@ def _report(fit: "Callable[[], Fit]", launch: "Launch", folder: Path) -> int:
         draw(metrics, folder, ppo.env.name)
     if result.interrupted:
         done = metrics.sizes["updates"]
-        print(f"interrupted after {done} of {ppo.config.num_updates} updates: purejaxppo resume {folder} continues")
+        say(f"interrupted after {done} of {ppo.config.num_updates} updates: purejaxppo resume {folder} continues")
         return 130 if saved else NOT_SAVED
     policy, env_params = jax.device_get((result.state.policy, result.state.env_params))  # to evaluate on one device
     keys = seed_keys(jax.random.key(launch.seed), jax.numpy.arange(launch.num_seeds))
-    print(_table(result, metrics, jax.jit(ppo.evaluate)(keys, policy, env_params), folder))
+    say(*_table(result, metrics, jax.jit(ppo.evaluate)(keys, policy, env_params), folder).split("\n"))
     if not saved:
         return NOT_SAVED
     return ALL_FAILED if len(result.failed()) == launch.num_seeds else 0

@@ -109,8 +109,9 @@ def time_stages(ppo: PPO, hyperparams: Hyperparams, *, rounds: int, seconds: flo
     """The stages of an update: name, milliseconds, share of the update. Each stage is measured as a separate program.
 
     "acting" is the rollout minus the environment; "learning" is the epochs minus drawing its shuffles (it includes
-    gathering the minibatches). A stage measured alone, whose inputs and outputs are read and written once per round,
-    may take more or less time than inside the update. "other" is the whole update minus the sum, and may be negative.
+    gathering the minibatches); "other" is the whole update minus the sum. A stage measured alone, whose inputs and
+    outputs are read and written once per round, may take more or less time than inside the update. So a difference that
+    would be negative is 0, and shares are those of the sum if that exceeds the update.
 
     Args:
         ppo: of one run.
@@ -140,14 +141,15 @@ def time_stages(ppo: PPO, hyperparams: Hyperparams, *, rounds: int, seconds: flo
     timed = partial(time_stage, data=data, rounds=rounds, seconds=seconds / 2)
     times = {name: timed(exact(stage)) for name, stage in stages.items()}
     shares = {
-        "acting": times["rollout"] - times["environment"],
+        "acting": max(times["rollout"] - times["environment"], 0.0),
         "environment": times["environment"],
         "advantages": times["advantages"],
         "shuffling": times["shuffling"],
-        "learning": times["update"] - times["shuffling"],
+        "learning": max(times["update"] - times["shuffling"], 0.0),
     }
-    shares["other"] = times["whole"] - sum(shares.values())
-    return [(name, 1000 * taken, taken / times["whole"]) for name, taken in shares.items()]
+    whole = max(times["whole"], sum(shares.values()))
+    shares["other"] = whole - sum(shares.values())
+    return [(name, 1000 * taken, taken / whole) for name, taken in shares.items()]
 
 
 def play(key: jax.Array, env_state: Any, env_params: Any, ppo: PPO) -> tuple[Any, tuple[Any, jax.Array]]:
