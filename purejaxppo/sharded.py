@@ -90,9 +90,9 @@ def choose_devices(devices: int | Sequence[Any] | None, present: Sequence[Any] |
             raise ValueError(f"devices=None needs several devices, but there is one device here ({cores})")
         return present
     if isinstance(devices, (bool, int, float, np.integer)):
-        check_whole("devices", devices)
+        check_whole("devices", devices, at_least=0)
         devices = int(devices)
-        if devices > len(present):
+        if not 1 <= devices <= len(present):
             raise ValueError(f"devices={devices} must be from 1 to the {len(present)} that JAX has here ({cores})")
         return present[:devices]
     chosen = list(devices) if isinstance(devices, (Sequence, np.ndarray)) else []

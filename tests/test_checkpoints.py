@@ -22,7 +22,7 @@ import resume_program
 import xarray
 
 from probes import SMALL
-from purejaxppo import Interrupted, batched, fit, load, make_ppo, runs
+from purejaxppo import Interrupted, batched, fit, load, make_ppo, runs, with_hyperparams
 from purejaxppo.cli.main import main
 from purejaxppo.experiment.files import to_arrays
 from purejaxppo.experiment.lock import LOCK, claim_folder
@@ -74,6 +74,21 @@ def copy(kept, tmp_path):
 
 def newest(folder) -> Path:
     return Checkpoints(folder).paths()[0]
+
+
+def test_a_run_continues_in_its_folder_from_its_own_result(tmp_path, key):
+    ppo = make_ppo("CartPole-v1", dataclasses.replace(SMALL, num_updates=4))
+    state = jax.jit(ppo.init)(key)
+    first = fit(ppo, state, num_updates=2, folder=tmp_path / "run", progress=False)
+    with pytest.raises(ValueError, match="holds another run, with learning_rate="):
+        fit(ppo, with_hyperparams(first.state, learning_rate=1e-3), folder=tmp_path / "run", progress=False)
+    for _ in range(2):  # as a cell of a notebook that runs again
+        second = fit(ppo, first.state, folder=tmp_path / "run", progress=False)
+        same(second.state, fit(ppo, state, progress=False).state)
+        assert second.metrics["updates"].values.tolist() == [1, 2, 3, 4]
+    begun = fit(ppo, first.state, folder=tmp_path / "new", progress=False)
+    assert begun.metrics["updates"].values.tolist() == [3, 4]
+    same(begun.state, second.state)
 
 
 def test_a_run_in_parts_is_the_run_in_one_to_the_bit(whole, copy):

@@ -1,4 +1,5 @@
 import dataclasses
+import gc
 import signal
 import tracemalloc
 from typing import Any, cast
@@ -14,6 +15,7 @@ from test_ppo import same_leaves
 import purejaxppo as pjp
 from probes import SMALL
 from purejaxppo import batched, fit, make_ppo
+from purejaxppo.experiment import program
 from purejaxppo.experiment.report.failures import failures_of, mark_failures
 from purejaxppo.experiment.report.metrics import History, label, last_episodes, learning_curve, mean_interval
 from purejaxppo.experiment.report.statistics import final_scores
@@ -58,6 +60,38 @@ def test_a_run_goes_on_where_it_stopped(ppo, key):
     same_leaves(second.state, fit(ppo, state, progress=False).state)
     with pytest.raises(ValueError, match="this run is complete"):
         fit(ppo, second.state)
+
+
+def test_the_program_of_the_last_call_is_kept_as_long_as_its_ppo_lives(key):
+    ppo = make_ppo("CartPole-v1", SMALL)
+    state = jax.jit(ppo.init)(key)
+    first, again = (fit(ppo, state, progress=False) for _ in range(2))
+    same_leaves(first.state, again.state)
+    assert again.compile_seconds < 0.2 * first.compile_seconds and len(program._kept) == 1
+    del ppo, first, again
+    gc.collect()
+    assert len(program._kept) == 0
+
+
+@pytest.mark.full
+def test_a_program_that_was_compiled_before_is_taken(ppo, key):
+    state = jax.jit(ppo.init)(key)
+    compiled = pjp.compile_training(ppo, state, 3)
+    result = fit(ppo, state, program=compiled, progress=False)
+    same_leaves(result.state, jax.jit(ppo.train)(state)[0])
+    assert result.compile_seconds < 0.2 * compiled.compile_seconds
+    with pytest.raises(ValueError, match="updates_per_chunk=4 must be at most 3, the updates of the program"):
+        fit(ppo, state, program=compiled, updates_per_chunk=4)
+    with pytest.raises(ValueError, match="slice_size=2 differs from the 1 of the program .leave it out"):
+        fit(ppo, state, program=compiled, slice_size=2)
+    with pytest.raises(ValueError, match="program was compiled for another PPO .compile_training"):
+        fit(make_ppo("CartPole-v1", SMALL), state, program=compiled)
+    with pytest.raises(ValueError, match=r"state belongs to another PPO than this program: .*shape \(2,\) instead of"):
+        compiled(jax.vmap(ppo.init)(jax.random.split(key)))
+    with pytest.warns(UserWarning, match="num_updates=9 leads to update 9, .* from update 8 on, learning_rate=0 .make"):
+        fit(ppo, state, num_updates=9, program=compiled, progress=False)
+    printed = [compiled, result]
+    assert all(len(text) < 500 and len(text.splitlines()) <= 10 for text in map(repr, printed))
 
 
 def test_an_interrupt_keeps_what_was_done(ppo, key, monkeypatch):

@@ -89,6 +89,14 @@ class Checkpoints:
             return bool(paths[i + 1 :])
         return False
 
+    def after(self, num_updates: int) -> Checkpoint | None:
+        """The checkpoint after so many updates, None if there is none or it is damaged."""
+        path = next((path for path in self.paths() if int(path.name) == num_updates), None)
+        try:
+            return _read(path) if path else None
+        except Exception:  # whatever a library raises for damaged files
+            return None
+
     def newest(self) -> Checkpoint | None:
         """The newest intact checkpoint; a warning names every damaged one that is skipped.
 

@@ -122,8 +122,9 @@ def fit(
         folder: keeps the whole run: checkpoints, and at the end all that `load` reads. The same call resumes from the
             newest intact checkpoint; the result is that of an uninterrupted run, bit for bit on the same device and
             package versions, otherwise it warns. What was plugged in (environment, network, loss, optimizer, step) must
-            be the same again. More updates in the config extend the run. A folder has one writer; a second call is told
-            who that is.
+            be the same again. The `state` is the one that the run began with, or a result of it that the folder still
+            keeps; where the folder is empty, the run begins with it. More updates in the config extend the run. A
+            folder has one writer; a second call is told who that is.
         save_every: seconds between two checkpoints; one is written at the end too.
         keep: newest checkpoints to keep.
         evaluate_every: updates between two evaluations, in which each policy plays 128 whole episodes in fresh

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import xarray
 
-from purejaxppo.experiment.files import differing_fields, from_arrays, is_full, kind_of, remove_halves
+from purejaxppo.experiment.files import differing_fields, from_arrays, is_full, kind_of, remove_halves, to_arrays
 from purejaxppo.experiment.identity import check_identity
 from purejaxppo.experiment.lock import Lock, LockLost, claim_folder
 from purejaxppo.experiment.loop import Timer
@@ -78,7 +78,12 @@ class Journal:
         `allow_changed` names what may have another identity. Raises ValueError for the checkpoint of another run.
         """
         assert self.checkpoints is not None
-        _check_same(checkpoint.settings, self.settings, self.checkpoints.folder, allow_changed)
+        now = self.settings
+        if self.num_updates and _is_state_of(self.checkpoints.after(self.num_updates), self.state):
+            # The state is one that this run has reached, perhaps with other numbers than it began with.
+            begun = {name: getattr(checkpoint.settings, name) for name in ("hyperparams", "env_params", "first_key")}
+            now = replace(now, **begun)
+        _check_same(checkpoint.settings, now, self.checkpoints.folder, allow_changed)
         _warn_of_changes(checkpoint.settings, self.settings)
         state = from_arrays(checkpoint.arrays, jax.eval_shape(lambda: self.state), str(checkpoint.path))
         self.state = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), state, self.state)
@@ -231,6 +236,17 @@ def open_journal(
         elif kind_of(path) == "run":  # started, but killed before its first checkpoint
             _check_same(read_settings(path), settings, path, allow_changed)
         yield journal
+
+
+def _is_state_of(checkpoint: Checkpoint | None, state: Any) -> bool:
+    """Whether a checkpoint holds this state, to the bit."""
+    if checkpoint is None:
+        return False
+    try:
+        kept = to_arrays(from_arrays(checkpoint.arrays, jax.eval_shape(lambda: state)))
+    except ValueError:
+        return False
+    return all(kept[name].tobytes() == x.tobytes() for name, x in to_arrays(state).items())
 
 
 def _check_same(before: RunSettings, now: RunSettings, folder: Path, allow_changed: Sequence[str]):
