@@ -47,6 +47,10 @@ def batched(ppo: PPO, devices: int | Sequence[Any] | None = None) -> PPO:
         >>> metrics["loss"].shape
         (3, 2)
 
+    A run's result does not depend on the other runs of its batch, except that a batch of one run rounds differently: it
+    is passed without its axis, which is faster. Such differences grow in training, so compare runs that trained in
+    batches (or slices) of one, or runs of batches of two or more.
+
     In `init`, hyperparameters and environment parameters without the axis R are shared by all runs. A run that would
     become nan or infinite is frozen: its state stays as it was before that update, so `num_updates` of the state says
     how many succeeded, and from then on the run reports nan and no episodes.

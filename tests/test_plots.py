@@ -168,6 +168,29 @@ def test_a_run_that_turned_nan_goes_on_at_the_lowest_score():
     assert texts(axes_of(figure)[0])[0].endswith("\n6 missing")
 
 
+def test_a_setting_whose_runs_all_turned_nan_is_drawn_as_failed():
+    data = grid()
+    failed = xarray.where(data["learning_rate"] == 1e-2, 11, 0)
+    failed = failed.broadcast_like(data["episode_return"].isel(updates=0, drop=True))
+    gone = (failed > 0) & (data["updates"] >= failed)
+    data = data.where(~gone).assign(num_episodes=data["num_episodes"].where(~gone, 0), failed_update=failed)
+    figure = plot_curves(data)
+    assert legend_of(figure)[1] == ["0.0001", "0.001", "0.01 (failed)"]
+    assert heading_of(figure).endswith("failed, without any score: 4 settings")
+    crosses = [line for line in axes_of(figure)[0].lines if line.get_marker() == "x"]
+    assert [line.get_xdata().tolist() for line in crosses] == [[11 * 500]]
+    assert axes_of(figure)[0].lines[2].get_xdata().max() == 10 * 500
+    assert [text for text in texts(axes_of(plot_heatmap(data))[0]) if text == "failed"] == ["failed"] * 2
+    parallel = axes_of(plot_parallel(data))[0]
+    assert sum(line.get_linestyle() == "--" for line in parallel.lines) == 4 and "failed" in texts(parallel)
+    assert all(np.isfinite(line.get_ydata()).all() for line in parallel.lines)
+    runs = data.isel(discount=0, clip=0, learning_rate=2)
+    (ax,) = axes_of(plot_learning_curve(runs))
+    assert ax.legend_.get_texts()[-1].get_text() == "turned nan: 8"
+    (ax,) = axes_of(plot_learning_curve(runs.isel(updates=slice(10, None))))
+    assert texts(ax) == ["all runs turned nan"]
+
+
 def test_a_line_begins_where_half_of_its_runs_have_ended_an_episode():
     data = metrics([100.0], learning_rate=[1e-4])
     data["episode_return"][0, :4, :3] = data["episode_return"][0, :5, :2] = np.nan

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from purejaxppo.experiment.report.metrics import learning_curve
+from purejaxppo.experiment.report.statistics import lost, without_lost
 
 COLORS = "#0072b2 #e69f00 #009e73 #d55e00 #cc79a7 #56b4e9 #7a5230 #333333 #a6cee3 #999999".split()  # after Okabe, Ito
 
@@ -19,11 +20,12 @@ COLORS = "#0072b2 #e69f00 #009e73 #d55e00 #cc79a7 #56b4e9 #7a5230 #333333 #a6cee
 def plot_learning_curve(metrics: xarray.Dataset, title: str = "", ax: Axes | None = None) -> Figure:
     """Draws return against environment steps: the mean over runs with its 95 % interval, and each run as a thin line.
 
+    The line of a run that turned nan ends there, and a cross on the horizontal axis marks the place.
     `metrics` has dimensions (`run` or `seed`,) `updates`. Draws into `ax`, or by default into a new figure.
     """
     if ax is None:
         _, ax = plt.subplots(figsize=(6, 3.8), layout="constrained")
-    curve = learning_curve(metrics)
+    curve = learning_curve(without_lost(metrics))
     returns = curve.values.reshape(-1, curve.sizes["updates"])
     counts = (~np.isnan(returns)).sum(0)
     shown = counts > 0
@@ -31,19 +33,47 @@ def plot_learning_curve(metrics: xarray.Dataset, title: str = "", ax: Axes | Non
     if len(returns) > 1:
         ax.plot(steps, returns.T, color=COLORS[0], alpha=0.25, linewidth=0.7)
     mean = np.nanmean(returns, axis=0) if steps.size else steps
-    draw_line(ax, steps, mean, COLORS[0], "mean" if len(returns) > 1 else None)
+    draw_line(ax, steps, mean, COLORS[0], "mean" if len(returns) > 1 and steps.size else None)
     if len(returns) > 1 and steps.size:
         several = counts > 1
         half = np.nanstd(returns[:, several], axis=0, ddof=1) / np.sqrt(counts[several])
         half = half * stats.t.ppf(0.975, counts[several] - 1)
         band = mean[several] - half, mean[several] + half
         draw_band(ax, steps[several], *band, COLORS[0], "95 % interval")
+    where = steps_of_failures(metrics)
+    draw_failures(ax, where, COLORS[3], f"turned nan: {where.size}")
+    if len(returns) > 1 and steps.size:
         ax.legend(frameon=False, loc="best", title=f"{len(returns)} runs")
+    elif where.size:
+        ax.legend(frameon=False, loc="best")
     if not steps.size:
-        ax.text(0.5, 0.5, "no episode ended", transform=ax.transAxes, ha="center")
+        ended = "all runs turned nan" if where.size == len(returns) else "no episode ended"
+        ax.text(0.5, 0.5, ended, transform=ax.transAxes, ha="center")
     ax.set(xlabel="environment steps", ylabel="episode return", title=title)
     tidy(ax)
     return figure_of(ax)
+
+
+def steps_of_failures(metrics: xarray.Dataset) -> np.ndarray:
+    """The environment steps after which runs turned nan, one number for each that did."""
+    gone = lost(metrics)
+    steps = metrics["step"].broadcast_like(gone).where(gone).min("updates").values.reshape(-1)
+    return steps[~np.isnan(steps)]
+
+
+def draw_failures(ax: Axes, steps: ArrayLike, color: Any, label: str | None = None) -> None:
+    """Draws a cross on the horizontal axis for every failed run.
+
+    Args:
+        ax: where to draw.
+        steps: environment steps, one per failed run.
+        color: any colour of matplotlib.
+        label: text for the legend.
+    """
+    steps = np.asarray(steps)
+    if steps.size:
+        style = {"marker": "x", "markersize": 8, "markeredgewidth": 2, "linestyle": "none", "clip_on": False}
+        ax.plot(steps, np.zeros_like(steps), color=color, transform=ax.get_xaxis_transform(), label=label, **style)
 
 
 def figure_of(ax: Axes) -> Figure:

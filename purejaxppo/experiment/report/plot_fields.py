@@ -9,8 +9,8 @@ import numpy as np
 import xarray
 from matplotlib.figure import Figure
 
-from purejaxppo.experiment.report.statistics import NO_SCORE, aggregate, filled, final_scores, swept_fields
-from purejaxppo.text import in_words, show_value
+from purejaxppo.experiment.report.statistics import NO_SCORE, final_scores, swept_fields, value_of_settings
+from purejaxppo.text import count, in_words, show_value
 
 MAX_LINES = 10  # more cannot be told apart
 
@@ -65,7 +65,7 @@ def find_field(scores: xarray.DataArray, name: str | None) -> Field:
 
 def best_index(scores: xarray.DataArray, statistic: str) -> dict[str, int]:
     """The index of the best setting along every dimension but `seed`."""
-    value = aggregate(filled(scores), statistic, num_resamples=0)["value"]
+    value = value_of_settings(scores, statistic)
     return {str(dim): int(i) for dim, i in value.argmax(list(value.dims)).items()} if value.dims else {}
 
 
@@ -111,7 +111,7 @@ def choose_members(
     if lines.grid:
         return list(order[np.linspace(0, size - 1, min(size, max_lines or 8)).round().astype(int)])
     others = {dim: i for dim, i in highest.items() if dim != lines.dim}
-    value = aggregate(filled(scores), statistic, num_resamples=0)["value"].isel(others).values
+    value = value_of_settings(scores, statistic).isel(others).values
     best = list(np.argsort(-value, kind="stable")[: max_lines or 5])
     return best if lines.numbers is None else [i for i in order if i in best]
 
@@ -132,10 +132,12 @@ def make_notes(scores: xarray.DataArray, what: str, highest: Mapping[str, int], 
     """
     fields = {name: dim for name, dim in swept_fields(scores).items() if dim not in drawn and scores.sizes[dim] > 1}
     values = [f"{in_words(name)} = {show_value(scores[name].values[highest[dim]])}" for name, dim in fields.items()]
-    num_seeds, missing = scores.sizes["seed"], int(scores.isnull().sum())
+    failed = scores.isnull().all("seed")
+    num_seeds, missing = scores.sizes["seed"], int((scores.isnull() & ~failed).sum())
     notes = [f"{what.replace('iqm', 'interquartile mean')} of {num_seeds} seeds" if num_seeds > 1 else "one seed"]
     notes += [("at the best " if drawn else "best: ") + ", ".join(values)] if values else []
-    return notes + ([f"runs without a score, counted as the lowest: {missing} of {scores.size}"] if missing else [])
+    notes += [f"runs without a score, counted as the lowest: {missing} of {scores.size}"] if missing else []
+    return notes + ([f"failed, without any score: {count(int(failed.sum()), 'setting')}"] if failed.any() else [])
 
 
 def make_heading(figure: Figure, title: str, notes: list[str]) -> str:

@@ -55,6 +55,13 @@ def lost(metrics: xarray.Dataset) -> xarray.DataArray:
     return (gone & metrics["step"].notnull()).transpose(*metrics["episode_return"].dims)
 
 
+def without_lost(metrics: xarray.Dataset) -> xarray.Dataset:
+    """The metrics without the returns and episodes of updates that are `lost`."""
+    alive = ~lost(metrics)
+    returns, counts = metrics["episode_return"].where(alive), metrics["num_episodes"].where(alive, 0)
+    return metrics.assign(episode_return=returns, num_episodes=counts)
+
+
 def unfinished(metrics: xarray.Dataset) -> xarray.DataArray:
     """Whether each run of a sweep has updates to make yet; a run that turned nan has none."""
     return _silent(metrics).any("updates") & (metrics["failed_update"] == 0)
@@ -272,6 +279,11 @@ def seeds_to_separate(
     z = stats.norm.ppf((1 + confidence) / 2) + stats.norm.ppf(power)
     needed = math.inf if p == 0.5 else float(math.ceil(z**2 / (6 * (p - 0.5) ** 2)))
     return Separation(needed, max(needed - min(len(x[0]) for x in samples), 0.0), p)
+
+
+def value_of_settings(scores: xarray.DataArray, statistic: str) -> xarray.DataArray:
+    """A statistic over seeds for every setting: runs without a score are `filled`, a setting without any has nan."""
+    return aggregate(filled(scores), statistic, num_resamples=0)["value"].where(scores.notnull().any("seed"))
 
 
 def filled(scores: xarray.DataArray) -> xarray.DataArray:

@@ -8,7 +8,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, PercentFormatter
 
-from purejaxppo.experiment.report.curve import COLORS, draw_band, draw_line, figure_of, tidy
+from purejaxppo.experiment.report.curve import (
+    COLORS,
+    draw_band,
+    draw_failures,
+    draw_line,
+    figure_of,
+    steps_of_failures,
+    tidy,
+)
 from purejaxppo.experiment.report.metrics import learning_curve
 from purejaxppo.experiment.report.plot_fields import (
     best_index,
@@ -21,7 +29,7 @@ from purejaxppo.experiment.report.plot_fields import (
     scores_to_draw,
 )
 from purejaxppo.experiment.report.ranking import importance, rank
-from purejaxppo.experiment.report.statistics import aggregate, filled, lost, swept_fields
+from purejaxppo.experiment.report.statistics import aggregate, lost, swept_fields, value_of_settings
 from purejaxppo.text import in_words, show_value
 
 
@@ -87,8 +95,9 @@ def plot_curves(
     """Draws learning curves of a sweep, one line per value of the field `line`, one panel per value of `panel`.
 
     A line is a statistic over seeds with its interval (see `aggregate`). It starts where half of its runs have ended an
-    episode; a run that turned nan continues at the lowest final score of all. Settings are never pooled: the other
-    fields stay at the best setting, which the heading names. Raises ValueError for a field that was not swept, for two
+    episode; a run that turned nan continues at the lowest final score of all. Once all runs of a setting have turned
+    nan, its line ends, with a cross on the horizontal axis. Settings are never pooled: the other fields stay at the
+    best setting, which the heading names. Raises ValueError for a field that was not swept, for two
     fields that vary together, and if no run has a score.
 
     Args:
@@ -112,8 +121,13 @@ def plot_curves(
     for j, ax in enumerate(axes):
         for i, color in zip(members, colors):
             where = {dim: k for dim, k in (highest | {lines.dim: i, panels.dim: j}).items() if dim}
-            curve = _curve(metrics.isel(where), scores.min().item(), statistic, confidence)
-            draw_line(ax, curve["step"], curve["value"], color, lines.labels[i])
+            setting = metrics.isel(where)
+            curve = _curve(setting, scores.min().item(), statistic, confidence)
+            ended = steps_of_failures(setting)
+            failed = ended.size == setting.sizes["seed"]
+            curve = curve.isel(updates=(curve["step"] < ended.max()).values) if failed else curve
+            draw_line(ax, curve["step"], curve["value"], color, f"{lines.labels[i] or ''}{' (failed)' * failed}")
+            draw_failures(ax, ended.max(keepdims=True) if failed else [], color)
             draw_band(ax, curve["step"], curve["low"], curve["high"], color)
         ax.set_title(f"{panels.title} = {panels.labels[j]}" if panels.dim else "", fontsize="medium")
         ax.set(xlabel="environment steps", ylabel="episode return")
@@ -143,8 +157,8 @@ def plot_heatmap(
     """Draws the final score, a statistic over seeds, for all values of two fields of a grid; the best is framed.
 
     The other fields stay at the best setting, which the heading names. Runs without a score count as the lowest of all;
-    a cell states how many it has. Raises ValueError unless `x` and `y` are two fields of a grid and some run has a
-    score.
+    a cell states how many it has, and is grey if it has failed, without any score. Raises ValueError unless `x` and `y`
+    are two fields of a grid and some run has a score.
 
     Args:
         metrics: of a sweep of one environment, with the dimensions of its table, `seed` and `updates`.
@@ -167,16 +181,16 @@ def plot_heatmap(
     if x == y:
         raise ValueError(f"x={x!r} and y={y!r} must be two fields")
     highest = best_index(scores, statistic)
-    values = aggregate(filled(scores), statistic, num_resamples=0)["value"].rename("value").to_dataset()
+    values = value_of_settings(scores, statistic).rename("value").to_dataset()
     values["missing"] = scores.isnull().sum("seed")
     values = values.isel({dim: i for dim, i in highest.items() if dim not in (x, y)}).transpose(y, x)
     rows, columns = values["value"].shape
     ax = ax or _axes(2.6 + 0.75 * columns, 1.7 + 0.5 * rows)
-    image = ax.imshow(values["value"], cmap="YlGnBu", origin="lower", aspect="auto")
+    image = ax.imshow(values["value"], plt.get_cmap("YlGnBu").with_extremes(bad="0.85"), origin="lower", aspect="auto")
     for (j, i), value in np.ndenumerate(values["value"].values):
         missing = values["missing"].values[j, i]
-        text = _short(value) + (f"\n{missing} missing" if missing else "")
-        color = "white" if np.asarray(image.norm(value)) > 0.55 else "black"
+        text = "failed" if np.isnan(value) else _short(value) + (f"\n{missing} missing" if missing else "")
+        color = "white" if np.asarray(image.norm(value)) > 0.55 else "black"  # black where it is nan
         ax.text(i, j, text, color=color, ha="center", va="center", fontsize="small", linespacing=1)
     corner = highest[x] - 0.5, highest[y] - 0.5
     ax.add_patch(Rectangle(corner, 1, 1, fill=False, color=COLORS[3], linewidth=2.5, clip_on=False, zorder=3))
@@ -196,7 +210,8 @@ def plot_parallel(metrics: xarray.Dataset, statistic: str = "iqm", title: str = 
     """Draws every setting as a line through its values of all swept fields to its final score, the best on top.
 
     The darker a line the higher its rank; the best is orange. Positive numbers that span a factor of ten have a
-    logarithmic axis. Runs without a score count as the lowest of all.
+    logarithmic axis. Runs without a score count as the lowest of all; a setting without any is a dashed line to
+    "failed".
 
     Args:
         metrics: of a sweep of one environment, with the dimensions of its table, `seed` and `updates`.
@@ -208,8 +223,16 @@ def plot_parallel(metrics: xarray.Dataset, statistic: str = "iqm", title: str = 
     ranked = rank(scores, statistic, num_resamples=0).isel(setting=slice(None, None, -1))
     fields = [name for name in swept_fields(scores) if np.unique(ranked[name]).size > 1]
     ax = ax or _axes(1.5 * len(fields) + 2.5, 3.8)
-    scales = [*(_scale(ranked[name].values) for name in fields), _scale(ranked[statistic].values, is_score=True)]
+    failed = (ranked["num_runs"] == 0).values
+    scales = [_scale(ranked[name].values) for name in fields]
+    heights, ticks = _scale(ranked[statistic].values[~failed], is_score=True)
+    below = np.full(len(failed), -0.1)
+    below[~failed] = heights
+    scales.append((below, [*ticks, *[(-0.1, "failed")] * int(failed.any())]))
     lines = np.stack([heights for heights, _ in scales], axis=1)
+    for heights in lines[failed]:
+        ax.plot(heights, color="0.6", linestyle="--", linewidth=1, zorder=1.5)
+    lines = lines[~failed]
     for heights, color in zip(lines[:-1], plt.get_cmap("YlGnBu")(np.linspace(0.15, 1, len(lines) - 1))):
         ax.plot(heights, color=color, linewidth=1.2 if len(lines) <= 64 else 0.7, zorder=2)
     ax.plot(lines[-1], color=COLORS[3], linewidth=2.5, zorder=2)
@@ -221,7 +244,7 @@ def plot_parallel(metrics: xarray.Dataset, statistic: str = "iqm", title: str = 
             ax.annotate(text, (i, height), textcoords="offset points", va="center", zorder=3, **side, **style)
     ax.set_xticks(range(len(scales)), [*map(in_words, fields), "episode return\nat the end"])
     ax.tick_params(length=0)
-    ax.set(yticks=[], ylim=(-0.03, 1.03))
+    ax.set(yticks=[], ylim=(-0.13 if failed.any() else -0.03, 1.03))
     ax.spines[:].set_visible(False)
     notes = make_notes(scores, statistic, best_index(scores, statistic))
     ax.set_title(make_heading(figure_of(ax), title, notes), fontsize="medium")
@@ -252,6 +275,8 @@ def plot_importance(metrics: xarray.Dataset, title: str = "", ax: Axes | None = 
     ax.tick_params(axis="y", length=0)
     ax.spines[["top", "right", "left"]].set_visible(False)
     notes = [f"{scores.size // num_seeds} settings, {num_seeds} seed{'s' if num_seeds > 1 else ''} each"]
+    missing = int(scores.isnull().sum())
+    notes += [f"runs without a score, counted as the lowest: {missing} of {scores.size}"] if missing else []
     ax.set_title(make_heading(figure_of(ax), title, notes), fontsize="medium")
     return figure_of(ax)
 
