@@ -76,6 +76,15 @@ def sharded(ppo: PPO, devices: int | Sequence[Any] | None = None) -> PPO:
     )
 
 
+def can_divide(config: Config, num_devices: int) -> bool:
+    """Whether `sharded` can distribute a run of this config over so many devices."""
+    try:
+        _config_of_shard(config, num_devices)
+    except ValueError:
+        return False
+    return True
+
+
 def choose_devices(devices: int | Sequence[Any] | None, present: Sequence[Any] | None = None) -> list[Any]:
     """The JAX devices of a list, the first of a number, or all for None, among those `present` (by default all).
 

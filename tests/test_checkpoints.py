@@ -29,7 +29,7 @@ from purejaxppo.experiment.lock import LOCK, claim_folder
 from purejaxppo.experiment.program import Program
 from purejaxppo.experiment.runs import checkpoints, saved
 from purejaxppo.experiment.runs.checkpoints import Checkpoints
-from purejaxppo.experiment.runs.launch import resume
+from purejaxppo.experiment.runs.launch import read_newest_settings, resume
 from purejaxppo.experiment.runs.saved import SavedRun
 from purejaxppo.experiment.runs.settings import RunSettings
 from purejaxppo.experiment.runs.sinks import csv_file, json_lines
@@ -450,6 +450,37 @@ def test_files_are_flushed_through_descriptors_that_may_write(copy, monkeypatch)
 
     monkeypatch.setattr(os, "fsync", fsync)
     assert save_again(copy)[0] == "0000000007"
+
+
+def test_settings_that_are_damaged_are_read_from_the_newest_checkpoint(copy):
+    before = read_newest_settings(copy)
+    for text in ("{", (copy / "settings.json").read_text().replace("0.99", "0.98")):
+        (copy / "settings.json").write_text(text)
+        with pytest.warns(UserWarning, match=r"damaged.*the settings of .*0000000006 are used"):
+            assert read_newest_settings(copy).hyperparams == before.hyperparams
+
+
+ON_DEVICES = """if True:
+    import sys
+    import jax
+    jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
+    from purejaxppo.cli.main import main
+    if sys.argv[2] == "2":
+        flags = "--num-envs 4 --num-steps 8 --num-updates 2 --num-minibatches 2 --num-epochs 1 --widths 8".split()
+        sys.exit(main(["train", "CartPole-v1", *flags, "--num-devices", "2", "--out", sys.argv[1]]))
+    sys.exit(main(["resume", sys.argv[1], "--total-steps", "96"]))
+"""
+
+
+def test_a_run_of_two_devices_resumes_on_one_with_a_warning(tmp_path):
+    for devices in "21":
+        command = [sys.executable, "-c", ON_DEVICES, str(tmp_path / "run"), devices]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        if devices == "1":
+            words = "numbers may differ from those of an uninterrupted run: num_devices 2 is now 1"
+            assert words in done.stderr
+    assert load(tmp_path / "run").metrics.sizes == {"seed": 1, "updates": 3}
 
 
 def test_logs_go_on_where_the_checkpoint_was(tmp_path):

@@ -122,11 +122,10 @@ def resume(arguments: list[str]) -> int:
 
     from purejaxppo.experiment.lock import claim_folder
     from purejaxppo.experiment.program import cores_as_devices
-    from purejaxppo.experiment.runs.launch import read_launch
+    from purejaxppo.experiment.runs.launch import read_launch, read_newest_settings
     from purejaxppo.experiment.runs.launch import resume as resume_run
-    from purejaxppo.experiment.runs.settings import read_settings
 
-    settings = read_settings(options.folder)
+    settings = read_newest_settings(options.folder)
     launch, config, num_updates = read_launch(settings, options.folder), settings.config, None
     if launch.num_devices > 1:
         cores_as_devices()
@@ -152,7 +151,7 @@ def resume(arguments: list[str]) -> int:
 def _print_header(env: str, config: Config, launch: "Launch"):
     import jax
 
-    devices = launch.num_devices
+    devices = min(launch.num_devices, jax.device_count())
     say(
         f"{env}: {count(launch.num_seeds, 'agent')} x {config.total_steps:,} steps "
         f"({config.num_updates} updates of {config.num_envs} environments x {config.num_steps} steps) "

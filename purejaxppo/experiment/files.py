@@ -138,8 +138,8 @@ def write_digests(folder: Path, names: Sequence[str]):
     save_json(folder / DIGESTS, {name: _digest(folder / name) for name in names})
 
 
-def check_digests(folder: Path, names: Sequence[str]):
-    """Compares all files in files.json, `names` among them, with their digests there.
+def check_digests(folder: Path, names: Sequence[str], *, others: bool = True):
+    """Compares files with their digests in files.json: `names`, and unless `others` is false all that it lists.
 
     Raises ValueError for the first file that has changed, is missing, or is not listed.
     """
@@ -149,7 +149,7 @@ def check_digests(folder: Path, names: Sequence[str]):
             raise ValueError("it is no JSON object")
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{DIGESTS} cannot be read: {error}") from None
-    for name in {**dict.fromkeys(names), **expected}:
+    for name in {**dict.fromkeys(names), **(expected if others else {})}:
         if name not in expected:
             raise ValueError(f"{name} is not listed in {DIGESTS}")
         if not (folder / name).is_file():

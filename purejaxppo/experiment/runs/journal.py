@@ -27,7 +27,7 @@ from purejaxppo.experiment.runs.settings import (
     write_settings,
 )
 from purejaxppo.ppo import PPO
-from purejaxppo.text import shorten
+from purejaxppo.text import count, shorten
 
 TIMING = "compile_seconds", "run_seconds", "steps_per_second"
 
@@ -184,11 +184,11 @@ class Journal:
         assert self.checkpoints is not None
         folder, paths = self.checkpoints.folder, self.checkpoints.paths()
         kept = ["its results"] * ("its results" not in self._failures)
-        kept += [f"its checkpoint after {int(path.name)} updates, from which it resumes" for path in paths[:1]]
+        kept += [f"its checkpoint after {count(int(path.name), 'update')}, from which it resumes" for path in paths[:1]]
         reason = _reason(next(iter(self._failures.values())))
         return (
-            f"the run could not write {' and '.join(self._failures)} to {folder} ({reason}) after {self.num_updates} "
-            f"updates; the folder keeps {' and '.join(kept) or 'nothing of it'}"
+            f"the run could not write {' and '.join(self._failures)} to {folder} ({reason}) after "
+            f"{count(self.num_updates, 'update')}; the folder keeps {' and '.join(kept) or 'nothing of it'}"
         )
 
 
@@ -275,8 +275,11 @@ def _reason(error: Exception) -> str:
 def _warn_of_changes(before: RunSettings, now: RunSettings):
     last, this = before.sessions[-1], now.sessions[-1]
     old, new = ({**x["versions"], "device": x["device"]["kind"]} for x in (last, this))
+    devices = last.get("num_devices", this.get("num_devices")), this.get("num_devices")
     changed = [f"{name} {old.get(name)} is now {new[name]}" for name in new if old.get(name) != new[name]]
+    changed += ["num_devices {} is now {}".format(*devices)] if devices[0] != devices[1] else []
     if changed:
         warnings.warn(
-            f"the run resumes with another device or other versions and may round differently: {', '.join(changed)}"
+            "the run resumes with other devices or versions, so its numbers may differ from those of an uninterrupted "
+            f"run: {', '.join(changed)}"
         )

@@ -1,5 +1,6 @@
 """Runs that can be rebuilt from their folder alone: those that `purejaxppo train` starts."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -8,17 +9,19 @@ import jax
 
 from purejaxppo.batched import runs
 from purejaxppo.checks import check_whole
-from purejaxppo.config import Hyperparams
+from purejaxppo.config import Config, Hyperparams
 from purejaxppo.experiment.files import SETTINGS
 from purejaxppo.experiment.lock import Lock, claim_folder
 from purejaxppo.experiment.program import first_state
 from purejaxppo.experiment.provenance import as_json
-from purejaxppo.experiment.records import as_record
+from purejaxppo.experiment.records import OtherVersion, as_record
+from purejaxppo.experiment.runs.checkpoints import Checkpoints
 from purejaxppo.experiment.runs.fit import Fit, fit
-from purejaxppo.experiment.runs.saved import remake
-from purejaxppo.experiment.runs.settings import RunSettings, read_settings
+from purejaxppo.experiment.runs.saved import read_intact_settings, remake
+from purejaxppo.experiment.runs.settings import RunSettings
 from purejaxppo.experiment.runs.sinks import make_sink
 from purejaxppo.ppo import PPO, make_ppo
+from purejaxppo.sharded import can_divide
 
 
 @dataclass(frozen=True)
@@ -110,14 +113,34 @@ def resume(
             with other custom parts, or if all its checkpoints are damaged.
     """
     path = folder.folder if isinstance(folder, Lock) else Path(folder)
-    settings = read_settings(path)
+    settings = read_newest_settings(path)
     launch, config = read_launch(settings, path), settings.config
     if num_updates is not None:
         if num_updates < config.num_updates:
             raise ValueError(f"num_updates={num_updates} must be at least the {config.num_updates} of the run")
         config = replace(config, num_updates=num_updates)
-    ppo = remake(settings, launch.num_devices, config, make)
+    ppo = remake(settings, choose_num_devices(launch, config), config, make)
     return launch_run(ppo, settings.to_hyperparams(), launch, folder, progress=progress, allow_changed=allow_changed)
+
+
+def choose_num_devices(launch: Launch, config: Config) -> int:
+    """The devices that a run resumes on: as many as it began on, or the most of those here that divide it evenly."""
+    most = min(launch.num_devices, jax.device_count())
+    return next((number for number in range(most, 1, -1) if can_divide(config, number)), 1)
+
+
+def read_newest_settings(folder: Path) -> RunSettings:
+    """The settings of a run; if settings.json is damaged, those of the newest intact checkpoint, with a warning."""
+    try:
+        return read_intact_settings(folder, only=SETTINGS)
+    except OtherVersion:
+        raise
+    except ValueError as error:
+        checkpoint = Checkpoints(folder).newest()
+        if checkpoint is None:
+            raise
+        warnings.warn(f"{error}; the settings of {checkpoint.path} are used")
+        return checkpoint.settings
 
 
 def read_launch(settings: RunSettings, folder: str | Path) -> Launch:

@@ -125,12 +125,15 @@ def remove_results(folder: Path):
         (folder / name).unlink(missing_ok=True)
 
 
-def read_intact_settings(folder: str | Path) -> RunSettings:
-    """As `read_settings`, but also raises ValueError if a file of a complete run has changed since it was written."""
+def read_intact_settings(folder: str | Path, only: str | None = None) -> RunSettings:
+    """As `read_settings`, but also raises ValueError if a file of a complete run has changed since it was written.
+
+    With the name of a file in `only`, the others are not verified.
+    """
     settings = read_settings(folder)
     if (Path(folder) / DIGESTS).exists():
         try:
-            check_digests(Path(folder), FILES)
+            check_digests(Path(folder), FILES if only is None else [only], others=only is None)
         except ValueError as error:
             raise ValueError(
                 f"the run in {folder} is damaged: {error} (the call or command that resumes it writes it again)"

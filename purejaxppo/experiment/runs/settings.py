@@ -36,6 +36,8 @@ class LargeParam(TypedDict):
 class RunSession(Machine, total=False):
     """One process that trained a run."""
 
+    num_devices: int
+    """Devices that shared the run, or its batch; older versions lack it."""
     identity: dict[str, str]
     """What was plugged in, see `identify_ppo`; older versions lack it."""
 
@@ -147,6 +149,11 @@ class RunSettings:
 def describe_run(ppo: PPO, state: Any, notes: Mapping[str, Any] | None = None) -> RunSettings:
     """The settings of a run that starts from `state`, with this process as its session."""
     runs = getattr(state, "runs", state)  # those of a population
+    session: RunSession = {
+        **describe_machine(),
+        "num_devices": ppo.mesh.size if ppo.mesh else 1,
+        "identity": identify_ppo(ppo, runs.hyperparams),
+    }
     hyperparams, num_runs = runs.hyperparams, state.num_updates.size if state.num_updates.ndim else None
     return RunSettings(
         env=ppo.env.name,
@@ -156,7 +163,7 @@ def describe_run(ppo: PPO, state: Any, notes: Mapping[str, Any] | None = None) -
         num_runs=num_runs,
         first_key=np.asarray(jax.random.key_data(state.key)).tolist(),
         notes=dict(notes or {}),
-        sessions=({**describe_machine(), "identity": identify_ppo(ppo, hyperparams)},),
+        sessions=(session,),
     )
 
 
