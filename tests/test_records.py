@@ -15,6 +15,7 @@ import pytest
 
 import purejaxppo as pjp
 from probes import SMALL
+from purejaxppo.cli.main import main
 from purejaxppo.experiment.files import SETTINGS, SWEEP, ArrayFile, from_arrays, save_arrays, save_json
 from purejaxppo.experiment.provenance import as_json, describe_machine
 from purejaxppo.experiment.records import OtherVersion
@@ -360,3 +361,41 @@ def test_no_setting_is_called_best_while_the_slice_of_another_is_damaged(slices,
         result.best()
     with pytest.raises(ValueError, match=f"clip=0.2 seed=1 has not been trained yet or is lost, .*{second.name}"):
         result.state(1, clip=0.2)
+
+
+def test_the_best_of_a_sweep_with_untrained_runs_is_that_of_the_others(slices):
+    paths_of(slices)[1].unlink()
+    result = pjp.load(slices.folder)
+    assert isinstance(result, pjp.SweepResult)
+    with pytest.warns(UserWarning, match="2 of 4 runs have not been trained yet, such as clip=0.2 seed=0; the best"):
+        assert result.best() == {"clip": 0.1}
+
+
+def test_a_slice_with_an_array_of_another_name_is_damaged(slices):
+    replace_member(paths_of(slices)[0], "metrics_loss.npy", member((2, 3), bytes(24)))
+    with pytest.warns(UserWarning, match="is damaged: 'metrics_loss' does not belong there"):
+        assert len(slices.read()) == 1
+
+
+RUN = ["train", "CartPole-v1", "--num-updates", "2", "--num-seeds", "2"]
+SWEEP_OF_TWO = ["sweep", "CartPole-v1", "--num-updates", "2", "--num-seeds", "1", "--grid", "clip=0.1,0.2"]
+TINY = "--num-envs 2 --num-steps 4 --num-minibatches 1 --num-epochs 1 --widths 4 --out".split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, begin", [("run", RUN), ("sweep", SWEEP_OF_TWO)])
+def test_commands_end_in_success_or_one_sentence_whatever_the_settings_hold(kind, begin, tmp_path, capsys):
+    folder, random = tmp_path / "whole", np.random.default_rng(0)
+    assert main([*begin, *TINY, str(folder)]) == 0
+    data = json.loads((folder / FILES[kind][0]).read_text())
+    mutations = [(path, x) for path in leaves(data) for x in ("delete", None, "word", -1, 1e308, [], {}, 10**30)]
+    for path, value in (mutations[i] for i in random.permutation(len(mutations))[:60]):
+        copied = shutil.copytree(folder, tmp_path / "copy")
+        write(copied, kind, mutate(data, path, value))
+        for command in (["show"], ["evaluate", "--episodes", "1"], ["plot"], ["resume"]):
+            capsys.readouterr()
+            status = main([command[0], str(copied), *command[1:]])
+            said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("purejaxppo: ")]
+            errors = [line for line in said if not line.startswith("purejaxppo: warning: ")]
+            assert (status, len(errors)) in ((0, 0), (2, 1)), (path, value, command, said)
+        shutil.rmtree(copied)

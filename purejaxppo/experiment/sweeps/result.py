@@ -1,6 +1,7 @@
 """The result of a sweep: labelled metrics, the best setting, the state and the policy of any run."""
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -81,6 +82,11 @@ class SweepResult:
             raise ValueError(
                 f"the best setting is unknown: {untrained[0]} is missing, since {self.slices.ignored[0]} "
                 "(run the sweep again, which trains what is missing)"
+            )
+        if untrained:
+            warnings.warn(
+                f"{len(untrained)} of {self.sweep.num_runs} runs have not been trained yet, such as {untrained[0]}; "
+                "the best setting is that of the others"
             )
         row = best(self.scores)
         return next((r for r in self.sweep.table.rows() if {n: to_coordinate(v) for n, v in r.items()} == row), row)

@@ -132,6 +132,9 @@ class Slices:
             missing = {"runs", *(f"state/{leaf}" for leaf in leaves)} - arrays.keys()
             if missing:
                 raise ValueError(f"{path} is damaged: it lacks {min(missing)}")
+            unknown = [name for name in arrays if not name.startswith(("metrics/", "state/", "runs", "sweep"))]
+            if unknown:  # perhaps a name that is damaged
+                raise ValueError(f"{path} is damaged: {shorten(repr(unknown[0]))} does not belong there")
             runs = tuple(np.asarray(arrays["runs"]).tolist())
             slice_ = Slice(runs, {}, {})
             if slice_.name != path.stem:

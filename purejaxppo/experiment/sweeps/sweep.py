@@ -90,7 +90,7 @@ class Sweep:
         object.__setattr__(self, "num_seeds", int(self.num_seeds))
         object.__setattr__(self, "seed", int(self.seed))
         if self.config is None or self.hyperparams is None:
-            default = DEFAULTS if isinstance(self.env, Named) else PRESETS.get(self.env, DEFAULTS)
+            default = DEFAULTS if isinstance(self.env, Named) else PRESETS.get(str(self.env), DEFAULTS)
             object.__setattr__(self, "config", self.config or default.config)
             object.__setattr__(self, "hyperparams", self.hyperparams or default.hyperparams)
         scheduled = [name for name in self.hyperparams.names if callable(self.hyperparams.get(name))]
