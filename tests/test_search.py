@@ -1,3 +1,6 @@
+import os
+import signal
+import time
 from typing import Any
 
 import jax
@@ -6,6 +9,7 @@ import pytest
 
 import purejaxppo as pjp
 from probes import SMALL, copy_cue
+from purejaxppo.experiment.sweeps import run
 from purejaxppo.experiment.sweeps.halving import Ladder, successive_halving, train_runs
 from purejaxppo.experiment.sweeps.optuna_search import optuna_search
 
@@ -89,7 +93,22 @@ def test_a_search_that_cannot_be_is_refused(call, words):
         call()
 
 
-def test_optuna_is_asked_for_batches_and_a_study_goes_on_from_its_storage(tmp_path):
+def interrupted(chunks):
+    """The loop over chunks with one Ctrl-C, which the main thread has handled before a chunk is done."""
+    usual, sent = signal.getsignal(signal.SIGINT), []
+
+    def loop(*args, **kwargs):
+        for result in chunks(*args, **kwargs):
+            if not sent:
+                sent.append(os.kill(os.getpid(), signal.SIGINT))
+            while signal.getsignal(signal.SIGINT) is not usual:
+                time.sleep(0.01)
+            yield result
+
+    return loop
+
+
+def test_optuna_is_asked_for_batches_and_a_study_goes_on_from_its_storage(tmp_path, monkeypatch):
     optuna = pytest.importorskip("optuna")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space = {"learning_rate": pjp.log_uniform(1e-5, 1e-1), "discount": pjp.choice(0.9, 0.99)}
@@ -97,8 +116,15 @@ def test_optuna_is_asked_for_batches_and_a_study_goes_on_from_its_storage(tmp_pa
     options = {"batch_size": 4, "storage": storage, "config": SMALL, "make": make_probe, "progress": False}
     study = optuna_search("probe", space, num_trials=4, **options)
     first = [trial.params for trial in study.trials]
+    with pytest.raises(pjp.Interrupted) as error, monkeypatch.context() as patch:
+        patch.setattr(run, "chunks", interrupted(run.chunks))
+        optuna_search("probe", space, num_trials=8, **options)
+    waiting = [trial.params for trial in study.trials if trial.state.name == "FAIL"]
+    assert error.value.result.study_name == study.study_name and len(waiting) == 4
     study = optuna_search("probe", space, num_trials=8, **options)
-    assert len(study.trials) == 8 and [trial.params for trial in study.trials][:4] == first
+    complete = [trial.params for trial in study.trials if trial.state.name == "COMPLETE"]
+    assert len(complete) == 8 and complete == first + waiting  # what was interrupted trains first
+    assert len({trial["learning_rate"] for trial in complete}) == 8  # no setting comes again
     assert {trial.params["discount"] for trial in study.trials} <= {0.9, 0.99}
     best = study.best_trial
     table = pjp.paired(**{name: [value] for name, value in best.params.items()})
