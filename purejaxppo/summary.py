@@ -28,19 +28,28 @@ def measure_rollout(rollout: Rollout, batch: Batch) -> dict[str, Any]:
 
 
 def summarize(measured: Mapping[str, Any], rollout: Rollout) -> dict[str, jax.Array]:
-    """The metrics of a rollout from the measurements of D shards, scalars; those of episodes are nan if none ended."""
+    """The metrics of a rollout from the measurements of D shards, scalars; those of episodes are nan if none ended.
+
+    Under `jax_debug_nans`, which stops a program at every nan, they are 0 then.
+    """
     num_episodes, episode_return, episode_length, *of_episodes = measured["ended"].sum(0)
     values = pool(measured["values"])
     own = {
-        "episode_return": episode_return / num_episodes,
-        "episode_length": episode_length / num_episodes,
+        "episode_return": _ratio(episode_return, num_episodes),
+        "episode_length": _ratio(episode_length, num_episodes),
         "num_episodes": num_episodes.astype(jnp.int32),
-        "explained_variance": 1 - values.variance[2] / values.variance[1],
+        "explained_variance": 1 - _ratio(values.variance[2], values.variance[1]),
         "value_mean": values.mean[0],
     }
     steps = {name: x.mean(0) for name, x in measured["steps"].items()}
-    episodes = {name: x / num_episodes for name, x in zip(rollout.episode_metrics, of_episodes)}
+    episodes = {name: _ratio(x, num_episodes) for name, x in zip(rollout.episode_metrics, of_episodes)}
     return join_metrics(own, {"metrics of the environment": steps, "episode_metrics of the environment": episodes})
+
+
+def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    if jax.config.jax_debug_nans:
+        return jnp.where(denominator > 0, numerator / jnp.where(denominator > 0, denominator, 1), 0)
+    return numerator / denominator
 
 
 def join_metrics(metrics: dict[str, Any], others: Mapping[str, dict[str, Any]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from purejaxppo.config import Config, Hyperparams
 from purejaxppo.envs.base import Env
@@ -163,13 +164,24 @@ def check_optimizer(optimizer: Any) -> None:
 
 
 def make_transformation(optimizer: Callable, hyperparams: Hyperparams) -> Any:
-    """The optax transformation of `hyperparams`. Refuses another result of `optimizer`."""
+    """The optax transformation of `hyperparams`. Refuses another result of `optimizer`.
+
+    It sees parameters and gradients of 16 bits as float32, and keeps its moments so.
+    """
     transformation = optimizer(hyperparams)
     if not (hasattr(transformation, "init") and hasattr(transformation, "update")):
         raise ValueError(
             f"optimizer={_name(optimizer)} must return an optax transformation, not {shorten(repr(transformation))}"
         )
-    return transformation
+
+    def widen(tree: Any) -> Any:
+        narrow = lambda x: jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+        return jax.tree.map(lambda x: x.astype(jnp.float32) if narrow(x) else x, tree)
+
+    def update(updates: Any, state: Any, params: Any) -> Any:
+        return transformation.update(widen(updates), state, widen(params))
+
+    return optax.GradientTransformation(lambda params: transformation.init(widen(params)), update)
 
 
 def check_loss(loss: Any) -> None:

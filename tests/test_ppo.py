@@ -4,14 +4,17 @@ import dataclasses
 from types import SimpleNamespace
 from typing import cast
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from probes import SMALL, constant_reward, copy_cue, delayed_reward, endless_reward, recall_cue
-from purejaxppo import Batch, Config, Hyperparams, Rollout, linear, make_ppo
+from probes import SMALL, constant_reward, copy_cue, counter, delayed_reward, endless_reward, recall_cue
+from purejaxppo import Batch, Categorical, Config, Hyperparams, Rollout, linear, make_ppo
 from purejaxppo.collectives import gather_shards
+from purejaxppo.experiment.files import from_arrays, to_arrays
+from purejaxppo.experiment.program import compile_training
 from purejaxppo.loss import ppo_loss
 from purejaxppo.summary import measure_rollout, summarize
 
@@ -249,3 +252,46 @@ def test_means_over_episodes_are_exact_where_a_rollout_is_no_power_of_two():
     batch = cast(Batch, SimpleNamespace(value=zeros, target=zeros))
     metrics = summarize(gather_shards(measure_rollout(rollout, batch)), rollout)
     assert (metrics["num_episodes"], metrics["episode_return"], metrics["episode_length"]) == (9, 500, 500)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_parameters_of_16_bits_are_learned_and_kept_in_files(dtype, key):
+    """The optimizer works in float32; a file holds the same bits."""
+
+    class Narrow(nn.Module):
+        @nn.compact
+        def __call__(self, obs):
+            dense = lambda size: nn.Dense(size, dtype=dtype, param_dtype=dtype)
+            return Categorical(dense(2)(obs)), dense(1)(obs)[..., 0]
+
+    ppo = make_ppo(counter(3), dataclasses.replace(SMALL, num_updates=1), network=Narrow())
+    state = ppo.init(key)
+    after, metrics = jax.jit(ppo.step)(state)
+    assert {x.dtype for x in jax.tree.leaves(after.policy)} == {jnp.dtype(dtype)} and np.isfinite(metrics["loss"])
+    assert {x.dtype for x in jax.tree.leaves(after.opt_state)} == {jnp.dtype(jnp.float32), jnp.dtype(jnp.int32)}
+    found = from_arrays(to_arrays(after), state)
+    jax.tree.map(np.testing.assert_array_equal, after.policy, found.policy)
+    assert all(x.dtype.kind in "fiub" for x in to_arrays(after).values())
+
+
+def test_no_episode_is_no_nan_under_debug_nans(key):
+    """The mean return of no episode is nan, which that mode would stop at; it is 0 there."""
+    ppo = make_ppo(counter(30), SMALL)
+    with jax.debug_nans(True):
+        _, metrics = jax.jit(ppo.step)(jax.jit(ppo.init)(key))
+    assert metrics["episode_return"] == metrics["num_episodes"] == 0
+
+
+def test_compiling_without_jit_is_refused(key):
+    ppo = make_ppo(counter(3), SMALL)
+    state = jax.eval_shape(ppo.init, key)
+    with (
+        jax.disable_jit(),
+        pytest.raises(ValueError, match=r"jax.disable_jit\(\) forbids .leave it, or call ppo.train"),
+    ):
+        compile_training(ppo, state)
+
+
+def test_files_of_double_precision_name_the_mode(key):
+    with pytest.raises(ValueError, match="x should be float32 .., found float64 .. .set jax_enable_x64 as it was"):
+        from_arrays({"x": np.float64(1)[()] + np.zeros(())}, {"x": jnp.float32(1)})

@@ -284,16 +284,26 @@ def differing_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 
 
 def to_arrays(state: Any) -> dict[str, np.ndarray]:
-    """The leaves of a pytree as plain arrays by their paths; random keys as their data."""
+    """The leaves of a pytree as plain arrays by their paths; random keys as their data.
+
+    Numbers of a type that NumPy itself lacks, such as bfloat16, become integers with the same bits.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {name_leaf(path): np.asarray(jax.random.key_data(x) if _is_key(x) else x) for path, x in leaves}
+    arrays = {name_leaf(path): np.asarray(jax.random.key_data(x) if _is_key(x) else x) for path, x in leaves}
+    return {name: x.view(_plain(x.dtype)) for name, x in arrays.items()}
+
+
+def _plain(dtype: Any) -> np.dtype:
+    """A type as files hold it: those of ml_dtypes lose their names there."""
+    dtype = np.dtype(dtype)
+    return np.dtype(f"uint{8 * dtype.itemsize}") if dtype.kind == "V" else dtype
 
 
 def shapes_of(like: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of what `to_arrays` returns for a pytree."""
     leaves = jax.tree_util.tree_leaves_with_path(like)
     data = {name_leaf(path): jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x for path, x in leaves}
-    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in data.items()}
+    return {name: jax.ShapeDtypeStruct(x.shape, _plain(x.dtype)) for name, x in data.items()}
 
 
 def from_arrays(arrays: Mapping[str, Any], like: Any, what: str = "a state") -> Any:
@@ -309,10 +319,14 @@ def from_arrays(arrays: Mapping[str, Any], like: Any, what: str = "a state") -> 
         data = shapes[name]
         found = arrays.get(name, None if data.size else np.zeros(data.shape, data.dtype))  # Orbax keeps no empty arrays
         if found is None or found.shape != data.shape or found.dtype != data.dtype:
+            widths = {np.dtype(data.dtype).itemsize, 0 if found is None else np.dtype(found.dtype).itemsize}
+            remedy = " (set jax_enable_x64 as it was when this was written)" if widths == {4, 8} else ""
             found = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
-            raise ValueError(f"{what} does not fit: {name} should be {data.dtype} {list(data.shape)}, found {found}")
-        found = jnp.asarray(np.asarray(found))
-        return jax.random.wrap_key_data(found) if _is_key(x) else found
+            raise ValueError(
+                f"{what} does not fit: {name} should be {data.dtype} {list(data.shape)}, found {found}{remedy}"
+            )
+        found = np.asarray(found)
+        return jax.random.wrap_key_data(jnp.asarray(found)) if _is_key(x) else jnp.asarray(found.view(x.dtype))
 
     return jax.tree_util.tree_map_with_path(read, like)
 
