@@ -47,7 +47,7 @@ def summarize(measured: Mapping[str, Any], rollout: Rollout) -> dict[str, jax.Ar
 
 
 def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    if jax.config.jax_debug_nans:
+    if jax.config.jax_debug_nans:  # pyright: ignore[reportAttributeAccessIssue]
         return jnp.where(denominator > 0, numerator / jnp.where(denominator > 0, denominator, 1), 0)
     return numerator / denominator
 

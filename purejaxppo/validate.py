@@ -178,7 +178,7 @@ def make_transformation(optimizer: Callable, hyperparams: Hyperparams) -> Any:
         narrow = lambda x: jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
         return jax.tree.map(lambda x: x.astype(jnp.float32) if narrow(x) else x, tree)
 
-    def update(updates: Any, state: Any, params: Any) -> Any:
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
         return transformation.update(widen(updates), state, widen(params))
 
     return optax.GradientTransformation(lambda params: transformation.init(widen(params)), update)

@@ -294,4 +294,4 @@ def test_compiling_without_jit_is_refused(key):
 
 def test_files_of_double_precision_name_the_mode(key):
     with pytest.raises(ValueError, match="x should be float32 .., found float64 .. .set jax_enable_x64 as it was"):
-        from_arrays({"x": np.float64(1)[()] + np.zeros(())}, {"x": jnp.float32(1)})
+        from_arrays({"x": np.ones((), np.float64)}, {"x": jnp.float32(1)})

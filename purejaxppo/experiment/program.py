@@ -111,7 +111,7 @@ def compile_training(ppo: PPO, state: Any, num_updates: int | None = None, *, sl
     Raises:
         ValueError: before anything compiles, for a state that the PPO cannot train.
     """
-    if jax.config.jax_disable_jit:
+    if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
         raise ValueError("training is compiled, which jax.disable_jit() forbids (leave it, or call ppo.train)")
     check_training(ppo, state)
     num_updates = ppo.config.num_updates if num_updates is None else num_updates
