@@ -247,8 +247,6 @@ def check_hyperparams(hyperparams: Any, num_runs: int | None = None) -> None:
     check_type("hyperparams", hyperparams, Hyperparams, _place_of(hyperparams))
     for name in hyperparams.names:
         value = hyperparams.get(name)
-        if isinstance(value, (list, tuple)):
-            raise ValueError(f"hyperparams.{name}={shorten(value)} is a list (write jnp.array({shorten(value)}))")
         for shape in map(np.shape, jax.tree.leaves(value)):
             if num_runs is None and shape and not callable(value):
                 raise ValueError(

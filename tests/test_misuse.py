@@ -205,6 +205,10 @@ CASES: dict[str, tuple[Any, str]] = {
         lambda: api.make_ppo(WALK, {"num_envs": 2}),
         r"config={'num_envs': 2} must be a Config \(write Config\(\*\*config\)",
     ),
+    "a config as environment": (
+        lambda: api.make_ppo(CONFIG),
+        r"^env=Config\(.{1,40} is not an environment: pass a name",
+    ),
     # init
     "a number as key": (lambda: make().init(0), r"key=0 must be a random key, such as jax.random.key\(0\)"),
     "keys of several runs": (lambda: make().init(KEYS), r"key has shape \(3,\), but must be a single key .batched"),
@@ -228,7 +232,7 @@ CASES: dict[str, tuple[Any, str]] = {
     ),
     "a list of a hyperparameter": (
         lambda: make().init(KEY, api.Hyperparams(clip=[0.1, 0.2])),
-        r"hyperparams.clip=\[0.1, 0.2\] is a list \(write jnp.array",
+        r"clip=\[0.1, 0.2\] must be a number, or an array .*jnp.array",
     ),
     "environment parameters of other names": (
         lambda: make().init(KEY, HYPERPARAMS, {"length": 0.5}),
@@ -415,7 +419,7 @@ CASES: dict[str, tuple[Any, str]] = {
     "a seed as key of runs": (lambda: api.runs(0), "key=0 must be a random key"),
     "another hyperparameter of a state": (
         lambda: api.with_hyperparams(state(), rate=1e-3),
-        "rate is not a hyperparameter .choose among learning_rate",
+        "rate is not a hyperparameter .did you mean learning_rate",
     ),
     # fit and compile_training, which refuse before they compile
     **{

@@ -6,6 +6,7 @@ from typing import Any
 from purejaxppo.envs.base import Box, Discrete, Env, MultiDiscrete, Step, time_limit
 from purejaxppo.envs.check import check_env
 from purejaxppo.envs.from_gymnax import from_gymnax, gymnax_names
+from purejaxppo.text import shorten
 
 __all__ = [
     "Box", "Discrete", "Env", "MultiDiscrete", "Step",
@@ -44,7 +45,7 @@ def make_env(env: Any) -> Env:
         raise ValueError(f"env={environment.__name__} is a class (pass an instance, such as {environment.__name__}())")
     if not hasattr(environment, "step_env"):
         raise ValueError(
-            f"env={env!r} is not an environment: pass a name, a gymnax environment, "
+            f"env={shorten(repr(env))} is not an environment: pass a name, a gymnax environment, "
             "a pair (gymnax environment, params), or a purejaxppo.Env"
         )
     return from_gymnax(environment, params)
