@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from purejaxppo.text import quote
+
 MAX_INT = 2**31 - 1  # the largest number that is counted on a device
 
 
@@ -31,7 +33,9 @@ def check_whole(name: str, value: Any, at_least: int = 1, at_most: int = MAX_INT
         number = operator.index(value)
     except TypeError:
         whole = isinstance(value, (float, np.floating)) and float(value).is_integer()
-        raise ValueError(f"{name}={value!r} must be a whole number{f' (try {int(value)})' if whole else ''}") from None
+        raise ValueError(
+            f"{name}={quote(value)} must be a whole number{f' (try {int(value)})' if whole else ''}"
+        ) from None
     if number < at_least:
         raise ValueError(f"{name}={number} must be at least {at_least}")
     if number > at_most:
@@ -43,9 +47,9 @@ def check_choice(field: Field, value: Any) -> None:
     """Raises ValueError for a value that the type of a dataclass's field, a Literal or a bool, does not allow."""
     choices = getattr(field.type, "__args__", ()) if getattr(field.type, "__origin__", None) is Literal else ()
     if choices and not (isinstance(value, str) and value in choices):
-        raise ValueError(f"{field.name}={value!r} must be one of {', '.join(map(repr, choices))}")
+        raise ValueError(f"{field.name}={quote(value)} must be one of {', '.join(map(repr, choices))}")
     if field.type is bool and not isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"{field.name}={value!r} must be True or False")
+        raise ValueError(f"{field.name}={quote(value)} must be True or False")
 
 
 def check_range(

@@ -12,6 +12,7 @@ import numpy as np
 from flax import struct
 
 from purejaxppo.checks import MAX_INT, check_choice, check_range, check_whole, nearest_divisors
+from purejaxppo.text import quote
 
 if TYPE_CHECKING:
     Traced = Any  # a number, an array, or a schedule
@@ -94,7 +95,7 @@ class Config:
             keep(name, check_whole(name, getattr(self, name), at_least=0))
         widths: Any = self.widths
         if not isinstance(widths, (tuple, list)) and np.ndim(widths) != 1:
-            raise ValueError(f"widths={widths!r} must be a sequence of whole numbers, such as (64, 64)")
+            raise ValueError(f"widths={quote(widths)} must be a sequence of whole numbers, such as (64, 64)")
         keep("widths", tuple(check_whole("widths", width, at_least=1) for width in widths))
         for option in fields(self):
             check_choice(option, getattr(self, option.name))
@@ -103,7 +104,7 @@ class Config:
         for name in ("observation_clip", "reward_clip", "initial_std"):
             value = getattr(self, name)
             if np.ndim(value):
-                raise ValueError(f"{name}={value!r} must be one number")
+                raise ValueError(f"{name}={quote(value)} must be one number")
             check_range(name, value, 0, math.inf, open_low=True, open_high=name == "initial_std")
             keep(name, value if isinstance(value, (int, float)) else float(value))
         if self.num_epochs * self.steps_per_update > MAX_INT:
@@ -237,7 +238,7 @@ class Hyperparams:
 
     def __post_init__(self) -> None:
         if not isinstance(self.extra, Mapping) or not all(str(name).isidentifier() for name in self.extra):
-            raise ValueError(f"extra={self.extra!r} must be a dict of numbers by name, such as {{'beta': 0.1}}")
+            raise ValueError(f"extra={quote(self.extra)} must be a dict of numbers by name, such as {{'beta': 0.1}}")
         object.__setattr__(self, "extra", dict(self.extra))
         for name in self.names:
             _check_value(name, self.get(name))
@@ -359,7 +360,7 @@ def schedule(optax_schedule: Callable) -> OptaxSchedule:
     """
     if not callable(optax_schedule):
         raise ValueError(
-            f"optax_schedule={optax_schedule!r} must be a function of the number of optimizer steps, such as "
+            f"optax_schedule={quote(optax_schedule)} must be a function of the number of optimizer steps, such as "
             "optax.cosine_decay_schedule(1e-3, 1000) (a number needs no schedule)"
         )
     return OptaxSchedule(optax_schedule)
@@ -369,7 +370,7 @@ def _check_value(name: str, value: Any) -> None:
     spec = spec_of(name)
     assert spec is not None  # of a name in `names`
     if isinstance(value, (list, tuple)):
-        raise ValueError(f"{name}={value!r} must be a number, or an array of one number per run (try jnp.array)")
+        raise ValueError(f"{name}={quote(value)} must be a number, or an array of one number per run (try jnp.array)")
     if not callable(value):
         check_range(name, value, spec.low, spec.high, open_high=spec.open_high)
         return
@@ -379,8 +380,8 @@ def _check_value(name: str, value: Any) -> None:
     for leaf in jax.tree.leaves(value):
         if callable(leaf):
             raise ValueError(
-                f"{name}={value!r} is not a pytree of numbers: make it linear(start, end), schedule(f) of an optax "
-                "schedule f, or jax.tree_util.Partial(f, ...) of a function f of the progress in [0, 1]"
+                f"{name}={quote(value)} is not a pytree of numbers: make it linear(start, end), schedule(f) of an "
+                "optax schedule f, or jax.tree_util.Partial(f, ...) of a function f of the progress in [0, 1]"
             )
         check_range(f"{name} (schedule)", leaf, -math.inf, math.inf)
 

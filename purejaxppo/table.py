@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from purejaxppo.checks import check_whole
-from purejaxppo.text import align, shorten, show, show_setting, to_coordinate
+from purejaxppo.text import align, quote, shorten, show, show_setting, to_coordinate
 
 
 class Named(str):
@@ -123,7 +123,7 @@ def sample(key: jax.Array, num_settings: int, *, sobol: bool = False, **distribu
     check_whole("num_settings", num_settings)
     for name, distribution in distributions.items():
         if not isinstance(distribution, Distribution):
-            raise ValueError(f"{name}={distribution!r} must be a distribution, such as log_uniform(1e-4, 1e-2)")
+            raise ValueError(f"{name}={quote(distribution)} must be a distribution, such as log_uniform(1e-4, 1e-2)")
     if not distributions:
         raise ValueError("a sample needs one field or more, such as learning_rate=log_uniform(1e-4, 1e-2)")
     random = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())

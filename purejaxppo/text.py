@@ -68,6 +68,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def quote(value: Any) -> str:
+    """A value that a user gave, as Python would show it, on one short line for a message."""
+    return shorten(repr(value), 80)
+
+
 def shorten(value: Any, most: int = 40) -> str:
     """A value as one line of text of at most `most` characters, cut off with `...`."""
     text = " ".join(str(value).split())

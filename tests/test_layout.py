@@ -12,7 +12,7 @@ import purejaxppo
 
 ROOT = Path(purejaxppo.__file__).parent
 CORE = [
-    "checks", "text", "record", "config", "envs.base", "envs.check", "envs.import_gymnax", "envs.without_reset",
+    "text", "checks", "record", "config", "envs.base", "envs.check", "envs.import_gymnax", "envs.without_reset",
     "envs.from_gymnax", "envs",
     "collectives", "normalize", "networks.distributions", "networks.orthogonal", "networks.layers",
     "networks.network", "networks.actor_critic", "networks", "rollout", "advantages", "loss", "summary", "validate",

@@ -21,7 +21,14 @@ JUNK: list[Any] = [
     -math.inf, 1 + 2j, (1,), [], {}, [[1, 2], [3]], np.float32(0.5), np.int64(3), np.array([1, 2, 3]), np.array("x"),
     jnp.float32(2), object, lambda x: x, jax.random.key(0), pjp.linear(1, 0),
 ]  # fmt: skip
-SIZES = {"num_envs": 2, "num_steps": 4, "num_updates": 2, "num_epochs": 1, "num_minibatches": 2, "widths": (4,)}
+SIZES: dict[str, Any] = {
+    "num_envs": 2,
+    "num_steps": 4,
+    "num_updates": 2,
+    "num_epochs": 1,
+    "num_minibatches": 2,
+    "widths": (4,),
+}
 SMALL = {
     "num_envs": [1, 2, 3, 4], "num_steps": [1, 2, 4, 8], "num_updates": [1, 2], "num_epochs": [1, 2],
     "num_minibatches": [1, 2, 4], "segment_length": [1, 2, 4], "gru_width": [0, 3], "resets_per_step": [0, 1],
@@ -65,11 +72,11 @@ DRAWN = {
 }
 
 
-def make(env: str, config: dict, hyperparams: dict):
+def make(env: str, config: dict[str, Any], hyperparams: dict[str, Any]):
     """The PPO and its hyperparameters, or None where they were refused in one sentence."""
     try:
-        config = Config(**SIZES | config)
-        ppo, numbers = pjp.make_ppo(env, config), Hyperparams(**hyperparams)
+        whole = Config(**SIZES | config)
+        ppo, numbers = pjp.make_ppo(env, whole), Hyperparams(**hyperparams)
         state = jax.eval_shape(lambda key: ppo.init(key, numbers), jax.random.key(0))
     except ValueError as error:
         sentence = str(error)

@@ -118,18 +118,19 @@ def plot(arguments: list[str]) -> int:
     options = tyro.cli(PlotOptions, args=arguments, prog="purejaxppo plot")
 
     from purejaxppo.cli.train import draw
-    from purejaxppo.experiment.agents.load import load
-    from purejaxppo.experiment.files import make_writable
-    from purejaxppo.experiment.sweeps.result import SweepResult
+    from purejaxppo.experiment.files import kind_of, make_writable
+    from purejaxppo.experiment.runs.saved import read_metrics
+    from purejaxppo.experiment.runs.settings import read_settings
+    from purejaxppo.experiment.sweeps.result import load_sweep
 
     out = options.out or options.folder
     make_writable(out)
-    loaded = load(options.folder)
-    if isinstance(loaded, SweepResult):
+    if kind_of(options.folder) == "sweep":
+        loaded = load_sweep(options.folder)
         chosen = {"line": options.line, "panel": options.panel, "statistic": options.statistic}
         plots = _draw_sweep(loaded.metrics, out, loaded.sweep.env, **chosen)
     else:
-        plots = [draw(loaded.metrics, out, loaded.settings.env)]
+        plots = [draw(read_metrics(options.folder), out, read_settings(options.folder).env)]
     say(f"drawn in {out}: {', '.join(plots)}")
     return 0
 

@@ -6,7 +6,7 @@ from typing import Any
 from purejaxppo.envs.base import Box, Discrete, Env, MultiDiscrete, Step, time_limit
 from purejaxppo.envs.check import check_env
 from purejaxppo.envs.from_gymnax import from_gymnax, gymnax_names
-from purejaxppo.text import shorten
+from purejaxppo.text import quote
 
 __all__ = [
     "Box", "Discrete", "Env", "MultiDiscrete", "Step",
@@ -26,7 +26,7 @@ def check_name(env: str) -> None:
         lower = {name.lower(): name for name in names}
         near = difflib.get_close_matches(env.lower(), lower, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(lower[n] for n in near)}?" if near else "`purejaxppo envs` lists them"
-        raise ValueError(f"env={env!r} is not a known environment ({hint})")
+        raise ValueError(f"env={quote(env)} is not a known environment ({hint})")
 
 
 def make_env(env: Any) -> Env:
@@ -45,7 +45,7 @@ def make_env(env: Any) -> Env:
         raise ValueError(f"env={environment.__name__} is a class (pass an instance, such as {environment.__name__}())")
     if not hasattr(environment, "step_env"):
         raise ValueError(
-            f"env={shorten(repr(env))} is not an environment: pass a name, a gymnax environment, "
+            f"env={quote(env)} is not an environment: pass a name, a gymnax environment, "
             "a pair (gymnax environment, params), or a purejaxppo.Env"
         )
     return from_gymnax(environment, params)

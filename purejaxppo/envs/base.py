@@ -9,7 +9,7 @@ import numpy as np
 from flax import struct
 
 from purejaxppo.checks import check_whole
-from purejaxppo.text import count, shorten
+from purejaxppo.text import count, quote, shorten
 
 
 class Step(NamedTuple):
@@ -73,7 +73,7 @@ class Box:
 
     def __init__(self, low: Any = -np.inf, high: Any = np.inf, shape: Sequence[int] = (), dtype: Any = jnp.float32):
         if np.ndim(shape) != 1:
-            raise ValueError(f"shape={shape!r} of a Box must be a sequence of whole numbers, such as (3,)")
+            raise ValueError(f"shape={quote(shape)} of a Box must be a sequence of whole numbers, such as (3,)")
         self.low, self.high, self.dtype = low, high, jnp.dtype(dtype)
         self.shape = tuple(check_whole("shape", size, at_least=0) for size in shape)
 

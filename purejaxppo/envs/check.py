@@ -12,6 +12,7 @@ from jax.core import Tracer
 
 from purejaxppo.checks import check_whole
 from purejaxppo.envs.base import Box, Discrete, Env, MultiDiscrete, Step, action_space, bound_action, observation_space
+from purejaxppo.text import quote
 
 PACKAGES = [Path(jax.__file__).parent, Path(__file__).parents[1]]
 LARGEST = 1e18  # of a number whose square, summed over a rollout, stays finite in float32
@@ -24,7 +25,7 @@ def check_env(env: Any, num_steps: int = 200, seed: int = 0) -> list[str]:
     """
     check_whole("num_steps", num_steps)
     if not isinstance(env, Env):
-        return [f"{env!r} is not an Env; make_env makes one from a name or a gymnax environment."]
+        return [f"{quote(env)} is not an Env; make_env makes one from a name or a gymnax environment."]
     try:
         return check_shapes(env) or _check_play(env, num_steps, seed)
     except ValueError as error:

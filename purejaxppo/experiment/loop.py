@@ -12,6 +12,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from purejaxppo.experiment.program import Program
+from purejaxppo.text import quote
 
 
 class Interrupted(KeyboardInterrupt):
@@ -43,7 +44,7 @@ def end(result: Any, interrupted: bool, on_interrupt: str, what: str) -> Any:
 def check_on_interrupt(on_interrupt: str):
     """Raises ValueError unless it is "raise" or "return"."""
     if on_interrupt not in ("raise", "return"):
-        raise ValueError(f"on_interrupt={on_interrupt!r} must be 'raise' or 'return'")
+        raise ValueError(f"on_interrupt={quote(on_interrupt)} must be 'raise' or 'return'")
 
 
 def chunks(

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from purejaxppo.config import Config, Hyperparams
 from purejaxppo.envs import check_name
+from purejaxppo.text import quote
 
 
 class Preset(NamedTuple):
@@ -24,7 +25,7 @@ def preset(env: str) -> Preset:
     Raises ValueError for a name that no environment has, with the nearest known names.
     """
     if not isinstance(env, str):
-        raise ValueError(f"env={env!r} must be the name of an environment, such as 'CartPole-v1'")
+        raise ValueError(f"env={quote(env)} must be the name of an environment, such as 'CartPole-v1'")
     if env not in PRESETS:
         check_name(env)
     return PRESETS.get(env, DEFAULTS)

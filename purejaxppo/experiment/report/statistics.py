@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from purejaxppo.experiment.report.metrics import last_episodes
+from purejaxppo.text import quote
 
 NO_SCORE = "no run has a score: no episode ended, or all turned nan"
 STATISTICS = {"iqm": lambda x, axis: stats.trim_mean(x, 0.25, axis=axis), "mean": np.mean, "median": np.median}
@@ -168,7 +169,7 @@ def _bootstrap(
 def check(scores: xarray.DataArray, statistic: str, over: Sequence[str]) -> None:
     """Raises ValueError for an unknown statistic, or for dimensions in `over` that the scores lack."""
     if statistic not in STATISTICS:
-        raise ValueError(f"statistic={statistic!r} is unknown (known: {', '.join(STATISTICS)})")
+        raise ValueError(f"statistic={quote(statistic)} is unknown (known: {', '.join(STATISTICS)})")
     if "seed" not in over:
         raise ValueError(f"over={over} must name seed, whose runs are resampled, as in ('env', 'seed')")
     for dim in over:

@@ -154,20 +154,24 @@ def load_run(folder: str | Path, ppo: PPO | None = None, *, allow_changed: Seque
             network, or damaged files.
     """
     folder = Path(folder)
-    settings = read_settings(folder)
-    if not is_complete(folder):
-        raise ValueError(f"the run in {folder} is not finished (`purejaxppo resume {folder}` continues it)")
-    settings = read_intact_settings(folder)
+    metrics, settings = read_metrics(folder), read_intact_settings(folder)
     # Without a PPO a name that is no environment of this package should not be looked up.
     now = DEFAULTS | {"env": settings.env} if ppo is None else identify_ppo(ppo, settings.to_hyperparams())
     check_loaded(settings.identity, now, folder, allow_changed)
     ppo = remake(settings) if ppo is None else ppo
     like = _state_like(ppo, settings)
-    metrics = read_dataset(folder / METRICS)
     with ArrayFile(folder / POLICY) as arrays:
         policy = from_arrays(arrays, like.policy, str(folder / POLICY))
     env_params = settings.to_env_params(like.env_params, folder)
     return SavedRun(folder, settings, ppo, settings.to_hyperparams(), env_params, policy, metrics)
+
+
+def read_metrics(folder: Path) -> xarray.Dataset:
+    """The metrics of a run. Raises ValueError if the folder holds no run, an unfinished one, or damaged files."""
+    read_settings(folder)  # raises if there is no run
+    if not is_complete(folder):
+        raise ValueError(f"the run in {folder} is not finished (`purejaxppo resume {folder}` continues it)")
+    return read_dataset(folder / METRICS)
 
 
 def read_failures(folder: Path) -> dict[int, str]:

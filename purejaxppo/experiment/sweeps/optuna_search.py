@@ -17,7 +17,7 @@ from purejaxppo.experiment.sweeps.run import run_sweep
 from purejaxppo.experiment.sweeps.sweep import Sweep
 from purejaxppo.ppo import make_ppo
 from purejaxppo.table import Distribution, paired
-from purejaxppo.text import to_coordinate
+from purejaxppo.text import quote, to_coordinate
 
 INTERRUPTED = "interrupted"  # an attribute of trials
 
@@ -67,7 +67,7 @@ def optuna_search(
 
     for field, distribution in space.items():
         if not isinstance(distribution, Distribution):
-            raise ValueError(f"{field}={distribution!r} must be a distribution, such as log_uniform(1e-4, 1e-2)")
+            raise ValueError(f"{field}={quote(distribution)} must be a distribution, such as log_uniform(1e-4, 1e-2)")
     check_whole("num_trials", num_trials)
     check_whole("batch_size", batch_size)
     check_on_interrupt(on_interrupt)

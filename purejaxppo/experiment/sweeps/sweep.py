@@ -14,7 +14,7 @@ from purejaxppo.experiment.presets import DEFAULTS, PRESETS
 from purejaxppo.experiment.records import as_record, complete_hyperparams
 from purejaxppo.ppo import PPO, make_ppo, with_step
 from purejaxppo.table import Named, Table, named, paired
-from purejaxppo.text import align, show_setting
+from purejaxppo.text import align, quote, show_setting
 
 CONFIG_FIELDS = tuple(field.name for field in fields(Config))
 HYPERPARAM_FIELDS = Hyperparams().names
@@ -79,7 +79,7 @@ class Sweep:
             environment = self.env[0] if type(self.env) is tuple and self.env else self.env
             object.__setattr__(self, "env", Named(named("env", environment), self.env))
         if not isinstance(self.table, Table):
-            raise ValueError(f"table={self.table!r} must be a Table, such as grid(learning_rate=[1e-4, 1e-3])")
+            raise ValueError(f"table={quote(self.table)} must be a Table, such as grid(learning_rate=[1e-4, 1e-3])")
         check_whole("num_seeds", self.num_seeds)
         check_whole("seed", self.seed, at_least=0)
         if self.num_runs > MAX_RUNS:
@@ -136,7 +136,7 @@ class Sweep:
         changed = {name: value for name, value in row.items() if spec_of(name)}
         for name, value in changed.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(f"{name}={value!r} must be a number")
+                raise ValueError(f"{name}={quote(value)} must be a number")
         return self.hyperparams.set(changed)
 
     def groups(self) -> list[Group]:
