@@ -207,7 +207,7 @@ CASES: dict[str, tuple[Any, str]] = {
     ),
     "a config as environment": (
         lambda: api.make_ppo(CONFIG),
-        r"^env=Config\(.{1,40} is not an environment: pass a name",
+        r"^env=Config\(.{1,80} is not an environment: pass a name",
     ),
     # init
     "a number as key": (lambda: make().init(0), r"key=0 must be a random key, such as jax.random.key\(0\)"),
