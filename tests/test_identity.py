@@ -252,3 +252,26 @@ def test_a_sweep_takes_a_custom_environment(tmp_path):
         pjp.grid(loss=[lambda x: x])
     with pytest.raises(ValueError, match="two values called spo"):
         pjp.grid(loss=[spo, spo])
+
+
+DERIVED = """
+import types
+import jax
+constants = types.ModuleType("constants")
+constants.scale = 2.0
+@jax.custom_vjp
+def loss(x):
+    return x * constants.scale
+def forward(x):
+    return loss(x), x
+def backward(x, cotangent):
+    return (cotangent,)
+loss.defvjp(forward, backward)
+"""
+
+
+@pytest.mark.parametrize(
+    "changed", [DERIVED.replace("(cotangent,)", "(2 * cotangent,)"), DERIVED.replace("scale = 2.0", "scale = 3.0")]
+)
+def test_derivatives_and_attributes_of_modules_change_an_identity(tmp_path, changed):
+    assert identify(module(tmp_path, DERIVED).loss) != identify(module(tmp_path, changed).loss)

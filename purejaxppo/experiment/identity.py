@@ -157,8 +157,10 @@ class _Identifier:
         if isinstance(value, type):
             return self.of_class(value)
         wrapped = getattr(value, "__wrapped__", None) if _package(kind.__module__) in BY_NAME else None
-        if callable(wrapped):  # by jax.jit, jax.custom_jvp and the like
-            return self(wrapped)
+        if callable(wrapped):  # by jax.jit, jax.custom_vjp and the like
+            known = _package(getattr(wrapped, "__module__", None) or "") in BY_NAME
+            rest = {} if known else {name: x for name, x in _state(value).items() if not name.startswith("_")}
+            return self.join(self(wrapped), sorted(f"{name}={self(x)}" for name, x in rest.items()))
         return self.join(self(kind), sorted(f"{name}={self(x)}" for name, x in _state(value).items()))
 
     def of_function(self, function: types.FunctionType) -> str:
@@ -243,7 +245,7 @@ def _globals(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
             value = function.__globals__[name]
             yield name, value
             if isinstance(value, types.ModuleType) and _package(value.__name__) not in BY_NAME:
-                path = getattr(value, "__file__", None) or INSTALLED[0]
+                path = getattr(value, "__file__", None) or ""
                 if not any(place in path for place in INSTALLED):
                     yield from ((f"{name}.{part}", getattr(value, part)) for part in names if hasattr(value, part))
 
