@@ -176,6 +176,8 @@ def test_agents_that_turn_nan_are_named_everywhere_and_have_no_score(tmp_path, c
     assert status == 0 and failed in printed
     status, printed, _ = run(capsys, "evaluate", folder)
     assert status == 4 and failed in printed and printed.split()[-2:] == ["mean", "failed"]
+    status, _, errors = run(capsys, "export", folder, "-o", str(tmp_path / "policy.npz"))
+    assert status == 0 and failed in errors
 
 
 @pytest.mark.parametrize("arguments", [["envs"], ["bench", "--help"]])

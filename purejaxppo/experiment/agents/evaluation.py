@@ -28,7 +28,8 @@ def evaluate_agents(
         max_steps: steps after which running episodes stop; they are not `finished`.
 
     Returns:
-        `episode_return`, `episode_length` and `finished`, with the dimensions `seed` (of the agent) and `episode`.
+        `episode_return`, `episode_length` and `finished`, with the dimensions `seed` (of the agent) and `episode`; the
+        returns of an agent that turned nan in training are nan.
     """
     check_type("agents", agents, Agents, "from load_agents(folder)")
     check_whole("seed", seed, at_least=0)
@@ -36,7 +37,7 @@ def evaluate_agents(
     options = {"num_episodes": num_episodes, "greedy": greedy, "max_steps": max_steps}
     keys = seed_keys(jax.random.key(seed), jnp.arange(agents.num))
     played = jax.jit(lambda *args: many.evaluate(*args, **options))(keys, agents.policies, agents.env_params)
-    return _label(played.episode_return, played.episode_length, played.finished)
+    return _label(agents, played.episode_return, played.episode_length, played.finished)
 
 
 def evaluate_in_gymnasium(
@@ -80,7 +81,7 @@ def evaluate_in_gymnasium(
     begin = jax.jit(jax.vmap(agents.ppo.act, in_axes=(None, 0, None if greedy else 0)))
     played = [_play(envs, act, begin, agents.policy(i), i, greedy, seed, max_steps) for i in range(agents.num)]
     envs.close()
-    return _label(*map(np.stack, zip(*played)))
+    return _label(agents, *map(np.stack, zip(*played)))
 
 
 def mean_return(played: xarray.Dataset) -> tuple[float, float, float]:
@@ -140,6 +141,8 @@ def _choices(space: Any) -> list[int]:
     return np.asarray(sizes, int).reshape(-1).tolist()
 
 
-def _label(episode_return, episode_length, finished) -> xarray.Dataset:
+def _label(agents: Agents, episode_return, episode_length, finished) -> xarray.Dataset:
+    failed = np.array([bool(sentence) for sentence in agents.failed or [""] * agents.num])
+    episode_return = np.where(failed[:, None], np.nan, episode_return)
     arrays = {"episode_return": episode_return, "episode_length": episode_length, "finished": finished}
     return xarray.Dataset({name: (("seed", "episode"), np.asarray(x)) for name, x in arrays.items()})

@@ -1,5 +1,6 @@
 """Loads what a folder holds: a run, a sweep, or the agents of either."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,9 +40,14 @@ class Agents(NamedTuple):
         return len(jax.tree.leaves(self.policies)[0])
 
     def policy(self, agent: int) -> Policy:
-        """The policy of one agent, by its position along R. Raises ValueError for one out of range."""
+        """The policy of one agent, by its position along R; warns if it turned nan in training.
+
+        Raises ValueError for a position out of range.
+        """
         if not 0 <= agent < self.num:
             raise ValueError(f"agent={agent} must be from 0 to {self.num - 1}")
+        if self.failed and self.failed[agent]:
+            warnings.warn(self.failed[agent])
         return jax.tree.map(lambda x: x[agent], self.policies)
 
 

@@ -70,7 +70,8 @@ class TextFile:
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
         whole = [line for line in lines if line.endswith("\n")]
         kept = [line for line in whole[self.header_lines :] if int(self.update_of(line)) < first]
-        self.path.write_text("".join(whole[: self.header_lines] + kept) if kept else "")
+        text = "".join(whole[: self.header_lines] + kept) if kept else ""
+        replace_file(self.path, lambda half: half.write_text(text))  # not through a link
 
 
 def csv_file(path: str | Path) -> Sink:
@@ -81,12 +82,12 @@ def csv_file(path: str | Path) -> Sink:
 
     def append(path, rows):
         with open(path, newline="") as file:
-            before = list(csv.reader(file))
-        names = before[0] if before else []
+            names = next(csv.reader(file), [])
         added = [name for name in rows[0] if name not in names]
         rows = [{name: "" if value is None else value for name, value in row.items()} for row in rows]
         if added:
-            rows = [dict(zip(names, row)) for row in before[1:]] + rows
+            with open(path, newline="") as file:
+                rows = [*csv.DictReader(file), *rows]
             replace_file(path, lambda half: _write_csv(half, [*names, *added], rows, header=True))
         else:
             _write_csv(path, names, rows)
