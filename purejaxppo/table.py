@@ -11,6 +11,9 @@ import numpy as np
 from purejaxppo.checks import check_whole
 from purejaxppo.text import align, quote, shorten, show, show_setting, to_coordinate
 
+# Fields whose values are objects with a name; `env` may be one or a name.
+PLUGGED = ("network", "loss", "optimizer", "step")
+
 
 class Named(str):
     """A name in a table that stands for an object, such as a loss; it equals the bare name."""
@@ -189,7 +192,7 @@ def _same(value: Any, wanted: Any) -> bool:
 
 def _values(name: str, column: Any, distinct: bool = True) -> tuple:
     """A column as plain Python values."""
-    if isinstance(column, dict):
+    if isinstance(column, dict) and name in ("env", *PLUGGED):
         column = [Named(key, value) if isinstance(key, str) else key for key, value in column.items()]
     try:
         single = isinstance(column, str) or hasattr(column, "_fields") or np.ndim(column) == 0
@@ -210,7 +213,7 @@ def _values(name: str, column: Any, distinct: bool = True) -> tuple:
 def _plain(name: str, value: Any) -> Any:
     if isinstance(value, (jax.Array, np.ndarray, np.generic)) and np.ndim(value) == 0:
         value = np.asarray(value).item()
-    if callable(value) or hasattr(value, "_fields") or hasattr(value, "step_env"):
+    if name in ("env", *PLUGGED) and (callable(value) or hasattr(value, "_fields") or hasattr(value, "step_env")):
         return named(name, value)
     if isinstance(value, (tuple, list)):
         return tuple(_plain(name, entry) for entry in value)

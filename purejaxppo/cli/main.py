@@ -9,8 +9,8 @@ import warnings
 from dataclasses import fields
 from typing import Any
 
-from purejaxppo.cli.plugged import FIELDS
 from purejaxppo.config import Config, Hyperparams
+from purejaxppo.table import PLUGGED
 from purejaxppo.text import printable
 
 # Command -> the module here that has it, as a function of the same name.
@@ -97,7 +97,9 @@ def name_flags(sentence: str, options: Any, arguments: list[str]) -> str:
         arguments: what the caller wrote.
     """
     own = {field.name for field in fields(options)} - {"folder"} if options else set()
-    own |= {"plugged": {*FIELDS}, "acting": {"env", "network"}}.get(min(own & {"plugged", "acting"}, default=""), set())
+    own |= {"plugged": {*PLUGGED}, "acting": {"env", "network"}}.get(
+        min(own & {"plugged", "acting"}, default=""), set()
+    )
     algorithm = {field.name for kind in (Config, Hyperparams) for field in fields(kind)} if "config" in own else set()
     has_folder = bool(options) and "folder" in options.__dataclass_fields__  # an argument without a flag
     renamed = {"path": "out", **({} if has_folder else {"folder": "out"})} if "out" in own else {}

@@ -16,10 +16,8 @@ from typing import Any
 from purejaxppo.config import Config
 from purejaxppo.envs import make_env
 from purejaxppo.ppo import PPO, make_ppo, with_step
-from purejaxppo.table import Named
+from purejaxppo.table import PLUGGED, Named
 from purejaxppo.text import shorten
-
-FIELDS = ("network", "loss", "optimizer", "step")
 
 
 @dataclass(frozen=True)
@@ -47,11 +45,11 @@ class Plugged:
 
     def given(self) -> dict[str, str]:
         """Those that are given, by field."""
-        return {field: x for field in FIELDS if (x := getattr(self, field)) is not None}
+        return {field: x for field in PLUGGED if (x := getattr(self, field)) is not None}
 
 
 def check_given(
-    given: Mapping[str, str], before: Mapping[str, str], folder: Path, needed: Sequence[str] = FIELDS + ("env",)
+    given: Mapping[str, str], before: Mapping[str, str], folder: Path, needed: Sequence[str] = PLUGGED + ("env",)
 ):
     """Raises ValueError unless what a run was trained with is given again: files hold names, but no code.
 
@@ -85,10 +83,10 @@ def find_env(env: str) -> Any:
 
 
 def find(field: str, text: str, env: Any) -> Any:
-    """The object that `module:name` names, for one of `FIELDS`. Raises ValueError if there is none.
+    """The object that `module:name` names, for one of `PLUGGED`. Raises ValueError if there is none.
 
     Args:
-        field: one of `FIELDS`.
+        field: one of `PLUGGED`.
         text: module:name.
         env: handed to a function that makes a network.
     """
@@ -102,8 +100,8 @@ def to_named(field: str, text: str, env: str = "") -> Named:
     """As `find` and `find_env`, as a value of a sweep's table.
 
     Args:
-        field: one of `FIELDS`, or "env".
-        text: module:name; for a field in `FIELDS` also "default".
+        field: one of `PLUGGED`, or "env".
+        text: module:name; for a field in `PLUGGED` also "default".
         env: of the sweep, for functions that make a network.
     """
     if field == "env":

@@ -18,8 +18,9 @@ from purejaxppo.cli.options import (
     say,
     whole_number,
 )
-from purejaxppo.cli.plugged import FIELDS, to_named
+from purejaxppo.cli.plugged import to_named
 from purejaxppo.config import Config, spec_of
+from purejaxppo.table import PLUGGED
 from purejaxppo.text import count
 
 
@@ -79,7 +80,7 @@ def sweep(arguments: list[str]) -> int:
     from purejaxppo.experiment.report.statistics import improvements
     from purejaxppo.experiment.sweeps.plan import plan_sweep
     from purejaxppo.experiment.sweeps.run import run_sweep
-    from purejaxppo.experiment.sweeps.sweep import PLUGGED, Sweep
+    from purejaxppo.experiment.sweeps.sweep import Sweep
 
     env = to_named("env", options.env) if ":" in options.env else options.env
     wanted = Sweep(env, table, options.num_seeds, options.config, options.hyperparams, options.seed)
@@ -167,8 +168,8 @@ def _parse_column(text: str, env: str) -> tuple[str, list]:
     if not equals or not name or not values.strip():
         raise ValueError(f"grid={text} must be FIELD=VALUE,VALUE,..., such as learning_rate=1e-4,1e-3")
     words = [word.strip() for word in values.split(",")]
-    if name in FIELDS or name == "env":
-        return name, [to_named(name, word, env) if ":" in word or name in FIELDS else word for word in words]
+    if name in PLUGGED or name == "env":
+        return name, [to_named(name, word, env) if ":" in word or name in PLUGGED else word for word in words]
     return name, [_parse_value(name, word) for word in words]
 
 

@@ -17,9 +17,10 @@ from purejaxppo.experiment.identity import check_identity, identify_ppo
 from purejaxppo.experiment.program import SELDOM, Program, best_slice_size, compile_training, num_cores
 from purejaxppo.experiment.sweeps.columns import env_columns, run_arguments
 from purejaxppo.experiment.sweeps.slices import Slice, find_slices, read_identities
-from purejaxppo.experiment.sweeps.sweep import CONFIG_FIELDS, PLUGGED, Group, Sweep, make_group
+from purejaxppo.experiment.sweeps.sweep import CONFIG_FIELDS, Group, Sweep, make_group
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.sharded import choose_devices
+from purejaxppo.table import PLUGGED
 from purejaxppo.text import align, count, show
 
 SHARE_OF_MEMORY = 0.8

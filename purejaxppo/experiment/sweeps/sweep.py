@@ -13,14 +13,12 @@ from purejaxppo.envs import env_names
 from purejaxppo.experiment.presets import DEFAULTS, PRESETS
 from purejaxppo.experiment.records import as_record, complete_hyperparams
 from purejaxppo.ppo import PPO, make_ppo, with_step
-from purejaxppo.table import Named, Table, named, paired
+from purejaxppo.table import PLUGGED, Named, Table, named, paired
 from purejaxppo.text import align, quote, show_setting
 
 CONFIG_FIELDS = tuple(field.name for field in fields(Config))
 HYPERPARAM_FIELDS = Hyperparams().names
 ENV_PREFIX = "env."
-# Fields whose values are objects with a name.
-PLUGGED = ("network", "loss", "optimizer", "step")
 MAX_RUNS = 10**6
 
 
