@@ -97,9 +97,8 @@ def name_flags(sentence: str, options: Any, arguments: list[str]) -> str:
         arguments: what the caller wrote.
     """
     own = {field.name for field in fields(options)} - {"folder"} if options else set()
-    own |= {"plugged": {*PLUGGED}, "acting": {"env", "network"}}.get(
-        min(own & {"plugged", "acting"}, default=""), set()
-    )
+    nested = {"plugged": set(PLUGGED), "acting": {"env", "network"}}
+    own = own.union(*(names for name, names in nested.items() if name in own))
     algorithm = {field.name for kind in (Config, Hyperparams) for field in fields(kind)} if "config" in own else set()
     has_folder = bool(options) and "folder" in options.__dataclass_fields__  # an argument without a flag
     renamed = {"path": "out", **({} if has_folder else {"folder": "out"})} if "out" in own else {}
