@@ -65,6 +65,7 @@ def test_figures_that_stand_in_the_file_outlive_a_refusal(tmp_path):
     assert out.read_text() == "kept"
 
 
+@pytest.mark.slow
 def test_the_comparison_with_a_peer_runs(tmp_path):
     """A tiny work with rejax, installed for it: that it runs, and that both do the work, and that one that hangs is
     left out; nothing about speed."""

@@ -137,6 +137,7 @@ def test_only_the_newest_checkpoints_are_kept_and_ordinary_libraries_open_them(k
     assert load(kept, ppo).metrics.sizes == {"seed": 2, "updates": 6}
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_called_again_a_run_comes_to_the_same_numbers(tmp_path):
     command = [sys.executable, resume_program.__file__, str(tmp_path / "run")]
     for kill in range(3):

@@ -393,6 +393,7 @@ def undisturbed(tmp_path_factory):
     return xarray.load_dataset(folder / "results.nc", engine="scipy")
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_at_any_moment_and_started_again_ends_with_the_same_numbers(undisturbed, tmp_path):
     folder = tmp_path / "killed"
     random.seed(0)
@@ -414,10 +415,12 @@ def on_eight_devices(tmp_path_factory):
     return xarray.load_dataset(folder / "results.nc", engine="scipy")
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_same_numbers_as_one_to_rounding(undisturbed, on_eight_devices):
     xarray.testing.assert_allclose(on_eight_devices, undisturbed, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_of_two_devices_give_the_same_numbers_to_the_bit(on_eight_devices, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
