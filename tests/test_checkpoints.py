@@ -254,7 +254,7 @@ def test_a_disk_that_fails_is_a_warning_and_the_run_goes_on(tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Checkpoints, "save", full)
-    with pytest.warns(UserWarning, match="could not write a checkpoint .*No space left"):
+    with pytest.warns(UserWarning, match="could not write its last checkpoint .*No space left"):
         result = fit(*begin(), folder=tmp_path / "run", progress=False)
     same(result.state, whole.state)
 

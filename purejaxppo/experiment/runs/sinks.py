@@ -178,13 +178,18 @@ def mean_over_runs(sink: Sink) -> Sink:
 def to_rows(metrics: xarray.Dataset) -> Iterator[dict]:
     """Every update of every run as plain Python numbers, runs varying fastest; None for values that are not finite."""
     runs = metrics["run"].values.tolist() if "run" in metrics.dims else [None]
-    numbers = split_vectors(metrics).items()
+    numbers = _per_update(metrics).items()
     values = {name: x.transpose("updates", ...).values.reshape(-1, len(runs)).tolist() for name, x in numbers}
     updates, steps = metrics["updates"].values.tolist(), metrics["step"].values.tolist()
     for i, (update, step) in enumerate(zip(updates, steps)):
         for j, run in enumerate(runs):
             row = {"updates": update, "step": int(step)} | ({} if run is None else {"run": run})
             yield row | {name: x[i][j] if np.isfinite(x[i][j]) else None for name, x in values.items()}
+
+
+def _per_update(metrics: xarray.Dataset) -> dict[str, xarray.DataArray]:
+    """The metrics of updates, without those of whole runs, such as `failed_update`."""
+    return {name: x for name, x in split_vectors(metrics).items() if "updates" in x.dims}
 
 
 def guarded(sink: Sink) -> Sink:
@@ -208,7 +213,7 @@ def guarded(sink: Sink) -> Sink:
 def _last(metrics) -> dict:
     """The newest number of each metric, the mean over runs."""
     row = {"updates": int(metrics["updates"][-1]), "step": int(metrics["step"][-1])}
-    for name, x in split_vectors(metrics).items():
+    for name, x in _per_update(metrics).items():
         means = x.mean("run").values if "run" in x.dims else x.values
         there = means[np.isfinite(means)]
         row |= {name: float(there[-1])} if there.size else {}

@@ -231,7 +231,8 @@ def make_group(group: Group, make: Callable = make_ppo, *, loaded: bool = False)
     """
     values = {}
     for field, name in (("env", group.env), *group.plugged):
-        bare = not isinstance(name, Named) and not (field == "env" and (name in env_names() or not loaded))
+        known = field == "env" and (name in env_names() or not loaded or make is not make_ppo)
+        bare = not isinstance(name, Named) and not known
         if bare and not (loaded and field in ("loss", "optimizer", "step")):
             remedy = f"values={{{field!r}: {{{name!r}: ...}}}}" if loaded else f"{field}={{{name!r}: ...}}"
             raise ValueError(f"{field}={name!r} is only a name here (give what it stands for: {remedy})")
