@@ -132,7 +132,9 @@ def freeze(state: TrainState, new: TrainState, metrics: dict) -> tuple[TrainStat
     finite = jnp.stack([jnp.isfinite(x).all() for x in numbers]).all()
     # A frozen state keeps its key, so its next step is the same and fails again: once frozen, a run stays frozen.
     state = jax.tree.map(lambda old, new: jnp.where(finite, new, old), state, new)
-    cause = {FAILURE: jnp.where(finite, 0, _cause(new, metrics))} if _reports_failures.get() else {}
+    # Behind a barrier: fused with the program before it, it would round differently from `step` alone.
+    watched = jax.lax.optimization_barrier((new, metrics)) if _reports_failures.get() else None
+    cause = {FAILURE: jnp.where(finite, 0, _cause(*watched))} if watched else {}
     return state, {name: jnp.where(finite, x, _nothing(x)) for name, x in metrics.items()} | cause
 
 

@@ -261,3 +261,14 @@ def test_metrics_take_no_more_memory_than_their_numbers():
     peak = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert peak < 2 * 4 * 11 * 4016 + 20_000
+
+
+@pytest.mark.full
+def test_reports_of_failures_do_not_change_a_bit_of_training():
+    config = pjp.Config(
+        num_envs=8, num_steps=32, num_updates=4, normalize_observation=True, scale_reward=True, bound_action="tanh"
+    )  # fmt: skip
+    ppo = batched(make_ppo("Pendulum-v1", config))
+    state = jax.jit(ppo.init)(jax.random.split(jax.random.key(0), 3))
+    result, (alone, _) = fit(ppo, state, slice_size=3, progress=False), jax.jit(ppo.train)(state)
+    jax.tree.map(np.testing.assert_array_equal, result.state.policy, alone.policy)
