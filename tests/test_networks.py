@@ -22,6 +22,7 @@ from purejaxppo import (
     TanhNormal,
     batched,
     from_nnx,
+    make_env,
     make_ppo,
 )
 from purejaxppo.envs.base import flatten_observation
@@ -382,5 +383,6 @@ def test_the_deviation_may_depend_on_the_state_and_starts_where_it_is_told(key):
 
 
 def test_tanh_refuses_a_space_without_bounds():
+    env = make_env("Pendulum-v1")._replace(action_space=Box(shape=(1,)))
     with pytest.raises(ValueError, match="finite bounds"):
-        make_network(Config(bound_action="tanh"), Box(shape=(4,)), Box(shape=(2,)))
+        make_ppo(env, Config(bound_action="tanh"))
