@@ -3,7 +3,7 @@
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -195,7 +195,7 @@ def _values(name: str, column: Any, distinct: bool = True) -> tuple:
     if isinstance(column, dict) and name in ("env", *PLUGGED):
         column = [Named(key, value) if isinstance(key, str) else key for key, value in column.items()]
     try:
-        single = isinstance(column, str) or hasattr(column, "_fields") or np.ndim(column) == 0
+        single = isinstance(column, str) or hasattr(column, "_fields") or np.ndim(cast(Any, column)) == 0
         values = [column] if single else list(column)
     except ValueError:  # lists of unequal length, such as widths
         values = list(column)
