@@ -46,7 +46,7 @@ def _read_whole_number(
 
 
 def whole_number(text: str) -> int:
-    """A whole number from its text. Raises ValueError if it is none."""
+    """A whole number from its text. Raises ValueError for any other text."""
     try:
         number = float(text) if "e" in text.lower() else int(text)
     except ValueError:

@@ -15,7 +15,7 @@ from typing import Any
 
 from purejaxppo.config import Config
 from purejaxppo.envs import make_env
-from purejaxppo.ppo import PPO, make_ppo, with_step
+from purejaxppo.ppo import PPO
 from purejaxppo.table import PLUGGED, Named
 from purejaxppo.text import shorten
 
@@ -65,12 +65,11 @@ def check_given(
 
 
 def make_plugged(env: str, config: Config, plugged: Plugged) -> PPO:
-    """The PPO of an environment, a name or module:name, with custom parts. Raises ValueError if one cannot be had."""
-    environment = find_env(env)
-    parts = {field: find(field, text, environment) for field, text in plugged.given().items()}
-    step = parts.pop("step", None)
-    ppo = make_ppo(environment, config, **parts)
-    return with_step(ppo, *(step if isinstance(step, tuple) else (step,))) if step else ppo
+    """The PPO of an environment, a name or module:name, with custom parts. Raises ValueError for a part not found."""
+    from purejaxppo.experiment.sweeps.sweep import Group, make_group
+
+    parts = tuple((field, to_named(field, text, env)) for field, text in plugged.given().items())
+    return make_group(Group(to_named("env", env) if ":" in env else env, config, parts))
 
 
 def find_env(env: str) -> Any:
@@ -82,17 +81,17 @@ def find_env(env: str) -> Any:
     return found if is_environment or not callable(found) else _call("env", env, found)
 
 
-def find(field: str, text: str, env: Any) -> Any:
+def find(field: str, text: str, env: str) -> Any:
     """The object that `module:name` names, for one of `PLUGGED`. Raises ValueError if there is none.
 
     Args:
         field: one of `PLUGGED`.
         text: module:name.
-        env: handed to a function that makes a network.
+        env: a name or module:name, for a function that makes a network.
     """
     found = _import(field, text)
     if field == "network" and not hasattr(found, "init"):
-        return _call(field, text, found, make_env(env))
+        return _call(field, text, found, make_env(find_env(env)))
     return found
 
 
@@ -106,7 +105,7 @@ def to_named(field: str, text: str, env: str = "") -> Named:
     """
     if field == "env":
         return Named(text, find_env(text))
-    return Named(text, None if text == "default" else find(field, text, find_env(env)))
+    return Named(text, None if text == "default" else find(field, text, env))
 
 
 def _import(field: str, text: str) -> Any:

@@ -73,13 +73,12 @@ def check_identity(
         folder: for the message.
         allow_changed: names whose identities may differ.
     """
-    names = [name for name in {**now, **before} if before and before.get(name, NONE) != now.get(name, NONE)]
-    differing = [name for name in names if name not in allow_changed]
+    differing = _differing(before, now, allow_changed)
     if differing:
-        name = differing[0]
+        name, accepted = differing[0], [*allow_changed, *differing]
         raise ValueError(
             f"folder={folder} was trained with another {name}, {before.get(name, NONE)} instead of "
-            f"{now.get(name, NONE)} (name another folder, or accept the change with allow_changed={names!r})"
+            f"{now.get(name, NONE)} (name another folder, or accept the change with allow_changed={accepted!r})"
         )
 
 
@@ -87,8 +86,7 @@ def check_loaded(
     before: Mapping[str, str], now: Mapping[str, str], folder: str | Path, allow_changed: Sequence[str] = ()
 ) -> None:
     """As `check_identity`, for policies that are loaded to act: of what matters to training alone, it only warns."""
-    names = [name for name in {**now, **before} if before and before.get(name, NONE) != now.get(name, NONE)]
-    differing = [name for name in names if name not in allow_changed]
+    differing = _differing(before, now, allow_changed)
     text = ", ".join(f"{name}={before.get(name, NONE)} instead of {now.get(name, NONE)}" for name in differing)
     remedy = "give load what was trained: its ppo, or make= and values= of a sweep"
     if set(differing) & ACTING:
@@ -97,6 +95,12 @@ def check_loaded(
         warnings.warn(
             f"{folder} was trained with {text}; its policies act as trained, but train differently ({remedy})"
         )
+
+
+def _differing(before: Mapping[str, str], now: Mapping[str, str], allow_changed: Sequence[str]) -> list[str]:
+    """The names whose identities differ and may not; none if the folder holds no identities."""
+    names = [name for name in {**now, **before} if before and before.get(name, NONE) != now.get(name, NONE)]
+    return [name for name in names if name not in allow_changed]
 
 
 def identify(value: Any) -> str:
