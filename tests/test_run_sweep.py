@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import json
 import os
 import random
@@ -22,6 +23,7 @@ import xarray
 
 import purejaxppo as pjp
 from probes import SMALL
+from purejaxppo.experiment import files
 from purejaxppo.experiment.files import from_arrays, to_arrays
 from purejaxppo.experiment.lock import claim
 from purejaxppo.experiment.program import Program
@@ -368,10 +370,45 @@ def test_a_call_that_can_train_nothing_says_who_has_it(small_slices, tmp_path):
     (compiled,) = small_slices.groups
     (tmp_path / "slices").mkdir()
     with contextlib.ExitStack() as locks:
-        for slice_ in pending_slices(small_slices.sweep, compiled.group, [], 2):
-            locks.enter_context(claim(tmp_path / "slices" / f"{slice_.name}.lock"))
-        with pytest.raises(ValueError, match=f"^folder={tmp_path} is shared .* left 4 slices to this process since"):
+        for second, slice_ in enumerate(pending_slices(small_slices.sweep, compiled.group, [], 2)):
+            path = tmp_path / "slices" / f"{slice_.name}.lock"
+            locks.enter_context(claim(path))
+            holder, _, note = path.read_text().partition("\n")
+            since = f"2026-11-26 18:59:{second:02} UTC"  # locks of one process are taken at different times
+            path.write_text(json.dumps(json.loads(holder) | {"since": since}) + "\n" + note)
+        left = "left 4 slices to this process since 2026-11-26 18:59:00 UTC;"
+        with pytest.raises(ValueError, match=f"^folder={tmp_path} is shared .* {left}"):
             run(small_slices, tmp_path)
+
+
+@pytest.mark.parametrize("full", ["some slices", "everything"])
+def test_what_does_not_fit_on_the_disk_is_in_the_result_and_said(plan, small_slices, tmp_path, monkeypatch, full):
+    written = []
+
+    def write(path, *_):
+        written.append(path)
+        if full == "everything" or path.suffix == ".npz" and len(written) > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(path, *_)
+
+    original = files.replace_file
+    sweep_json = files.SWEEP
+    monkeypatch.setattr(
+        files, "replace_file", lambda path, *_: (original if path.name == sweep_json else write)(path, *_)
+    )
+    with pytest.warns(UserWarning) as warned:
+        result = run(small_slices, tmp_path)
+    lost = "2 slices" if full == "some slices" else "4 slices and results.nc"
+    words = f"{lost} could not be written to {tmp_path}, whose disk is full (make room)"
+    assert result.unsaved == words and any(str(w.message).startswith(words) for w in warned)
+    xarray.testing.assert_equal(result.metrics, run(small_slices).metrics)
+    setting = small_slices.sweep.table.rows()[-1]
+    chex.assert_trees_all_equal(result.state(1, **setting), run(small_slices).state(1, **setting))
+    assert not list(tmp_path.rglob("*.half")) and len(list(tmp_path.rglob("*.npz"))) == (2 if "some" in full else 0)
+    monkeypatch.undo()
+    again = run(small_slices, tmp_path)
+    assert again.steps == (4 if "some" in full else 8) * SMALL.total_steps and not again.unsaved
+    xarray.testing.assert_equal(again.metrics, result.metrics)
 
 
 def start(folder, *args):

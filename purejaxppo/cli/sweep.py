@@ -8,6 +8,7 @@ import tyro
 
 from purejaxppo.cli.options import (
     ALL_FAILED,
+    NOT_SAVED,
     TrainingOptions,
     cache,
     check_counts,
@@ -100,17 +101,19 @@ def sweep(arguments: list[str]) -> int:
         for versus, found in improvements(result.scores, field).items():
             low, value, high = (float(found[name]) for name in ("low", "value", "high"))
             say(f"  P({versus}) = {value:.2f}  [{low:.2f}, {high:.2f}] 95 %")
-    plots = _draw_sweep(result.metrics, out, options.env)
+    saved = [] if result.unsaved else ["results.nc", *_draw_sweep(result.metrics, out, options.env)]
     if result.steps:
         rate = result.steps / max(result.run_seconds, 1e-9)
         say(f"  {result.steps:,} steps in {result.run_seconds:.1f} s, {rate:,.0f} per second")
-    say(f"  saved in {out}: {', '.join(['results.nc', *plots])}")
+    say(f"  {'not all ' * bool(result.unsaved)}saved in {out}: {', '.join(saved) or 'what fitted'}")
     if result.interrupted:
         say(
             f"interrupted: {result.num_unfinished} of {count(wanted.num_runs, 'run')} are unfinished and ranked by "
             f"what they have done; the same command with --out {out} continues"
         )
-        return 130
+        return NOT_SAVED if result.unsaved else 130
+    if result.unsaved:
+        return NOT_SAVED
     return ALL_FAILED if len(result.failed()) == wanted.num_runs else 0
 
 

@@ -43,10 +43,15 @@ class Holder:
     token: str
     """Differs for every lock that was ever taken."""
 
-    def __str__(self) -> str:
+    @property
+    def process(self) -> str:
+        """The process in words."""
         if (self.machine, self.pid) == (_machine(), os.getpid()):
-            return f"this process since {self.since}"
-        return f"process {self.pid} on {self.host} since {self.since}" if self.pid else "an unknown process"
+            return "this process"
+        return f"process {self.pid} on {self.host}" if self.pid else "an unknown process"
+
+    def __str__(self) -> str:
+        return f"{self.process} since {self.since}" if self.pid else self.process
 
 
 class LockHeld(ValueError):

@@ -53,9 +53,13 @@ class Claims:
 
     def describe_left(self) -> str:
         """A sentence on the slices that were left out, and to whom."""
-        holders = Counter(map(str, self.left.values()))
-        parts = [f"{count(number, 'slice')} to {holder}" for holder, number in holders.items() if holder != "None"]
-        parts += [f"{count(holders['None'], 'slice')} whose runs lie in slices of another size"] * ("None" in holders)
+        holders = sorted((holder for holder in self.left.values() if holder), key=lambda holder: holder.since)
+        first = {holder.process: holder for holder in reversed(holders)}  # a process takes its slices one after another
+        numbers = Counter(holder.process for holder in holders)
+        parts = [f"{count(number, 'slice')} to {first[process]}" for process, number in numbers.items()]
+        if None in self.left.values():
+            number = list(self.left.values()).count(None)
+            parts.append(f"{count(number, 'slice')} whose runs lie in slices of another size")
         return f"folder={self.slices.folder} is shared with other calls: this one left {' and '.join(parts)}"
 
     def _claim(

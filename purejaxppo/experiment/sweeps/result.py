@@ -14,7 +14,7 @@ import pandas
 import xarray
 
 from purejaxppo.batched import FAILURE
-from purejaxppo.experiment.files import from_arrays, save_dataset, shapes_of
+from purejaxppo.experiment.files import from_arrays, is_full, save_dataset, shapes_of
 from purejaxppo.experiment.identity import check_loaded, identify_ppo
 from purejaxppo.experiment.report.failures import METRIC, UPDATE, describe_failure
 from purejaxppo.experiment.report.metrics import label_metric, to_dataframe
@@ -24,7 +24,9 @@ from purejaxppo.experiment.sweeps.slices import Slice, Slices, by_run, read_iden
 from purejaxppo.experiment.sweeps.sweep import Sweep, make_group, name_run
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.rollout import Policy
-from purejaxppo.text import shorten, show_setting, to_coordinate
+from purejaxppo.text import count, shorten, show_setting, to_coordinate
+
+RESULTS = "results.nc"
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,9 @@ class SweepResult:
     run_seconds: float = 0.0
     interrupted: bool = False
     """Whether a signal ended the call."""
+    unsaved: str = ""
+    """What could not be written to the folder, as one sentence; it is in memory, and the same call later trains it
+    again."""
 
     @property
     def num_unfinished(self) -> int:
@@ -157,7 +162,7 @@ def make_result(
     run_seconds: float = 0.0,
     interrupted: bool = False,
 ) -> SweepResult:
-    """The result of the stored slices of a sweep, whose metrics are also written to its folder.
+    """The result of the stored slices of a sweep, whose metrics are also written to its folder; warns if they cannot.
 
     Args:
         sweep: what was trained.
@@ -169,9 +174,23 @@ def make_result(
         interrupted: whether a signal ended it.
     """
     metrics = label_sweep(sweep, stored, slices.machine())
+    lost = [count(len(slices.in_memory), "slice")] * bool(slices.folder and slices.in_memory)
     if slices.folder and jax.process_index() == 0:
-        save_dataset(slices.folder / "results.nc", metrics)
-    return SweepResult(sweep, metrics, slices, make, steps=steps, run_seconds=run_seconds, interrupted=interrupted)
+        try:
+            save_dataset(slices.folder / RESULTS, metrics)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            (slices.folder / RESULTS).unlink(missing_ok=True)  # it would be of an earlier state
+            lost.append(RESULTS)
+    unsaved = ""
+    if lost:
+        unsaved = f"{' and '.join(lost)} could not be written to {slices.folder}, whose disk is full (make room)"
+        warnings.warn(f"{unsaved}; the result holds all, and the same call later trains what the folder lacks")
+    return SweepResult(
+        sweep, metrics, slices, make,
+        steps=steps, run_seconds=run_seconds, interrupted=interrupted, unsaved=unsaved,
+    )  # fmt: skip
 
 
 def load_sweep(

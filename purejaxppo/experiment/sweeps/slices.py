@@ -22,6 +22,7 @@ from purejaxppo.experiment.files import (
     SWEEP,
     ArrayFile,
     differing_fields,
+    is_full,
     kind_of,
     prepare,
     save_arrays,
@@ -71,24 +72,34 @@ class Foreign(ValueError):
 
 
 class Slices:
-    """The slices of a sweep: in its folder, or in memory if it has none."""
+    """The slices of a sweep: in its folder; in memory if it has none, or if its disk is full."""
 
     def __init__(self, sweep: Sweep, folder: Path | None = None):
         self.sweep, self.folder = sweep, folder
         self.ignored: list[str] = []
         """Sentences on the files that the last `read` ignored."""
-        self._in_memory: dict[str, Slice] = {}
+        self.in_memory: dict[str, Slice] = {}
         self._runs = sweep.runs()
 
     def write(self, slice_: Slice):
-        """Replaces the stored version of a slice, atomically on disk."""
+        """Replaces the stored version of a slice, atomically on disk; on a full disk, keeps it in memory and warns."""
         if self.folder is None:
-            self._in_memory[slice_.name] = slice_
+            self.in_memory[slice_.name] = slice_
             return
         arrays = {f"metrics/{name}": x for name, x in slice_.metrics.items()}
         arrays |= {f"state/{name}": x for name, x in slice_.state.items()}
         described = {"sweep": np.array(json.dumps(self.sweep.shared())), "runs": np.array(slice_.runs)}
-        save_arrays(self._path(slice_.name), described | arrays)
+        try:
+            save_arrays(self._path(slice_.name), described | arrays)
+            self.in_memory.pop(slice_.name, None)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            self.in_memory[slice_.name] = slice_
+            warnings.warn(
+                f"could not write a slice to {self.folder}; it is kept in memory, and the sweep continues "
+                f"({error.strerror})"
+            )
 
     def machine(self) -> Machine:
         """The machine of the last session, see `describe_machine`."""
@@ -101,10 +112,10 @@ class Slices:
 
         Files that are damaged or are not slices of this sweep are `ignored`, and a warning names each.
         """
-        if self.folder is None:
-            return list(self._in_memory.values())
-        slices, self.ignored = [], []
-        for path in sorted((self.folder / "slices").glob("*.npz")):
+        slices, self.ignored = list(self.in_memory.values()), []
+        for path in sorted((self.folder / "slices").glob("*.npz")) if self.folder else ():
+            if path.stem in self.in_memory:
+                continue
             try:
                 slices.append(self._read(path, ("num_updates",)))
             except ValueError as error:
@@ -116,8 +127,8 @@ class Slices:
 
     def load(self, name: str, leaves: Collection[str] | None = None) -> Slice:
         """One slice with all leaves of its states, or those of some paths. Raises ValueError if its file is damaged."""
-        if self.folder is None:
-            return self._in_memory[name]
+        if name in self.in_memory:
+            return self.in_memory[name]
         return self._read(self._path(name), leaves)
 
     def _path(self, name: str) -> Path:
