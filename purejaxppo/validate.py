@@ -363,7 +363,7 @@ TAKEN = COORDINATES | {"evaluation_return", "failed_update"}  # by what the host
 
 def check_step(step: Any, init: Any) -> None:
     """Refuses functions that `with_step` cannot call."""
-    if not callable(step) or not _accepts(step, None, None):
+    if not callable(step) or not _accepts(step, None, None) or next(iter(_parameters(step)), "") == "state":
         raise ValueError(f"step={_name(step)} must be a function (ppo, state) -> state, metrics")
     if init is not None and not (callable(init) and _accepts(init, None, None, None, None)):
         raise ValueError(f"init={_name(init)} must be a function (ppo, key, hyperparams, env_params) -> state")

@@ -397,6 +397,10 @@ CASES: dict[str, tuple[Any, str]] = {
         lambda: api.with_step(make(), lambda state: make().step(state)),
         r"step=<lambda>\(state\) must be a function \(ppo, state\) -> state, metrics",
     ),
+    "a step with its arguments the other way round": (
+        lambda: api.with_step(make(), lambda state, ppo: ppo.step(state)),
+        r"step=<lambda>\(state, ppo\) must be a function \(ppo, state\) -> state, metrics",
+    ),
     "an init with other arguments": (
         lambda: api.with_step(make(), lambda ppo, state: ppo.step(state), lambda key: None),
         r"init=<lambda>\(key\) must be a function \(ppo, key, hyperparams, env_params\)",
