@@ -165,10 +165,15 @@ def test_a_run_that_turns_nan_is_named_with_its_update_and_what_was_not_finite(t
         ([1, 2, NAN], [1, np.inf, NAN], NAN, 2, "grad_norm"),
         ([1, 2, 3], [1, 2, NAN], NAN, 3, "grad_norm"),
         ([1, 2, 3], [1, 2, 3], NAN, 3, "policy.params"),
+        (None, [NAN, NAN, NAN], NAN, 1, "grad_norm"),  # of a loss that reports no "loss"
+        (None, [NAN, 1, NAN], NAN, 3, "grad_norm"),
+        (None, [1, 2, 3], NAN, 3, "policy.params"),
+        (None, [1, NAN, NAN], 1.0, 0, ""),
     ],
 )
 def test_the_failure_of_a_single_run_is_read_from_its_metrics_and_its_state(loss, grad_norm, parameter, update, cause):
-    metrics = label({"loss": loss, "grad_norm": grad_norm, "learning_rate": np.ones(3)}, SMALL)
+    reported = {} if loss is None else {"loss": loss}
+    metrics = label(reported | {"grad_norm": grad_norm, "learning_rate": np.ones(3)}, SMALL)
     leaves = {"key": np.zeros(2), "policy/params/w": np.array([1, parameter]), "actors/obs": np.array(NAN)}
     found = mark_failures(metrics, leaves)
     assert (found["failed_update"].item(), found["failed_metric"].item()) == (update, cause)

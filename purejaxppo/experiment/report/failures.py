@@ -54,10 +54,15 @@ def first_failures(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     `codes` [..., U] are 0 in updates that succeeded. A run of a population may fail and continue from another.
     """
-    failed = np.flip(np.logical_and.accumulate(np.flip(codes > 0, -1), axis=-1), -1)
+    failed = _to_the_end(codes > 0)
     first = failed.argmax(-1)
     code = np.take_along_axis(codes, first[..., None], -1)[..., 0]
     return first, np.where(failed[..., -1], code, 0)
+
+
+def _to_the_end(failed: np.ndarray) -> np.ndarray:
+    """Where an update [..., U] and all after it have failed."""
+    return np.flip(np.logical_and.accumulate(np.flip(failed, -1), axis=-1), -1)
 
 
 def name_causes(codes: ArrayLike, names: Sequence[str]) -> np.ndarray:
@@ -109,7 +114,10 @@ def _codes_of_one(metrics: xarray.Dataset, leaves: Mapping[str, Any], names: Seq
     if lost and not codes[-1]:
         codes[-1] = names.index(lost[0]) + 1
     if "grad_norm" in metrics:  # it names a failure that follows; by itself it may overflow where the update is finite
-        follows = np.append(codes[..., 1:] > 0, codes[..., -1:] > 0, -1)
+        failed = codes > 0
+        if "loss" not in metrics:  # nothing else tells of the updates before the last
+            failed = _to_the_end(failed | ~finite["grad_norm"]) & failed[..., -1:]
+        follows = np.append(failed[..., 1:], failed[..., -1:], -1)
         codes[~finite["grad_norm"] & follows & (codes != 1)] = names.index("grad_norm") + 1
     return codes
 
