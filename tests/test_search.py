@@ -9,6 +9,7 @@ import pytest
 
 import purejaxppo as pjp
 from probes import SMALL, copy_cue
+from purejaxppo.batched import reported_failures
 from purejaxppo.experiment.sweeps import run
 from purejaxppo.experiment.sweeps.halving import Ladder, successive_halving, train_runs
 from purejaxppo.experiment.sweeps.optuna_search import optuna_search
@@ -27,6 +28,8 @@ def make_sweep(rates, num_updates=45, num_seeds=2, **values):
 
 
 WRONG: Any = {"clip": 0.1}
+PART: Any = 1.5
+WORD: Any = "2"
 RATES = [1e-8, 1e-7, 1e-6, 1e-5, 3e-2, 1e-4, 1e-6 * 2, 1e30, 2e-5]
 
 
@@ -48,6 +51,21 @@ def test_every_setting_begins_and_a_third_of_a_rung_goes_on(halving):
 
 def test_a_setting_that_turns_nan_does_not_go_on(halving):
     assert np.isneginf(halving.scores[RATES.index(1e30), 0]) and np.isnan(halving.scores[RATES.index(1e30), 1:]).all()
+
+
+def test_a_run_that_turns_nan_is_named_and_goes_last_whatever_the_loss_reports():
+    def unnamed(*args, **kwargs):
+        loss, report = pjp.ppo_loss(*args, **kwargs)
+        return loss, {"approx_kl": report["approx_kl"]}
+
+    def make(env, config):
+        return pjp.make_ppo(copy_cue(), config, loss=unnamed)
+
+    sweep = make_sweep([1e30, 3e-2], num_updates=2)
+    with pytest.warns(UserWarning, match=r"^learning_rate=1e\+30 seed=0 turned nan in update 1, where .* seed=1"):
+        halving = successive_halving(sweep, num_rungs=2, eta=2, progress=False, make=make)
+    assert halving.best() == {"learning_rate": 3e-2} and np.isnan(halving.ranked()[-1]["score"])
+    assert [sentence[:33] for sentence in halving.failed()] == [f"learning_rate=1e+30 seed={i} turned" for i in (0, 1)]
 
 
 def test_a_survivor_is_the_run_that_training_without_halving_gives(halving):
@@ -83,7 +101,9 @@ def test_the_ladder_promotes_from_the_highest_rung_and_fills_free_places_with_ne
         (lambda: successive_halving(make_sweep(RATES), num_rungs=4), "needs .* 27 settings.*there are 9"),
         (lambda: successive_halving(make_sweep(RATES, 4), num_rungs=3), "needs 9 updates, but num_updates=4"),
         (lambda: successive_halving(make_sweep(RATES), num_rungs=2, eta=1), "eta=1"),
-        (lambda: successive_halving(make_sweep(RATES), num_rungs=2, num_places=10), "num_places=10"),
+        (lambda: successive_halving(make_sweep(RATES), num_rungs=2, num_places=10), "num_places=10 must be at most 9"),
+        (lambda: successive_halving(make_sweep(RATES), num_rungs=2, num_places=PART), "num_places=1.5 must be a whole"),
+        (lambda: successive_halving(make_sweep(RATES), num_rungs=2, num_places=WORD), "num_places='2' must be a whole"),
         (lambda: optuna_search("CartPole-v1", WRONG, num_trials=1, batch_size=1), "clip=0.1 must be a distri"),
         (lambda: optuna_search("CartPole-v1", {}, num_trials=0, batch_size=1), "num_trials=0"),
     ],
@@ -138,8 +158,9 @@ def test_training_some_runs_leaves_the_others_as_they_are(key):
 
     many = pjp.batched(pjp.make_ppo(copy_cue(), SMALL))
     states = many.init(jax.random.split(key, 5))
-    program = pjp.compile_training(many, states[:2], 2, slice_size=2)
+    with reported_failures():
+        program = pjp.compile_training(many, states[:2], 2, slice_size=2)
     with ThreadPoolExecutor(2) as pool:
-        after, returns = train_runs(program, states, np.array([4, 0, 2]), 2, pool)
-    assert after.num_updates.tolist() == [2, 0, 2, 0, 2] and returns.shape == (3,)
+        after, returns, failed = train_runs(program, states, np.array([4, 0, 2]), 2, pool)
+    assert after.num_updates.tolist() == [2, 0, 2, 0, 2] and returns.shape == (3,) and failed.tolist() == [""] * 3
     np.testing.assert_array_equal(jax.random.key_data(after[[1, 3]].key), jax.random.key_data(states[[1, 3]].key))

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from purejaxppo.batched import batched, seed_keys
+from purejaxppo.batched import FAILURE, batched, causes, reported_failures, seed_keys
 from purejaxppo.checks import check_whole
-from purejaxppo.experiment.loop import check_on_interrupt, end, noted_interrupt, step_bar
+from purejaxppo.experiment.loop import check_on_interrupt, end, noted_interrupt, step_bar, warn
 from purejaxppo.experiment.program import (
     Program,
     best_slice_size,
@@ -19,10 +19,12 @@ from purejaxppo.experiment.program import (
     first_state,
     num_cores,
 )
+from purejaxppo.experiment.report.failures import describe_failure, join_failures, leaves_of, name_causes
 from purejaxppo.experiment.report.statistics import NO_SCORE, STATISTICS
 from purejaxppo.experiment.sweeps.columns import run_arguments
 from purejaxppo.experiment.sweeps.sweep import Sweep, make_group
 from purejaxppo.ppo import PPO, TrainState, make_ppo
+from purejaxppo.text import show_setting
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Halving:
     """Of all runs, [settings * seeds], each after as many updates as it made; seeds vary fastest."""
     num_updates: int
     """Updates of all runs together."""
+    failed_metric: np.ndarray
+    """[settings * seeds], what was not finite first in a run that turned nan, "" for others."""
     interrupted: bool = False
     """Whether a signal ended the call."""
 
@@ -64,6 +68,16 @@ class Halving:
         if np.isnan(first["score"]):
             raise ValueError(NO_SCORE)
         return {name: first[name] for name in self.sweep.table.names}
+
+    def failed(self) -> list[str]:
+        """A sentence for every run that turned nan."""
+        rows, updates = self.sweep.table.rows(), np.asarray(self.states.num_updates) + 1  # frozen before the failure
+        names = [show_setting(rows[setting]) + f" seed={seed}" for setting, seed in self.sweep.runs().values()]
+        return [
+            describe_failure(name.strip(), update, metric)
+            for name, update, metric in zip(names, updates.tolist(), self.failed_metric.tolist())
+            if metric
+        ]
 
     def __repr__(self) -> str:
         return f"Halving of {len(self.sweep.table)} settings on {self.sweep.env}, rungs at {self.rungs} updates"
@@ -92,8 +106,8 @@ def successive_halving(
     best 1 / `eta` of them. A free place goes to the setting on the highest rung that is promoted, or else to the next
     one that has not started. Settings on the last rung train to the end of the run. The same call gives the same
     result. An interrupt (Ctrl-C, SIGTERM) ends the call after the current round, as in `fit`: `Interrupted` is raised
-    with the `result` so far, or this result is returned. Raises ValueError if settings need different programs, or if
-    there are too few settings or updates.
+    with the `result` so far, or this result is returned. A warning names the runs that turned nan. Raises ValueError if
+    settings need different programs, or if there are too few settings or updates.
 
     Args:
         sweep: the settings and seeds.
@@ -107,8 +121,7 @@ def successive_halving(
     check_on_interrupt(on_interrupt)
     ladder = Ladder(_rungs(sweep, num_rungs, eta), eta, len(sweep.table))
     num_places = len(sweep.table) if num_places is None else num_places
-    if not 1 <= num_places <= len(sweep.table):
-        raise ValueError(f"num_places={num_places} must be from 1 to the {len(sweep.table)} settings")
+    check_whole("num_places", num_places, at_most=len(sweep.table), of="the settings")
     (group,) = sweep.groups()
     ppo = make_group(group, make)
     many = batched(ppo)
@@ -117,12 +130,14 @@ def successive_halving(
     on_cpu = jax.devices()[0].platform == "cpu"
     num_threads, num_runs = num_cores() if on_cpu else 1, num_places * sweep.num_seeds
     size = best_slice_size(num_runs, num_threads, group.config) if on_cpu else num_runs
-    program = compile_training(many, states[:size], ladder.rungs[0], slice_size=size)
+    with reported_failures():
+        program = compile_training(many, states[:size], ladder.rungs[0], slice_size=size)
+    failed_metric = np.full(sweep.num_runs, "", object)
 
     def train(settings, length):
         nonlocal states
         runs = np.add.outer(np.array(settings) * sweep.num_seeds, np.arange(sweep.num_seeds)).ravel()
-        states, scores = train_runs(program, states, runs, length, pool)
+        states, scores, failed_metric[runs] = train_runs(program, states, runs, length, pool)
         bar.update(length * len(runs) * group.config.steps_per_update)
         return STATISTICS["iqm"](scores.reshape(-1, sweep.num_seeds), axis=1)
 
@@ -139,8 +154,12 @@ def successive_halving(
             train(ladder.finished(), length)
             left -= length
     result = Halving(
-        sweep, many, ladder.rungs, ladder.scores, states, int(states.num_updates.sum()), interrupt.is_set()
-    )
+        sweep, many, ladder.rungs, ladder.scores, states, int(states.num_updates.sum()), failed_metric,
+        interrupt.is_set(),
+    )  # fmt: skip
+    failed = result.failed()
+    if failed:
+        warn(join_failures(failed, sweep.num_runs))
     reached = f"successive_halving was interrupted; {len(ladder.finished())} settings have reached the last rung"
     return end(result, result.interrupted, on_interrupt, reached)
 
@@ -185,7 +204,7 @@ class Ladder:
 
 def train_runs(
     program: Program, states: TrainState, runs: np.ndarray, length: int, pool: ThreadPoolExecutor
-) -> tuple[TrainState, np.ndarray]:
+) -> tuple[TrainState, np.ndarray, np.ndarray]:
     """Trains some runs of a batch in slices of the program's size; the last slice repeats its last run.
 
     Args:
@@ -196,20 +215,22 @@ def train_runs(
         pool: the threads that train slices side by side.
 
     Returns:
-        The states of all runs, and the mean returns [runs] of the trained ones in these updates.
+        The states of all runs; and of the trained ones, [runs] each, the mean returns in these updates, -inf for those
+        that turned nan or ended no episode, and what was not finite first, "" for runs that are fine.
     """
     size = program.slice_size
     slices = [runs[i : i + size] for i in range(0, len(runs), size)]
     slices = [np.append(indices, np.repeat(indices[-1], size - len(indices))) for indices in slices]
     trained = list(pool.map(lambda indices: program(states[indices], length, donate=True), slices))
-    returns = []
+    returns, failed = [], []
     for indices, (new, metrics) in zip(slices, trained):
         states = jax.tree.map(lambda old, some, indices=indices: old.at[indices].set(some), states, new)
         count = metrics["num_episodes"].sum(1)
         total = np.nansum(metrics["episode_return"] * metrics["num_episodes"], axis=1)
-        healthy = np.isfinite(metrics["loss"]).all(1) if "loss" in metrics else True
+        healthy = np.isfinite(metrics["learning_rate"]).all(1)
+        failed.append(name_causes(metrics[FAILURE][:, -1], causes(metrics, leaves_of(states))))
         returns.append(np.where((count > 0) & healthy, total / np.maximum(count, 1), -np.inf))
-    return states, np.concatenate(returns)[: len(runs)]
+    return states, np.concatenate(returns)[: len(runs)], np.concatenate(failed)[: len(runs)]
 
 
 def _rungs(sweep: Sweep, num_rungs: int, eta: int) -> tuple[int, ...]:
