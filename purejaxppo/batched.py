@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import fields
 from functools import partial, wraps
 from typing import Any
@@ -17,6 +16,7 @@ from purejaxppo.config import Hyperparams, as_arrays, spec_of, suggest
 from purejaxppo.ppo import PPO, TrainState, replace_step
 from purejaxppo.rollout import Policy
 from purejaxppo.sharded import choose_devices
+from purejaxppo.summary import FAILURE, reports_failures
 from purejaxppo.table import Table
 from purejaxppo.text import shorten
 from purejaxppo.validate import (
@@ -33,8 +33,6 @@ AXIS = "runs"
 ONE = "what belongs to one run goes to the PPO that is not batched"
 GIVEN = ("key", "hyperparams", "env_params", "actors")  # of a state; all else is learned
 WATCHED = ("loss", "grad_norm")  # metrics that tell why a run failed
-FAILURE = "failure"
-_reports_failures = ContextVar("_reports_failures", default=False)
 
 
 def batched(ppo: PPO, devices: int | Sequence[Any] | None = None) -> PPO:
@@ -125,17 +123,22 @@ def freeze(state: TrainState, new: TrainState, metrics: dict) -> tuple[TrainStat
     Args:
         state: before the step.
         new: after the step.
-        metrics: of the step; a loss that is not finite freezes the run too.
+        metrics: of the step; a loss or a learning rate that is not finite freezes the run too. A batch that a custom
+            step calls has frozen a run already if its learning rate is nan.
     """
     learned = [getattr(new, field.name) for field in fields(new) if field.name not in GIVEN]
-    numbers = [x for x in jax.tree.leaves((learned, metrics.get("loss", ()))) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    reported = [metrics[name] for name in ("loss", "learning_rate") if name in metrics]
+    numbers = [x for x in jax.tree.leaves((learned, reported)) if jnp.issubdtype(x.dtype, jnp.inexact)]
     finite = jnp.stack([jnp.isfinite(x).all() for x in numbers]).all()
     # A frozen state keeps its key, so its next step is the same and fails again: once frozen, a run stays frozen.
     state = jax.tree.map(lambda old, new: jnp.where(finite, new, old), state, new)
     # Behind a barrier: fused with the program before it, it would round differently from `step` alone.
-    watched = jax.lax.optimization_barrier((new, metrics)) if _reports_failures.get() else None
-    cause = {FAILURE: jnp.where(finite, 0, _cause(*watched))} if watched else {}
-    return state, {name: jnp.where(finite, x, _nothing(x)) for name, x in metrics.items()} | cause
+    watched = jax.lax.optimization_barrier((new, metrics)) if reports_failures.get() else None
+    report = {}
+    if watched:
+        before = metrics.get(FAILURE, jnp.int32(0))
+        report[FAILURE] = jnp.where(finite, 0, jnp.where(before > 0, before, _cause(*watched)))
+    return state, {name: jnp.where(finite, x, _nothing(x)) for name, x in metrics.items()} | report
 
 
 @contextlib.contextmanager
@@ -144,11 +147,11 @@ def reported_failures() -> Iterator[None]:
 
     The programs of the host are traced so. `step` and `train` themselves report the metrics of one run.
     """
-    token = _reports_failures.set(True)
+    token = reports_failures.set(True)
     try:
         yield
     finally:
-        _reports_failures.reset(token)
+        reports_failures.reset(token)
 
 
 def causes(metrics: Iterable[str], leaves: Iterable[str]) -> list[str]:

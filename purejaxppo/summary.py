@@ -1,6 +1,7 @@
 """The metrics of an update: what each shard measures, and how these numbers become metrics."""
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -10,9 +11,10 @@ from purejaxppo.advantages import Batch
 from purejaxppo.normalize import measure, pool
 from purejaxppo.rollout import Rollout
 
-# Names of coordinates of metrics, and of metrics that the package adds itself.
-COORDINATES = {"run", "seed", "setting", "updates", "step"}
-RESERVED = COORDINATES | {"parent", "evaluation_return", "failed_update", "learning_rate"}
+FAILURE = "failure"  # a metric of batches for the host: why a run is frozen
+reports_failures = ContextVar("reports_failures", default=False)  # set by `batched.reported_failures`
+# Names of coordinates of metrics, and of metrics that the host adds.
+RESERVED = {"run", "seed", "setting", "updates", "step", "evaluation_return", "failed_update", "failed_metric", FAILURE}
 
 
 def measure_rollout(rollout: Rollout, batch: Batch) -> dict[str, Any]:
@@ -55,7 +57,8 @@ def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
 def join_metrics(metrics: dict[str, Any], others: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """Metrics with those of other reporters (reporter -> metrics) added. Raises ValueError for a name in use."""
     for reporter, added in others.items():
-        taken = [name for name in added if name in metrics.keys() | RESERVED or "/" in name]
+        known = metrics.keys() | RESERVED | {"learning_rate", "parent"}
+        taken = [name for name in added if name in known or "/" in name]
         if taken:
             raise ValueError(f"{reporter} hold {taken[0]!r}, a name that is taken or has a '/' (use another name)")
         metrics = metrics | added

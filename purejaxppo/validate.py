@@ -18,7 +18,7 @@ from purejaxppo.config import Config, Hyperparams
 from purejaxppo.envs.base import Env
 from purejaxppo.networks.network import Network
 from purejaxppo.rollout import Policy, Rollout, start_policy
-from purejaxppo.summary import COORDINATES
+from purejaxppo.summary import FAILURE, RESERVED, reports_failures
 from purejaxppo.text import shorten
 
 
@@ -352,13 +352,12 @@ def as_step(state: Any, after: Any) -> tuple[Any, dict]:
     missing = {"episode_return", "num_episodes", "learning_rate"} - metrics.keys()
     if missing:
         raise ValueError(f"metrics of a step must hold {min(missing)} (add others to those that ppo.learn returns)")
+    batch = new.num_updates.ndim > 0
+    reported = {FAILURE} if batch and reports_failures.get() else set()  # by the batch whose step it called
     for name, x in metrics.items():
-        if jnp.ndim(x) > new.num_updates.ndim + 1 or "/" in name or name in TAKEN:
+        if jnp.ndim(x) > new.num_updates.ndim + 1 or "/" in name or name in RESERVED - reported:
             raise ValueError(f"metric {name!r} of shape {jnp.shape(x)} must be a scalar or a vector, under a free name")
     return new, metrics
-
-
-TAKEN = COORDINATES | {"evaluation_return", "failed_update"}  # by what the host adds to the metrics of a step
 
 
 def check_step(step: Any, init: Any) -> None:

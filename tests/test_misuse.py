@@ -96,6 +96,16 @@ def with_metric(**metrics):
     return step(pjp.with_step(make(), custom))
 
 
+def failing_batch():
+    """A batched PPO whose custom step reports a metric under the name that the host reads."""
+
+    def custom(ppo, state):
+        state, ours = ppo.step(state)
+        return state, ours | {"failure": jnp.full(3, 9, jnp.int32)}
+
+    return pjp.with_step(many(), custom)
+
+
 def with_module(forward):
     """A PPO with a linen module."""
 
@@ -187,7 +197,7 @@ CASES: dict[str, tuple[Any, str]] = {
             lambda name=name: with_loss(lambda loss, report: (loss, report | {name: loss})),
             f"reports.* '?{name}'?, a name that is taken .*use another name",
         )
-        for name in ("learning_rate", "episode_return", "grad_norm", "step")
+        for name in ("learning_rate", "episode_return", "grad_norm", "step", "failure", "failed_metric", "parent")
     },
     "a preset as config": (
         lambda: api.make_ppo("CartPole-v1", api.preset("CartPole-v1")),
@@ -405,9 +415,16 @@ CASES: dict[str, tuple[Any, str]] = {
         lambda: api.with_step(make(), lambda ppo, state: ppo.step(state), lambda key: None),
         r"init=<lambda>\(key\) must be a function \(ppo, key, hyperparams, env_params\)",
     ),
-    "a metric of a step under a taken name": (
-        lambda: with_metric(evaluation_return=0.0),
-        "metric 'evaluation_return' .* under a free name",
+    **{
+        f"a step that reports {name}": (
+            lambda name=name: with_metric(**{name: 0.0}),
+            f"metric '{name}' .* under a free name",
+        )
+        for name in ("evaluation_return", "failure", "failed_metric", "updates")
+    },
+    "fit of a batch whose step reports failure": (
+        lambda: api.fit(failing_batch(), zeros(starts())),
+        "metric 'failure' .* under a free name",
     ),
     "a metric of a step in a metric": (lambda: with_metric(kl={"mean": 0.0}), "metric 'kl' of step is {'mean'"),
     "concatenating single runs": (lambda: api.concatenate(state(), state()), "needs states with a leading axis R"),

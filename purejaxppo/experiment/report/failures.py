@@ -9,8 +9,9 @@ import numpy as np
 import xarray
 from numpy.typing import ArrayLike
 
-from purejaxppo.batched import FAILURE, WATCHED, causes
+from purejaxppo.batched import WATCHED, causes
 from purejaxppo.experiment.files import name_leaf
+from purejaxppo.summary import FAILURE
 
 UPDATE, METRIC = "failed_update", "failed_metric"  # variables of metrics, one value per run
 MOST = 5  # failed runs that are named one by one

@@ -136,7 +136,8 @@ def fit(
     """
     check_on_interrupt(on_interrupt)
     check_training(ppo, state)
-    jax.eval_shape(ppo.collect, state)  # refuses the state of another PPO before anything is written
+    # Refuses the state of another PPO, and a custom step of a batch with bad metrics, before anything is written.
+    jax.eval_shape(ppo.step if ppo.custom and ppo.many else ppo.collect, state)
     _check_arrays(state)
     numbers = {"num_updates": num_updates, "updates_per_chunk": updates_per_chunk, "evaluate_every": evaluate_every}
     for name, number in (numbers | {"slice_size": slice_size}).items():

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from purejaxppo.batched import FAILURE, batched, causes, reported_failures, seed_keys
+from purejaxppo.batched import batched, causes, reported_failures, seed_keys
 from purejaxppo.checks import check_whole
 from purejaxppo.experiment.loop import check_on_interrupt, end, noted_interrupt, step_bar, warn
 from purejaxppo.experiment.program import (
@@ -24,6 +24,7 @@ from purejaxppo.experiment.report.statistics import NO_SCORE, STATISTICS
 from purejaxppo.experiment.sweeps.columns import run_arguments
 from purejaxppo.experiment.sweeps.sweep import Sweep, make_group
 from purejaxppo.ppo import PPO, TrainState, make_ppo
+from purejaxppo.summary import FAILURE
 from purejaxppo.text import show_setting
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import pandas
 import xarray
 
-from purejaxppo.batched import FAILURE
 from purejaxppo.experiment.files import from_arrays, is_full, save_dataset, shapes_of
 from purejaxppo.experiment.identity import check_loaded, identify_ppo
 from purejaxppo.experiment.report.failures import METRIC, UPDATE, describe_failure
@@ -24,6 +23,7 @@ from purejaxppo.experiment.sweeps.slices import Slice, Slices, by_run, read_iden
 from purejaxppo.experiment.sweeps.sweep import Sweep, make_group, name_run
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.rollout import Policy
+from purejaxppo.summary import FAILURE
 from purejaxppo.text import count, shorten, show_setting, to_coordinate
 
 RESULTS = "results.nc"

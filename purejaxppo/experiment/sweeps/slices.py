@@ -17,7 +17,7 @@ from typing import Any, TypedDict
 import jax
 import numpy as np
 
-from purejaxppo.batched import FAILURE, causes
+from purejaxppo.batched import causes
 from purejaxppo.experiment.files import (
     SWEEP,
     ArrayFile,
@@ -32,6 +32,7 @@ from purejaxppo.experiment.provenance import Machine, describe_machine
 from purejaxppo.experiment.records import as_record, read_record
 from purejaxppo.experiment.report.failures import name_causes
 from purejaxppo.experiment.sweeps.sweep import Sweep, name_run
+from purejaxppo.summary import FAILURE
 from purejaxppo.text import shorten, show_setting
 
 
