@@ -15,6 +15,7 @@ from purejaxppo.checks import check_whole
 from purejaxppo.config import Hyperparams, spec_of, suggest
 from purejaxppo.ppo import PPO, TrainState, replace_step
 from purejaxppo.record import Record
+from purejaxppo.text import quote
 from purejaxppo.validate import as_key, check_hyperparams, check_type
 
 KEPT = ("key", "env_params", "actors")  # by a run that is replaced; the other fields of a state were learned
@@ -25,7 +26,7 @@ class Population(Record):
 
     runs: TrainState  # [R, ...]
     key: jax.Array  # [], of the evolution; every run has its own too
-    fitness: jax.Array  # [R], mean return since the last evolution; the one before it until an episode ends
+    fitness: jax.Array  # [R], mean return since the last evolution; the one before it until an episode ends; -inf: none
     num_episodes: jax.Array  # [R] int32, ended since the last evolution
 
     @property
@@ -94,7 +95,7 @@ def evolving(
         return Population(
             runs=many.init(key, hyperparams, env_params),
             key=jax.random.fold_in(key[0], 2**32 - 1),  # differs from the keys that the run splits from it
-            fitness=jnp.full(key.shape, jnp.nan, jnp.float32),
+            fitness=jnp.full(key.shape, -jnp.inf, jnp.float32),  # not nan, which stops a program under jax_debug_nans
             num_episodes=jnp.zeros(key.shape, jnp.int32),
         )
 
@@ -126,7 +127,7 @@ def evolving(
         due = runs.num_updates.max() % every == 0
         frozen = runs.num_updates == state.num_updates
         # Without any fitness nothing is copied.
-        runs, parent = select(evolve_key, runs, jnp.where(due & ~frozen, fitness, jnp.nan))
+        runs, parent = select(evolve_key, runs, jnp.where(due & ~frozen, fitness, -jnp.inf))
         fitness = fitness[parent]  # a copy has the fitness of its parent until its own episodes end
         num_episodes = jnp.where(due, 0, num_episodes)
         return Population(runs=runs, key=key, fitness=fitness, num_episodes=num_episodes), metrics | {"parent": parent}
@@ -169,7 +170,7 @@ def evolve(
     Args:
         key: of this evolution.
         state: R runs.
-        fitness: [R], higher is better; nan, no fitness, is below any number.
+        fitness: [R], higher is better; -inf or nan is no fitness, below any number.
         explore: hyperparameters to change, by name, or with their ranges as {name: (lowest, highest)}.
         fraction: of the runs, at most replaced, in (0, 0.5].
         factors: positive numbers, one of which multiplies an explored hyperparameter.
@@ -211,9 +212,10 @@ def choose_parents(key: jax.Array, fitness: jax.Array, num_copies: int) -> jax.A
     """
     order = jnp.argsort(-fitness).astype(jnp.int32)  # the fittest first, nan last
     worst = order[-num_copies:]
-    num_highest = jnp.clip((~jnp.isnan(fitness)).sum(), 1, num_copies)
+    known = fitness > -jnp.inf  # false for nan too
+    num_highest = jnp.clip(known.sum(), 1, num_copies)
     drawn = order[jax.random.randint(key, (num_copies,), 0, num_highest)]
-    fitter = ~jnp.isnan(fitness[drawn]) & ~(fitness[worst] >= fitness[drawn])
+    fitter = known[drawn] & ~(fitness[worst] >= fitness[drawn])
     return jnp.arange(len(fitness), dtype=jnp.int32).at[worst].set(jnp.where(fitter, drawn, worst))
 
 
@@ -236,8 +238,12 @@ def explored_ranges(
     Raises ValueError for a name that is not a hyperparameter, a range outside the values that it may have, or factors
     that are not positive.
     """
-    if not len(factors) or not all(0 < factor < math.inf for factor in factors):
-        raise ValueError(f"factors={factors} must be numbers above 0, such as (0.8, 1.25)")
+    if not _are_numbers(factors) or not len(factors) or not all(0 < factor < math.inf for factor in factors):
+        raise ValueError(f"factors={quote(factors)} must be numbers above 0, such as (0.8, 1.25)")
+    if not isinstance(explore, (str, Sequence, Mapping)):
+        raise ValueError(
+            f"explore={quote(explore)} must be names of hyperparameters, such as ('learning_rate', 'clip')"
+        )
     names = (explore,) if isinstance(explore, str) else tuple(explore)
     wanted = explore if isinstance(explore, Mapping) else {}
     ranges = {}
@@ -246,7 +252,10 @@ def explored_ranges(
         if spec is None:
             near = suggest(str(name), Hyperparams().names)
             raise ValueError(f"explore names {name!r}, which is not a hyperparameter ({near})")
-        low, high = wanted.get(name, (spec.low, spec.high))
+        bounds = wanted.get(name, (spec.low, spec.high))
+        if not _are_numbers(bounds) or len(bounds) != 2:
+            raise ValueError(f"explore={{{name!r}: {quote(bounds)}}} must be a pair of numbers, (lowest, highest)")
+        low, high = bounds
         if not spec.low <= low <= high <= spec.high:
             raise ValueError(f"explore={{{name!r}: ({low}, {high})}} must ascend within [{spec.low:g}, {spec.high:g}]")
         if spec.open_high:
@@ -255,13 +264,24 @@ def explored_ranges(
     return ranges
 
 
+def _are_numbers(values: Any) -> bool:
+    """Whether `values` are a sequence of numbers."""
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError):  # of unequal lengths
+        return False
+    return array.ndim == 1 and array.dtype.kind in "iuf"
+
+
 def _check_population(state: Any) -> None:
     check_type("state", state, Population, "from the init of this PPO, or from an earlier step")
 
 
 def _check_fraction(fraction: float) -> None:
-    if not 0 < fraction <= 0.5:
-        raise ValueError(f"fraction={fraction} must be in (0, 0.5], so that no run is both replaced and copied")
+    if not _are_numbers([fraction]) or not 0 < fraction <= 0.5:
+        raise ValueError(
+            f"fraction={quote(fraction)} must be a number in (0, 0.5], so that no run is both replaced and copied"
+        )
 
 
 def _check_plain(hyperparams: Hyperparams, ranges: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import purejaxppo as pjp
-from probes import SMALL, copy_cue, make
+from probes import SMALL, copy_cue, counter, make
 from purejaxppo import Hyperparams, batched, make_ppo
 from purejaxppo.evolving import Population, choose_parents, count_episodes, evolve, evolving
 
@@ -286,11 +286,18 @@ def test_a_frozen_run_goes_on_from_another(weeded):
         ({"every": 2.0}, "every=2.0 must be a whole number"),
         ({"explore": ("learning_rat",)}, "'learning_rat', which is not a hyperparameter .did you mean learning_rate"),
         ({"explore": "entropy"}, "'entropy'.*did you mean entropy_coefficient"),
-        ({"fraction": 0.0}, r"fraction=0.0 must be in \(0, 0.5\]"),
-        ({"fraction": 0.6}, r"fraction=0.6 must be in \(0, 0.5\]"),
+        ({"fraction": 0.0}, r"fraction=0.0 must be a number in \(0, 0.5\]"),
+        ({"fraction": 0.6}, r"fraction=0.6 must be a number in \(0, 0.5\]"),
         ({"explore": {"learning_rate": (1e-2, 1e-5)}}, r"'learning_rate': \(0.01, 1e-05\)} must ascend"),
         ({"explore": {"discount": (0.9, 1.1)}}, r"must ascend within \[0, 1\]"),
         ({"factors": (0.8, -1.25)}, "must be numbers above 0"),
+        ({"factors": ()}, r"factors=\(\) must be numbers above 0"),
+        ({"factors": "ab"}, r"factors='ab' must be numbers above 0, such as \(0.8, 1.25\)"),
+        ({"factors": 1.25}, "factors=1.25 must be numbers above 0"),
+        ({"fraction": "0.25"}, r"fraction='0.25' must be a number in \(0, 0.5\]"),
+        ({"explore": 3}, r"explore=3 must be names of hyperparameters, such as \('learning_rate', 'clip'\)"),
+        ({"explore": {"clip": ("0.1", "0.3")}}, r"explore={'clip': \('0.1', '0.3'\)} must be a pair of numbers"),
+        ({"explore": {"clip": 0.1}}, r"explore={'clip': 0.1} must be a pair of numbers, \(lowest, highest\)"),
     ],
 )
 def test_what_no_population_can_do_is_refused_in_a_sentence(ppo, options, words):
@@ -305,6 +312,15 @@ def test_a_population_that_is_too_small_is_refused_with_what_would_do(ppo, key):
     with pytest.raises(ValueError, match="of 1 runs rounds down to 0 runs to replace .try 2 runs."):
         evolving(ppo, every=1, fraction=0.5).init(key[None])
     assert jax.eval_shape(evolving(ppo, every=1, fraction=0.34).init, jax.random.split(key, 3)).fitness.shape == (3,)
+
+
+def test_a_run_without_fitness_is_no_nan_under_debug_nans(key):
+    """No episode has ended when the first evolution is due."""
+    many = evolving(make_ppo(counter(30), replace(SMALL, num_updates=2)), every=1)
+    with jax.debug_nans(True):
+        state, metrics = jax.jit(many.step)(jax.jit(many.init)(jax.random.split(key, 4)))
+        evolve(key, state.runs, state.fitness)  # not compiled, where the mode looks at every operation
+    assert np.isneginf(state.fitness).all() and metrics["parent"].tolist() == [0, 1, 2, 3]
 
 
 def test_a_schedule_is_not_explored(ppo, key):
