@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from purejaxppo.checks import check_range
+from purejaxppo.checks import check_number
 from purejaxppo.ppo import PPO, TrainState, with_step
 from purejaxppo.validate import check_hyperparams, check_type
 
@@ -32,9 +32,10 @@ def adaptive_learning_rate(
     check_type("ppo", ppo, PPO, "as make_ppo returns it")
     if ppo.config.num_epochs * ppo.config.num_minibatches == 1:
         raise ValueError("num_epochs=1 and num_minibatches=1 leave no KL divergence to measure (try num_epochs=2)")
-    check_range("desired_kl", desired_kl, 0, jnp.inf, open_low=True, open_high=True)
-    check_range("factor", factor, 1, jnp.inf, open_low=True, open_high=True)
-    check_range("lowest", lowest, 0, highest, open_low=True)
+    check_number("desired_kl", desired_kl, 0, jnp.inf, open_low=True, open_high=True)
+    check_number("factor", factor, 1, jnp.inf, open_low=True, open_high=True)
+    check_number("highest", highest, 0, jnp.inf, open_low=True)
+    check_number("lowest", lowest, 0, highest, open_low=True)
 
     def init(ppo: PPO, key, hyperparams, env_params):
         check_hyperparams(hyperparams)

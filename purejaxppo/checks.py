@@ -81,6 +81,15 @@ def check_range(
         raise ValueError(f"{name}={bad:g} is {'inf' if abs(bad) > 1 else '0'} in float32 (write that, if it is meant)")
 
 
+def check_number(
+    name: str, value: Any, low: float, high: float, open_low: bool = False, open_high: bool = False
+) -> None:
+    """Raises ValueError for anything but one number in an interval; see `check_range`, which takes arrays too."""
+    if np.ndim(value):
+        raise ValueError(f"{name}={quote(value)} must be one number")
+    check_range(name, value, low, high, open_low, open_high)
+
+
 def _as_floats(name: str, value: Any, dtype: Any = np.float64) -> np.ndarray:
     """A number or an array of numbers in a floating-point type."""
     try:

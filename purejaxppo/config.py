@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from purejaxppo.checks import MAX_INT, check_choice, check_range, check_whole, nearest_divisors
+from purejaxppo.checks import MAX_INT, check_choice, check_number, check_range, check_whole, nearest_divisors
 from purejaxppo.text import quote
 
 if TYPE_CHECKING:
@@ -103,9 +103,7 @@ class Config:
                 keep(option.name, bool(getattr(self, option.name)))
         for name in ("observation_clip", "reward_clip", "initial_std"):
             value = getattr(self, name)
-            if np.ndim(value):
-                raise ValueError(f"{name}={quote(value)} must be one number")
-            check_range(name, value, 0, math.inf, open_low=True, open_high=name == "initial_std")
+            check_number(name, value, 0, math.inf, open_low=True, open_high=name == "initial_std")
             keep(name, value if isinstance(value, (int, float)) else float(value))
         if self.num_epochs * self.steps_per_update > MAX_INT:
             raise ValueError(

@@ -10,6 +10,7 @@ import numpy as np
 
 from purejaxppo.checks import check_whole
 from purejaxppo.text import align, quote, shorten, show, show_setting, to_coordinate
+from purejaxppo.validate import as_key
 
 # Fields whose values are objects with a name; `env` may be one or a name.
 PLUGGED = ("network", "loss", "optimizer", "step")
@@ -123,6 +124,7 @@ def sample(key: jax.Array, num_settings: int, *, sobol: bool = False, **distribu
     Raises:
         ValueError: for no field, or one without a distribution.
     """
+    key = as_key(key)
     check_whole("num_settings", num_settings)
     for name, distribution in distributions.items():
         if not isinstance(distribution, Distribution):

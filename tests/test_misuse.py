@@ -442,6 +442,28 @@ CASES: dict[str, tuple[Any, str]] = {
         lambda: api.with_hyperparams(state(), rate=1e-3),
         "rate is not a hyperparameter .did you mean learning_rate",
     ),
+    "a number as key of sample": (
+        lambda: api.sample(0, 4, clip=api.uniform(0.1, 0.3)),
+        r"key=0 must be a random key, such as jax.random.key\(0\)",
+    ),
+    **{
+        f"a time limit of {limit!r}": (
+            lambda limit=limit: api.time_limit(WALK, limit),
+            f"^max_steps={limit!r} must be {words}",
+        )
+        for limit, words in [
+            (0, "at least 1"),
+            (-1, "at least 1"),
+            (True, "a whole number"),
+            (2.5, "a whole number"),
+            ("500", "a whole number"),
+            (10**12, "at most 2147483647"),
+        ]
+    },
+    "an adaptive rate below text": (
+        lambda: api.adaptive_learning_rate(make(replace(CONFIG, num_epochs=2)), highest="1"),
+        "highest='?1'? must be a number",
+    ),
     # fit and compile_training, which refuse before they compile
     **{
         f"{function.__name__} with the state first": (
@@ -463,6 +485,14 @@ CASES: dict[str, tuple[Any, str]] = {
         r"sinks=\['csv'\] must be a list of functions, such as \[pjp.sinks",
     ),
     "fit with a negative interval": (lambda: api.fit(make(), state(), save_every=-1), "save_every=-1 must be"),
+    "fit with two intervals": (lambda: api.fit(make(), state(), save_every=[1, 2]), r"save_every=\[1, 2\] must be one"),
+    **{
+        f"a sweep saved every {seconds!r}": (
+            lambda seconds=seconds: api.run_sweep(api.Sweep(WALK), save_every=seconds),
+            f"save_every='?{seconds}'? must be a number",
+        )
+        for seconds in ("60", float("nan"), -1)
+    },
     "fit with slices of nothing": (lambda: api.fit(make(), state(), slice_size=0), "slice_size=0 must be at least 1"),
     "fit with a function as program": (
         lambda: api.fit(make(), state(), program=make().train),

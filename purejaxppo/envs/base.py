@@ -138,7 +138,11 @@ class Timed(struct.PyTreeNode):
 
 
 def time_limit(env: Env, max_steps: int) -> Env:
-    """`env` with every episode truncated after `max_steps` steps, unless it ends before."""
+    """`env` with every episode truncated after `max_steps` steps, unless it ends before.
+
+    Raises ValueError unless `max_steps` is a whole number from 1.
+    """
+    max_steps = check_whole("max_steps", max_steps)
 
     def reset(key, params):
         state, obs = env.reset(key, params)

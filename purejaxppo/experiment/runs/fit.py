@@ -14,7 +14,7 @@ import xarray
 from tqdm.auto import tqdm
 
 from purejaxppo.batched import reported_failures
-from purejaxppo.checks import check_range, check_whole
+from purejaxppo.checks import check_number, check_whole
 from purejaxppo.envs.check import metric_names
 from purejaxppo.experiment.lock import Lock
 from purejaxppo.experiment.loop import check_on_interrupt, chunks, end, noted_interrupt, step_bar, warn
@@ -143,7 +143,7 @@ def fit(
     for name, number in (numbers | {"slice_size": slice_size}).items():
         if number is not None:
             check_whole(name, number)
-    check_range("save_every", save_every, 0, np.inf)
+    check_number("save_every", save_every, 0, np.inf)
     _check_options(folder, sinks, notes)
     first = int(np.max(state.num_updates))
     last = ppo.config.num_updates if num_updates is None else first + num_updates

@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm.auto import tqdm
 
+from purejaxppo.checks import check_number
 from purejaxppo.experiment.files import from_arrays, to_arrays
 from purejaxppo.experiment.lock import LockLost
 from purejaxppo.experiment.loop import Timer, check_on_interrupt, chunks, end, noted_interrupt, step_bar, warn
@@ -68,6 +69,7 @@ def run_sweep(
         on_interrupt: what the call does after an interrupt: "raise" or "return".
     """
     check_on_interrupt(on_interrupt)
+    check_number("save_every", save_every, 0, np.inf)
     if folder is None and jax.process_count() > 1:
         raise ValueError(f"{jax.process_count()} processes need a folder that all of them see (folder=...)")
     options = {"slice_size": slice_size, "updates_per_chunk": updates_per_chunk, "devices": devices, "make": make}
