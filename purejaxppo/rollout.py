@@ -1,5 +1,6 @@
 """Acting in environments: from a policy and the actors to a rollout, T steps of N environments."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -295,12 +296,8 @@ def step_envs(keys: jax.Array, env_state: Any, action: jax.Array, env_params: An
     def step(key, state, action):
         return env.step(key, state, bound_action(action, space, config.bound_action), env_params)
 
-    def number(x):
-        x = x.astype(jnp.float32)
-        return jnp.where(done & jnp.isnan(x), 0, x)
-
     result = jax.vmap(step)(keys, env_state, action)
-    done = result.terminated | result.truncated
+    number = partial(count_lost_as_zero, result.terminated | result.truncated)
     return result._replace(
         state=jax.tree.map(_strong, result.state),
         obs=jax.tree.map(_strong, result.obs),
@@ -308,6 +305,12 @@ def step_envs(keys: jax.Array, env_state: Any, action: jax.Array, env_params: An
         metrics=jax.tree.map(number, result.metrics),
         episode_metrics=jax.tree.map(number, result.episode_metrics),
     )
+
+
+def count_lost_as_zero(done: jax.Array, x: jax.Array) -> jax.Array:
+    """A reward or a metric as float32, 0 where it is nan in a step that ends an episode."""
+    x = x.astype(jnp.float32)
+    return jnp.where(done & jnp.isnan(x), 0, x)
 
 
 def begin_where(done: jax.Array, start: Any, reached: Any) -> Any:

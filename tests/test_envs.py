@@ -22,6 +22,7 @@ from probes import SMALL, copy_cue, counter
 from purejaxppo import Box, Discrete, Env, MultiDiscrete, Step, check_env, make_env, make_ppo, time_limit
 from purejaxppo.envs import env_names
 from purejaxppo.envs.base import action_space, observation_space
+from purejaxppo.experiment.agents.render import record_episode
 
 
 @pytest.mark.full
@@ -474,6 +475,8 @@ def test_nothing_is_learned_from_a_nan_that_ends_an_episode(key):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((nan[0], nan[3]))) and nan[2].any()
     np.testing.assert_array_equal(nan[-1].episode_return, [2, 2])
     np.testing.assert_allclose(nan[1]["episode_return"], 2)
+    episode = record_episode(ppo, nan[0], key)
+    assert episode.finished and episode.rewards.tolist() == [1, 1, 0]
     assert check_env(ppo.env) == []
 
 

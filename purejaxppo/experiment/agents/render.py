@@ -14,7 +14,7 @@ from purejaxppo.envs.base import action_space, bound_action
 from purejaxppo.experiment.agents.load import check_agent
 from purejaxppo.ppo import PPO, bind
 from purejaxppo.record import Record
-from purejaxppo.rollout import Policy, add_time, apply_policy
+from purejaxppo.rollout import Policy, add_time, apply_policy, count_lost_as_zero
 from purejaxppo.validate import as_key
 
 FRAMES_PER_SECOND = 25
@@ -31,7 +31,7 @@ class Episode(Record):
     states: Any  # [L, ...] of the environment, before each step
     obs: Any  # [L, ...]
     actions: Any  # [L, ...], as the environment received them
-    rewards: jax.Array  # [L]
+    rewards: jax.Array  # [L] float32; a nan in the step that ends the episode counts as 0
     finished: bool  # whether it ended within `max_steps`
 
 
@@ -69,7 +69,7 @@ def record_episode(
         result = ppo.env.step(env_key, state, action, env_params)
         done = result.terminated | result.truncated
         carry = result.state, result.obs, memory, jnp.zeros_like(first)
-        return carry, (state, obs, action, result.reward, done)
+        return carry, (state, obs, action, count_lost_as_zero(done, result.reward), done)
 
     def play():
         state, obs = ppo.env.reset(reset_key, env_params)
