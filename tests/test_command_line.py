@@ -173,7 +173,7 @@ def test_agents_that_turn_nan_are_named_everywhere_and_have_no_score(tmp_path, c
     status, _, errors = run(capsys, "resume", folder)
     assert status == 4 and failed in errors
     status, printed, _ = run(capsys, "show", folder)
-    assert status == 0 and failed in printed
+    assert status == 4 and failed in printed
     status, printed, _ = run(capsys, "evaluate", folder)
     assert status == 4 and failed in printed and printed.split()[-2:] == ["mean", "failed"]
     status, _, errors = run(capsys, "export", folder, "-o", str(tmp_path / "policy.npz"))
@@ -255,6 +255,7 @@ def test_a_sweep_is_planned_run_ranked_drawn_and_drawn_anew(tmp_path, capsys):
     status, printed, errors = run(capsys, *command)
     assert status == 0 and "iqm" in printed and "learning_rate=1e+30 discount=0.9 seed=0 turned nan" in errors
     pictures = {"learning_curves.png", "heatmap.png", "importance.png"}
+    assert run(capsys, "show", str(folder))[0] == 0
     assert {path.name for path in folder.iterdir()} == {"sweep.json", "slices", "results.nc"} | pictures
     assert xarray.load_dataset(folder / "results.nc", engine="scipy")["loss"].sizes["seed"] == 2
     status, printed, _ = run(capsys, "plot", str(folder), "--line", "discount", "--out", str(tmp_path / "pictures"))

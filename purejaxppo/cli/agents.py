@@ -155,19 +155,19 @@ def show(arguments: list[str]) -> int:
 
     if kind_of(options.folder) == "sweep":
         say(*str(read_sweep(options.folder)).split("\n"))
-        _show_progress(options.folder)
+        all_failed = _show_progress(options.folder)
         sessions = read_sessions(options.folder)
     else:
         settings = read_settings(options.folder)
         sessions = settings.sessions
-        _show_run(options.folder, settings)
+        all_failed = _show_run(options.folder, settings)
     for session in sessions:
         _show_session(session)
-    return 0
+    return ALL_FAILED if all_failed else 0
 
 
-def _show_progress(folder: Path):
-    """The runs of a sweep that are done, and those that failed."""
+def _show_progress(folder: Path) -> bool:
+    """Prints the runs of a sweep that are done, and those that failed; returns whether all have failed."""
     from purejaxppo.experiment.report.failures import MOST
     from purejaxppo.experiment.sweeps.result import load_sweep
 
@@ -175,12 +175,13 @@ def _show_progress(folder: Path):
         result = load_sweep(folder)
     except ValueError as error:  # nothing is trained yet
         say(f"  {error}")
-        return
+        return False
     failed = result.failed()
     done = result.sweep.num_runs - result.num_unfinished
     say(f"  {done} of {count(result.sweep.num_runs, 'run')} complete, {len(failed)} of them failed")
     for sentence in [*failed[:MOST], *["..."] * (len(failed) > MOST)]:
         say(f"  {sentence}")
+    return len(failed) == result.sweep.num_runs
 
 
 def _load_agents(folder: Path, acting: Acting) -> "Agents":
@@ -199,7 +200,8 @@ def _load_agents(folder: Path, acting: Acting) -> "Agents":
     return load_agents(folder, make_plugged(acting.env or settings.env, settings.config, Plugged(acting.network)))
 
 
-def _show_run(folder: Path, settings: "RunSettings"):
+def _show_run(folder: Path, settings: "RunSettings") -> bool:
+    """Prints what a run is, how far it is and who failed; returns whether all agents have failed."""
     from purejaxppo.experiment.runs import saved
     from purejaxppo.experiment.runs.checkpoints import Checkpoints
 
@@ -208,11 +210,13 @@ def _show_run(folder: Path, settings: "RunSettings"):
     seed = settings.notes.get("launch", {}).get("seed", "unknown")
     say(f"{settings.env}: {count(settings.num_runs or 1, 'agent')}, seed {seed}")
     say(f"  {done} of {config.num_updates} updates, {done * config.steps_per_update:,} steps per agent")
-    for sentence in saved.read_failures(folder).values():
+    failed = saved.read_failures(folder)
+    for sentence in failed.values():
         say(f"  {sentence}")
     for kind, values in (("config", asdict(config)), ("hyperparams", settings.hyperparams)):
         say(f"  {kind:<12} {', '.join(f'{name}={value}' for name, value in values.items())}")
     say(f"  {'precision':<12} {config.matmul_precision}")
+    return len(failed) == (settings.num_runs or 1)
 
 
 def _show_session(session: "Machine"):
