@@ -277,9 +277,19 @@ class Hyperparams:
         return replace(self, extra=self.extra | extra, **changed)
 
     def at(self, num_updates: jax.Array | int, config: Config) -> "Hyperparams":
-        """The hyperparameters of the update that follows the first `num_updates`, with every schedule as its value."""
+        """The hyperparameters of the update that follows the first `num_updates`, with every schedule as its value.
+
+        Raises ValueError for an optax schedule in a run of more optimizer steps than int32 counts.
+        """
         progress = jnp.minimum(num_updates / config.num_updates, 1.0).astype(jnp.float32)
-        num_steps = num_updates * (config.num_epochs * config.num_minibatches)
+        per_update = config.num_epochs * config.num_minibatches
+        num_steps = num_updates * per_update
+        over_steps = [name for name in self.names if isinstance(self.get(name), OptaxSchedule)]
+        if over_steps and config.num_updates * per_update > MAX_INT:
+            raise ValueError(
+                f"{over_steps[0]} is a schedule over optimizer steps, of which num_updates={config.num_updates} with "
+                f"{per_update} each make more than the {MAX_INT} that are counted (give a function of the progress)"
+            )
 
         def now(value: Any) -> Any:
             if not callable(value):
