@@ -25,6 +25,7 @@ from purejaxppo.validate import (
     check_axis,
     check_hyperparams,
     check_is_state,
+    check_target_kl,
     check_type,
     refuse_difference,
 )
@@ -72,6 +73,7 @@ def batched(ppo: PPO, devices: int | Sequence[Any] | None = None) -> PPO:
             )
         num_runs = key.shape[0]
         check_hyperparams(hyperparams, num_runs)
+        check_target_kl(hyperparams.target_kl, ppo.config)
         hyperparams = _per_run(hyperparams, jax.tree.map(lambda _: 0.0, hyperparams), num_runs)
         env_params = _per_run(as_env_params(env_params, ppo.env, num_runs), ppo.env.params, num_runs)
         return on_devices(jax.vmap(ppo.init))(key, hyperparams, env_params)
@@ -98,6 +100,7 @@ def batched(ppo: PPO, devices: int | Sequence[Any] | None = None) -> PPO:
         @wraps(function)
         def run(state: TrainState, *args: Any):
             _check_batch(state)
+            check_target_kl(state.hyperparams.target_kl, ppo.config)
             return distributed(state, *args)
 
         return run

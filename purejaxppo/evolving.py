@@ -16,7 +16,7 @@ from purejaxppo.config import Hyperparams, spec_of, suggest
 from purejaxppo.ppo import PPO, TrainState, replace_step
 from purejaxppo.record import Record
 from purejaxppo.text import quote
-from purejaxppo.validate import as_key, check_hyperparams, check_type
+from purejaxppo.validate import as_key, check_hyperparams, check_type, check_typed_key
 
 KEPT = ("key", "env_params", "actors")  # by a run that is replaced; the other fields of a state were learned
 
@@ -275,6 +275,7 @@ def _are_numbers(values: Any) -> bool:
 
 def _check_population(state: Any) -> None:
     check_type("state", state, Population, "from the init of this PPO, or from an earlier step")
+    check_typed_key("state.key", state.key)
 
 
 def _check_fraction(fraction: float) -> None:

@@ -53,6 +53,10 @@ class Expected:
             raise ValueError(
                 f"state holds {shape[0]} runs, but this PPO is of one run (give it to batched(ppo), or state[0] here)"
             )
+        if np.shape(state.key):
+            raise ValueError(f"state.key has shape {np.shape(state.key)}, but must be a single key (one of them)")
+        check_hyperparams(state.hyperparams)
+        check_target_kl(state.hyperparams.target_kl, config)
         num_envs = len(state.actors.first)
         if num_envs != config.num_envs:
             raise ValueError(
@@ -274,10 +278,16 @@ def _place_of(value: Any) -> str:
 
 
 def check_target_kl(target_kl: Any, config: Config) -> None:
-    """Refuses a target without the stop, and a stop without a target, unless the target is traced."""
-    if isinstance(target_kl, (int, float)) and np.isfinite(target_kl) != config.stop_on_kl:
+    """Refuses a target without the stop, and a stop without a target, unless the target is traced.
+
+    Of several runs [R] some may have no target.
+    """
+    if isinstance(target_kl, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+        return
+    if np.isfinite(target_kl).any() != config.stop_on_kl:
+        value = f"{np.min(target_kl):g}"
         raise ValueError(
-            f"target_kl={target_kl} and stop_on_kl={config.stop_on_kl} have no effect: set both, such as "
+            f"target_kl={value} and stop_on_kl={config.stop_on_kl} have no effect: set both, such as "
             "target_kl=0.02 and stop_on_kl=True, or neither"
         )
 
@@ -377,6 +387,17 @@ def check_is_state(state: Any) -> None:
     if not (hasattr(state, "actors") and hasattr(state, "opt_state")):
         remedy = "give its .state" if hasattr(state, "state") else "from ppo.init, or from an earlier step"
         raise ValueError(f"state={shorten(repr(state))} must be a TrainState ({remedy})")
+    check_typed_key("state.key", state.key)
+    check_type("state.hyperparams", state.hyperparams, Hyperparams, _place_of(state.hyperparams))
+
+
+def check_typed_key(name: str, key: Any) -> None:
+    """Refuses a key of a state that is not of `jax.random.key`: a step would not keep its type."""
+    if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+        raise ValueError(
+            f"{name}={_describe(key)} must be made by jax.random.key, such as jax.random.key(0) "
+            "(jax.random.wrap_key_data makes it of a PRNGKey)"
+        )
 
 
 def check_axis(num_runs: int, remedy: str, **arguments: Any) -> None:

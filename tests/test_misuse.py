@@ -72,7 +72,8 @@ def state():
 
 def zeros(shapes):
     is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return jax.tree.map(lambda x: jnp.broadcast_to(KEY, x.shape) if is_key(x) else jnp.zeros(x.shape, x.dtype), shapes)
+    made = jax.tree.map(lambda x: jnp.broadcast_to(KEY, x.shape) if is_key(x) else jnp.zeros(x.shape, x.dtype), shapes)
+    return api.with_hyperparams(made, target_kl=jnp.inf)  # 0 would need stop_on_kl
 
 
 def step(ppo, of=None):
@@ -311,6 +312,67 @@ CASES: dict[str, tuple[Any, str]] = {
     "a population to a batched PPO": (
         lambda: step(many(), jax.eval_shape(population().init, KEYS)),
         "state is a Population, which belongs to the PPO that evolving returned",
+    ),
+    **{
+        f"a key of the older kind in a state of {kind}": (
+            lambda ppo=ppo, first=first, key=key: api.fit(ppo(), zeros(first()).replace(key=key)),
+            rf"state.key=uint32\[{shape}\] must be made by jax.random.key, .*jax.random.wrap_key_data",
+        )
+        for kind, ppo, first, key, shape in [
+            ("one run", make, start, jax.random.PRNGKey(1), "2"),
+            ("a batch", many, starts, jax.random.split(jax.random.PRNGKey(1), 3), "3, 2"),
+        ]
+    },
+    "a number as key of a state": (
+        lambda: api.fit(make(), state().replace(key=1)),
+        "state.key=int32.* must be made by jax.random.key, such as",
+    ),
+    "keys in a state of one run": (
+        lambda: step(make(), start().replace(key=KEYS)),
+        r"state.key has shape \(3,\), but must be a single key",
+    ),
+    "a key of the older kind in a population": (
+        lambda: step(population(), jax.eval_shape(population().init, KEYS).replace(key=jax.random.PRNGKey(1))),
+        r"state.key=uint32\[2\] must be made by jax.random.key",
+    ),
+    "a dictionary in a state": (
+        lambda: api.fit(make(), state().replace(hyperparams={"clip": 0.1})),
+        "state.hyperparams={'clip': 0.1} must be Hyperparams",
+    ),
+    # a target without its stop
+    **{
+        f"a target as {kind}": (
+            lambda value=value: make().init(KEY, api.Hyperparams(target_kl=value)),
+            "target_kl=0.02 and stop_on_kl=False have no effect: set both",
+        )
+        for kind, value in [("a number of numpy", np.float32(0.02)), ("an array", jnp.float32(0.02))]
+    },
+    "a target of a batch": (
+        lambda: many().init(KEYS, api.Hyperparams(target_kl=jnp.full(3, 0.02))),
+        "target_kl=0.02 and stop_on_kl=False have no effect: set both",
+    ),
+    "a target of a state": (
+        lambda: api.fit(make(), api.with_hyperparams(state(), target_kl=0.02)),
+        "target_kl=0.02 and stop_on_kl=False have no effect: set both",
+    ),
+    "a target of the states of a batch": (
+        lambda: api.fit(many(), api.with_hyperparams(zeros(starts()), target_kl=0.02)),
+        "target_kl=0.02 and stop_on_kl=False have no effect: set both",
+    ),
+    "a sweep over targets": (
+        lambda: api.Sweep(WALK, api.grid(target_kl=[0.02, 0.05]), config=CONFIG),
+        "target_kl=0.02 and stop_on_kl=False have no effect: set both",
+    ),
+    "a sweep over stops": (
+        lambda: api.Sweep(WALK, api.grid(stop_on_kl=[False, True]), config=CONFIG),
+        "target_kl=inf and stop_on_kl=True have no effect: set both",
+    ),
+    "a schedule over too many optimizer steps": (
+        lambda: step(
+            make(replace(CONFIG, num_updates=2**30)),
+            api.with_hyperparams(state(), learning_rate=api.schedule(optax.linear_schedule(1e-3, 0, 100))),
+        ),
+        "learning_rate is a schedule over optimizer steps, of which num_updates=1073741824 with 2 each make more than",
     ),
     # act and evaluate
     "several observations": (

@@ -61,7 +61,7 @@ def plain(settings):
 
 def make_sweep():
     table = pjp.grid(target_kl=[float("inf"), 0.1], widths=[(8,), (8, 8)]) * pjp.paired(clip=[0.1], env=["CartPole-v1"])
-    return pjp.Sweep("CartPole-v1", table, 2, config=SMALL, hyperparams=DEFAULTS)
+    return pjp.Sweep("CartPole-v1", table, 2, config=dataclasses.replace(SMALL, stop_on_kl=True), hyperparams=DEFAULTS)
 
 
 def read_run(folder):

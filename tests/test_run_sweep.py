@@ -219,7 +219,7 @@ def test_a_plan_compiles_training_once_for_all_hyperparameters(plan, result):
 
 
 def test_a_sweep_is_data_that_json_holds():
-    sweep = make_sweep(3, target_kl=[float("inf"), 0.1], widths=[(8,), (8, 8)], env=["CartPole-v1"])
+    sweep = make_sweep(3, clip=[float("inf"), 0.1], widths=[(8,), (8, 8)], env=["CartPole-v1"])
     assert pjp.Sweep.from_json(json.loads(json.dumps(sweep.to_json()))) == sweep
     assert "12 runs" in str(sweep) and "8,8" in str(sweep)
 

@@ -25,7 +25,7 @@ from purejaxppo.experiment.runs.journal import Journal, open_journal
 from purejaxppo.experiment.runs.sinks import guarded
 from purejaxppo.ppo import PPO
 from purejaxppo.text import shorten
-from purejaxppo.validate import check_type
+from purejaxppo.validate import check_target_kl, check_type
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,7 @@ def fit(
     # Refuses the state of another PPO, and a custom step of a batch with bad metrics, before anything is written.
     jax.eval_shape(ppo.step if ppo.custom and ppo.many else ppo.collect, state)
     _check_arrays(state)
+    check_target_kl(getattr(state, "runs", state).hyperparams.target_kl, ppo.config)  # which was traced until here
     numbers = {"num_updates": num_updates, "updates_per_chunk": updates_per_chunk, "evaluate_every": evaluate_every}
     for name, number in (numbers | {"slice_size": slice_size}).items():
         if number is not None:

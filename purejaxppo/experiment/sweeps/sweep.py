@@ -15,6 +15,7 @@ from purejaxppo.experiment.records import as_record, complete_hyperparams
 from purejaxppo.ppo import PPO, make_ppo, with_step
 from purejaxppo.table import PLUGGED, Named, Table, named, paired
 from purejaxppo.text import align, quote, show_setting
+from purejaxppo.validate import check_target_kl
 
 CONFIG_FIELDS = tuple(field.name for field in fields(Config))
 HYPERPARAM_FIELDS = Hyperparams().names
@@ -99,8 +100,7 @@ class Sweep:
         for name in self.table.names:
             _check_known(name)
         for row in self.table.rows():
-            self.config_of(row)
-            self.hyperparams_of(row)
+            _check_effect(row, self.config_of(row), self.hyperparams_of(row))
 
     def __str__(self) -> str:
         swept = ", ".join(self.table.names) or "nothing"
@@ -260,6 +260,14 @@ def _check_known(name: str):
         f"{name} is not a field of a sweep ({near}); parameters of environments are env.NAME, custom coefficients "
         "extra.NAME"
     )
+
+
+def _check_effect(row: dict, config: Config, hyperparams: Hyperparams):
+    """Refuses a setting with one of `target_kl` and `stop_on_kl`, unless the sweep compares it with the other."""
+    set_alone = "stop_on_kl" if config.stop_on_kl else "target_kl"
+    lacking = "target_kl" if config.stop_on_kl else "stop_on_kl"
+    if set_alone in row or lacking not in row:
+        check_target_kl(hyperparams.target_kl, config)
 
 
 def _to_number(value):
