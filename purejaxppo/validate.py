@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from purejaxppo.config import Config, Hyperparams
 from purejaxppo.envs.base import Env
@@ -282,7 +283,7 @@ def check_target_kl(target_kl: Any, config: Config) -> None:
 
     Of several runs [R] some may have no target.
     """
-    if isinstance(target_kl, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+    if isinstance(target_kl, (Tracer, jax.ShapeDtypeStruct)):
         return
     if np.isfinite(target_kl).any() != config.stop_on_kl:
         value = f"{np.min(target_kl):g}"
@@ -393,7 +394,8 @@ def check_is_state(state: Any) -> None:
 
 def check_typed_key(name: str, key: Any) -> None:
     """Refuses a key of a state that is not of `jax.random.key`: a step would not keep its type."""
-    if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
         raise ValueError(
             f"{name}={_describe(key)} must be made by jax.random.key, such as jax.random.key(0) "
             "(jax.random.wrap_key_data makes it of a PRNGKey)"
