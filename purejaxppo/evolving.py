@@ -81,6 +81,8 @@ def evolving(
     check_whole("every", every)
     ranges = explored_ranges(explore, factors)
     _check_fraction(fraction)
+    if "target_kl" in ranges and not ppo.config.stop_on_kl:
+        raise ValueError("explore names 'target_kl', which has no effect while stop_on_kl=False (set it to True)")
     many = batched(ppo)
     freeze = many.freeze
     assert freeze is not None

@@ -297,6 +297,7 @@ def test_a_frozen_run_goes_on_from_another(weeded):
         ({"fraction": "0.25"}, r"fraction='0.25' must be a number in \(0, 0.5\]"),
         ({"explore": 3}, r"explore=3 must be names of hyperparameters, such as \('learning_rate', 'clip'\)"),
         ({"explore": {"clip": ("0.1", "0.3")}}, r"explore={'clip': \('0.1', '0.3'\)} must be a pair of numbers"),
+        ({"explore": "target_kl"}, "explore names 'target_kl', which has no effect while stop_on_kl=False"),
         ({"explore": {"clip": 0.1}}, r"explore={'clip': 0.1} must be a pair of numbers, \(lowest, highest\)"),
     ],
 )

@@ -522,6 +522,30 @@ CASES: dict[str, tuple[Any, str]] = {
             (10**12, "at most 2147483647"),
         ]
     },
+    "a time limit of a name": (lambda: api.time_limit("CartPole-v1", 5), "env='CartPole-v1' must be an Env .make_env"),
+    **{
+        f"{function.__name__} of a name": (
+            lambda function=function: function("CartPole-v1"),
+            r"sweep='CartPole-v1' must be a Sweep \(such as Sweep\('CartPole-v1', grid",
+        )
+        for function in (api.plan_sweep, api.run_sweep, api.successive_halving)
+    },
+    "a dictionary as config of a sweep": (
+        lambda: api.Sweep(WALK, config={"num_envs": 2}),
+        r"config={'num_envs': 2} must be a Config \(write Config\(\*\*config\)",
+    ),
+    "a dictionary as hyperparameters of a sweep": (
+        lambda: api.Sweep(WALK, hyperparams={"clip": 0.1}),
+        "hyperparams={'clip': 0.1} must be Hyperparams .such as",
+    ),
+    "an episode that is greedy by a word": (
+        lambda: api.record_episode(make(), state().policy, KEY, greedy="no"),
+        "greedy='no' must be True or False",
+    ),
+    "an episode of another environment's parameters": (
+        lambda: api.record_episode(make(), state().policy, KEY, {"length": 0.5}),
+        "env_params=.* must have the structure of those of walk",
+    ),
     "an adaptive rate below text": (
         lambda: api.adaptive_learning_rate(make(replace(CONFIG, num_epochs=2)), highest="1"),
         "highest='?1'? must be a number",

@@ -140,8 +140,10 @@ class Timed(struct.PyTreeNode):
 def time_limit(env: Env, max_steps: int) -> Env:
     """`env` with every episode truncated after `max_steps` steps, unless it ends before.
 
-    Raises ValueError unless `max_steps` is a whole number from 1.
+    Raises ValueError unless `env` is an `Env` and `max_steps` a whole number from 1.
     """
+    if not isinstance(env, Env):
+        raise ValueError(f"env={quote(env)} must be an Env (make_env makes one of a name, or of gymnax)")
     max_steps = check_whole("max_steps", max_steps)
 
     def reset(key, params):

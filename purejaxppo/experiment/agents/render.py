@@ -15,7 +15,8 @@ from purejaxppo.experiment.agents.load import check_agent
 from purejaxppo.ppo import PPO, bind
 from purejaxppo.record import Record
 from purejaxppo.rollout import Policy, add_time, apply_policy, count_lost_as_zero
-from purejaxppo.validate import as_key
+from purejaxppo.text import quote
+from purejaxppo.validate import as_env_params, as_key
 
 FRAMES_PER_SECOND = 25
 CLASSIC = ("Acrobot-v1", "CartPole-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Pendulum-v1")
@@ -53,7 +54,9 @@ def record_episode(
     """
     check_agent(ppo, policy)
     check_whole("max_steps", max_steps)
-    env_params = ppo.env.params if env_params is None else env_params
+    if not isinstance(greedy, (bool, np.bool_)):
+        raise ValueError(f"greedy={quote(greedy)} must be True or False")
+    env_params = as_env_params(env_params, ppo.env)
     space = action_space(ppo.env, env_params)
     reset_key, play_key = jax.random.split(as_key(key))
 

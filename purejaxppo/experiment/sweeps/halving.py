@@ -22,7 +22,7 @@ from purejaxppo.experiment.program import (
 from purejaxppo.experiment.report.failures import describe_failure, join_failures, leaves_of, name_causes
 from purejaxppo.experiment.report.statistics import NO_SCORE, STATISTICS
 from purejaxppo.experiment.sweeps.columns import run_arguments
-from purejaxppo.experiment.sweeps.sweep import Sweep, make_group
+from purejaxppo.experiment.sweeps.sweep import Sweep, check_sweep, make_group
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.summary import FAILURE
 from purejaxppo.text import show_setting
@@ -119,6 +119,7 @@ def successive_halving(
         make: `make(env, config)` makes the PPO.
         on_interrupt: what the call does after an interrupt: "raise" or "return".
     """
+    check_sweep(sweep)
     check_on_interrupt(on_interrupt)
     ladder = Ladder(_rungs(sweep, num_rungs, eta), eta, len(sweep.table))
     num_places = len(sweep.table) if num_places is None else num_places

@@ -65,6 +65,8 @@ def optuna_search(
     """
     import optuna
 
+    if not isinstance(space, Mapping):
+        raise ValueError(f"space={quote(space)} must be a dictionary of distributions by field, as sample takes them")
     for field, distribution in space.items():
         if not isinstance(distribution, Distribution):
             raise ValueError(f"{field}={quote(distribution)} must be a distribution, such as log_uniform(1e-4, 1e-2)")

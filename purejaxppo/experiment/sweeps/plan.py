@@ -17,7 +17,7 @@ from purejaxppo.experiment.identity import check_identity, identify_ppo
 from purejaxppo.experiment.program import SELDOM, Program, best_slice_size, compile_training, num_cores
 from purejaxppo.experiment.sweeps.columns import env_columns, run_arguments
 from purejaxppo.experiment.sweeps.slices import Slice, find_slices, read_identities
-from purejaxppo.experiment.sweeps.sweep import CONFIG_FIELDS, Group, Sweep, make_group
+from purejaxppo.experiment.sweeps.sweep import CONFIG_FIELDS, Group, Sweep, check_sweep, make_group
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.sharded import choose_devices
 from purejaxppo.table import PLUGGED
@@ -132,6 +132,7 @@ def plan_sweep(
         make: `make(env, config)` makes the PPO of a group, see `make_group`.
         allow_changed: what may differ from what the folder was trained with: names such as "loss" and "optimizer".
     """
+    check_sweep(sweep)
     known = jax.local_devices()
     devices = known if devices is None else choose_devices(devices, known)
     stored = find_slices(folder, sweep).read()

@@ -15,7 +15,7 @@ from purejaxppo.experiment.records import as_record, complete_hyperparams
 from purejaxppo.ppo import PPO, make_ppo, with_step
 from purejaxppo.table import PLUGGED, Named, Table, named, paired
 from purejaxppo.text import align, quote, show_setting
-from purejaxppo.validate import check_target_kl
+from purejaxppo.validate import check_config, check_target_kl, check_type
 
 CONFIG_FIELDS = tuple(field.name for field in fields(Config))
 HYPERPARAM_FIELDS = Hyperparams().names
@@ -92,6 +92,8 @@ class Sweep:
             default = DEFAULTS if isinstance(self.env, Named) else PRESETS.get(str(self.env), DEFAULTS)
             object.__setattr__(self, "config", self.config or default.config)
             object.__setattr__(self, "hyperparams", self.hyperparams or default.hyperparams)
+        check_config(self.config)
+        check_type("hyperparams", self.hyperparams, Hyperparams, "such as Hyperparams(learning_rate=3e-4)")
         scheduled = [name for name in self.hyperparams.names if callable(self.hyperparams.get(name))]
         if scheduled:
             raise ValueError(
@@ -214,6 +216,11 @@ class Sweep:
             config=plain["config"],
             hyperparams=Hyperparams().set({name: float(value) for name, value in hyperparams.items()}),
         )
+
+
+def check_sweep(sweep: Any) -> None:
+    """Refuses what is not a sweep."""
+    check_type("sweep", sweep, Sweep, "such as Sweep('CartPole-v1', grid(learning_rate=[1e-4, 1e-3]))")
 
 
 def make_group(group: Group, make: Callable = make_ppo, *, loaded: bool = False) -> PPO:
