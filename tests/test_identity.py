@@ -1,9 +1,20 @@
+import cmath
+import copy
+import dataclasses
 import importlib.util
 import json
+import math
+import os
+import re
+import subprocess
 import sys
 import warnings
+from collections import deque
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
+from operator import itemgetter
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -275,3 +286,164 @@ loss.defvjp(forward, backward)
 )
 def test_derivatives_and_attributes_of_modules_change_an_identity(tmp_path, changed):
     assert identify(module(tmp_path, DERIVED).loss) != identify(module(tmp_path, changed).loss)
+
+
+HIDDEN = """
+import collections, fractions, functools, operator, pathlib
+import jax
+def double(self, x, factor=2):
+    return x * factor
+class Private:
+    _coef = 0.5
+class Jitted:
+    __call__ = jax.jit(lambda self, x: x * 0.5)
+class Partial:
+    __call__ = functools.partialmethod(double, factor=0.5)
+class Cached:
+    @functools.cached_property
+    def _coef(self):
+        return 0.5
+class Slots:
+    __slots__ = ("coef", "_other")
+    def __init__(self, coef=0.5):
+        self.coef = coef
+class Coef(float):
+    pass
+class Table(dict):
+    coef = 0.5
+class Pair(collections.namedtuple("Pair", "x")):
+    def double(self):
+        return self.x * 0.5
+def attribute(x):
+    return x * attribute.coef
+attribute.coef = 0.5
+values = {
+    "private": Private(), "jitted": Jitted(), "partialmethod": Partial(), "cached": Cached(), "slots": Slots(),
+    "float": Coef(0.5), "dict": Table(), "tuple": Pair(1), "attribute": attribute,
+}
+"""
+
+
+def test_whatever_a_class_and_its_instances_hold_changes_their_identity(tmp_path):
+    found, same, changed = (
+        module(tmp_path, source).values for source in (HIDDEN, HIDDEN, HIDDEN.replace("0.5", "0.25"))
+    )
+    assert {name: identify(x) for name, x in found.items()} == {name: identify(x) for name, x in same.items()}
+    assert [name for name in found if identify(found[name]) == identify(changed[name])] == []
+    before = identify(found["cached"])
+    assert found["cached"]._coef == 0.5 and identify(found["cached"]) == before
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        (range(3), range(4)), (slice(3), slice(4)), (deque([1]), deque([2])), (Fraction(1, 2), Fraction(1, 3)),
+        (Path("a"), Path("b")), (itemgetter(1), itemgetter(2)), (math.sin, math.cos), (math.sin, cmath.sin),
+        (np.add, np.subtract), (re.compile("a"), re.compile("b")), (jnp.arange(2), jnp.arange(3)),
+    ],
+)  # fmt: skip
+def test_values_of_libraries_count_by_what_they_hold(first, second):
+    assert identify(first) == identify(copy.copy(first)) != identify(second)
+
+
+def test_defaults_of_a_dataclass_with_slots_count():
+    def make(coef):
+        return dataclasses.make_dataclass("Loss", [("coef", float, coef)], slots=True)
+
+    assert identify(make(0.5)()) == identify(make(0.5)()) != identify(make(0.25)())
+
+
+MODULES = {
+    "pkg/__init__.py": "", "pkg/sub/__init__.py": "COEF = 0.5\ndef helper(x):\n    return x * 0.5\n",
+    "pkg/inner.py": "def helper(x):\n    return x * 0.5\n",
+}  # fmt: skip
+READERS = {
+    "attribute": "import pkg.sub\ndef loss(x):\n    return x * pkg.sub.COEF",
+    "function": "import pkg.sub\ndef loss(x):\n    return pkg.sub.helper(x)",
+    "import": "def loss(x):\n    from pkg.inner import helper\n    return helper(x)",
+    "import of a package": "def loss(x):\n    import pkg.sub\n    return x * pkg.sub.COEF",
+    "cell": "import pkg.sub\ndef make(m):\n    return lambda x: x * m.sub.COEF\nloss = make(pkg)",
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_modules_count_at_any_depth_and_where_they_are_imported_inside(reader, tmp_path, monkeypatch):
+    identities = []
+    for coef in ("0.5", "0.5", "0.25"):
+        folder = tmp_path / str(len(identities))
+        for path, source in MODULES.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(source.replace("0.5", coef))
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(folder)
+            identities.append(identify(module(folder, READERS[reader]).loss))
+        for name in [name for name in sys.modules if name.partition(".")[0] == "pkg"]:
+            del sys.modules[name]
+    assert identities[0] == identities[1] != identities[2]
+
+
+def test_a_global_that_is_called_like_an_attribute_does_not_count(tmp_path):
+    found = module(tmp_path, "def loss(state):\n    return state.policy")
+    before = identify(found.loss)
+    found.policy = 1
+    assert identify(found.loss) == before
+
+
+def test_an_import_of_a_library_inside_a_function_is_not_made(tmp_path):
+    loss = module(tmp_path, "def loss(x):\n    import antigravity, missing_library\n    return x").loss
+    assert identify(loss) and "antigravity" not in sys.modules
+
+
+EXECUTED = """
+import dataclasses
+class Loss:
+    def __call__(self, x):
+        return x * 0.5 if x in {"a", "b", "c", "d"} else x in ({"e", "f", "g"},)
+@dataclasses.dataclass
+class Data:
+    coef: float = 1.0
+    def __call__(self, x):
+        return x * 0.5
+    def __repr__(self):
+        return "data"
+"""
+
+
+@pytest.mark.parametrize("name", ["Loss", "Data"])
+@pytest.mark.parametrize("namespace", [{}, {"__name__": "__main__"}])
+def test_classes_of_executed_text_count_with_their_methods(name, namespace):
+    def executed(source):
+        found = dict(namespace)
+        exec(source, found)
+        return found[name]
+
+    assert identify(executed(EXECUTED)) == identify(executed(EXECUTED))
+    assert identify(executed(EXECUTED)) != identify(executed(EXECUTED.replace("0.5", "0.25")))
+
+
+def test_identities_are_the_same_in_every_process():
+    program = HIDDEN + EXECUTED + "\n".join(
+        [
+            "def f(x):\n    return g\ndef g(x):\n    return f",
+            "names = frozenset('abcdefgh')",
+            "values |= {'executed': Loss, 'data': Data, 'set': {f, g, len, max}, 'names': names}",
+            "from purejaxppo.experiment.identity import identify",
+            "print({name: identify(x) for name, x in values.items()})",
+        ]
+    )  # fmt: skip
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", program], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in "12"
+    ]
+    assert found[0] == found[1]
+
+
+def test_docstrings_of_classes_do_not_change_an_identity():
+    def executed(documentation):
+        found = {}
+        exec(f"class A:\n    {documentation!r}\n    def f(self):\n        {documentation!r}\n        return 1", found)
+        return identify(found["A"])
+
+    assert executed("One.") == executed("Two.")
