@@ -73,6 +73,32 @@ def test_the_program_of_the_last_call_is_kept_as_long_as_its_ppo_lives(key):
     assert len(program._kept) == 0
 
 
+BETA = 1.0
+
+
+@jax.jit
+def scaled(x):
+    return x * BETA
+
+
+def test_a_program_is_compiled_again_when_the_loss_reads_something_else(key, monkeypatch):
+    def loss(*args, **kwargs):
+        value, metrics = pjp.ppo_loss(*args, **kwargs)
+        return scaled(value), metrics | {"beta": jax.numpy.float32(BETA), "jitted": scaled(jax.numpy.float32(1))}
+
+    ppo = make_ppo("CartPole-v1", SMALL, loss=loss)
+    state = pjp.first_state(ppo, key)
+    compiled = pjp.compile_training(ppo, state, 1)
+    found = []
+    for beta in (1.0, 5.0):
+        monkeypatch.setitem(globals(), "BETA", beta)
+        metrics = fit(ppo, state, num_updates=1, progress=False).metrics
+        found += [(metrics["beta"].item(), metrics["jitted"].item())]
+    assert found == [(1, 1), (5, 5)]
+    with pytest.raises(ValueError, match=r"program was compiled with another loss, .* before .*compile_training\(ppo"):
+        fit(ppo, state, num_updates=1, program=compiled, progress=False)
+
+
 @pytest.mark.full
 def test_a_program_that_was_compiled_before_is_taken(ppo, key):
     state = jax.jit(ppo.init)(key)

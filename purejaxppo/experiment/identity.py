@@ -114,10 +114,14 @@ def check_loaded(
         )
 
 
+def changed_names(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The names whose identities differ."""
+    return [name for name in {**now, **before} if before.get(name, NONE) != now.get(name, NONE)]
+
+
 def _differing(before: Mapping[str, str], now: Mapping[str, str], allow_changed: Sequence[str]) -> list[str]:
     """The names whose identities differ and may not; none if the folder holds no identities."""
-    names = [name for name in {**now, **before} if before and before.get(name, NONE) != now.get(name, NONE)]
-    return [name for name in names if name not in allow_changed]
+    return [name for name in changed_names(before, now) if before and name not in allow_changed]
 
 
 def identify(value: Any) -> str:

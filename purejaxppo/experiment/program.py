@@ -20,6 +20,7 @@ import numpy as np
 from purejaxppo.checks import check_whole
 from purejaxppo.config import Config
 from purejaxppo.evolving import Population
+from purejaxppo.experiment.identity import changed_names, identify_ppo
 from purejaxppo.ppo import PPO, TrainState
 from purejaxppo.text import count
 from purejaxppo.validate import check_is_state, check_type, refuse_difference
@@ -54,6 +55,8 @@ class Program:
     """Shapes of the state."""
     step: weakref.ref
     """The step of the PPO that it trains."""
+    identity: dict[str, str]
+    """What was plugged in when it was compiled, see `identify_ppo`."""
 
     def __repr__(self) -> str:
         return (
@@ -149,6 +152,7 @@ def compile_training(ppo: PPO, state: Any, num_updates: int | None = None, *, sl
         return jax.lax.fori_loop(0, length, one, (state, stacked))
 
     warn_of_idle_gpu()
+    identity = identify_ppo(ppo, getattr(state, "runs", state).hyperparams)
     start = time.perf_counter()
     take = jax.jit(partial(_take, size=size), compiler_options=SELDOM)
     put = jax.jit(_put, donate_argnums=0, compiler_options=SELDOM)
@@ -169,6 +173,7 @@ def compile_training(ppo: PPO, state: Any, num_updates: int | None = None, *, sl
         compile_seconds=time.perf_counter() - start,
         like=jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), state),
         step=weakref.ref(ppo.step),
+        identity=identity,
     )
 
 
@@ -178,6 +183,8 @@ _kept: weakref.WeakKeyDictionary[Callable, tuple[Any, Program]] = weakref.WeakKe
 
 def kept_program(ppo: PPO, state: Any, num_updates: int, slice_size: int | None = None) -> Program:
     """The result of `compile_training`, which is kept until a call with other arguments, or as long as the PPO lives.
+
+    It is not kept if the code of the PPO reads something else now, such as a variable of a notebook.
 
     Args:
         ppo: see `compile_training`.
@@ -189,8 +196,11 @@ def kept_program(ppo: PPO, state: Any, num_updates: int, slice_size: int | None 
     modes = tuple(getattr(jax.config, name) for name in ("jax_enable_x64", "jax_debug_nans"))
     wanted = jax.tree.structure(state), leaves, num_updates, slice_size, modes
     found, program = _kept.get(ppo.step, (None, None))
-    if program is None or found != wanted:
+    changed = program and changed_names(program.identity, identify_ppo(ppo, getattr(state, "runs", state).hyperparams))
+    if program is None or found != wanted or changed:
         _kept.clear()
+        if changed:
+            jax.clear_caches()  # functions under `jax.jit` that it calls would stay as they were traced
         program = compile_training(ppo, state, num_updates, slice_size=slice_size)
         _kept[ppo.step] = wanted, program
     return program

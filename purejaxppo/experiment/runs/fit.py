@@ -18,6 +18,7 @@ from purejaxppo.checks import check_number, check_whole
 from purejaxppo.envs.check import metric_names
 from purejaxppo.experiment.lock import Lock
 from purejaxppo.experiment.loop import check_on_interrupt, chunks, end, noted_interrupt, step_bar, warn
+from purejaxppo.experiment.identity import changed_names, identify_ppo
 from purejaxppo.experiment.program import Program, check_training, kept_program
 from purejaxppo.experiment.report.failures import METRIC, UPDATE, failures_of, join_failures, mark_failures
 from purejaxppo.experiment.report.metrics import to_dataframe
@@ -153,7 +154,7 @@ def fit(
             f"this run is complete: its state has done all num_updates={last} of its config (raise it to extend)"
         )
     if program is not None:
-        _check_program(program, ppo, updates_per_chunk, slice_size)
+        _check_program(program, ppo, state, updates_per_chunk, slice_size)
         updates_per_chunk = updates_per_chunk or program.num_updates
     _warn_of_ended_schedules(ppo, state, first, last)
     chunk = min(updates_per_chunk or -(-(last - first) // 100), evaluate_every or last, last - first)
@@ -216,10 +217,17 @@ def _check_options(folder: Any, sinks: Any, notes: Any):
         raise ValueError(f"notes={shorten(repr(notes))} must be a dictionary of JSON data: {error}") from None
 
 
-def _check_program(program: Any, ppo: PPO, updates_per_chunk: int | None, slice_size: int | None):
+def _check_program(program: Any, ppo: PPO, state: Any, updates_per_chunk: int | None, slice_size: int | None):
     check_type("program", program, Program, "from compile_training(ppo, state)")
     if program.step() is not ppo.step:
         raise ValueError("program was compiled for another PPO (compile_training(ppo, state) makes one for this)")
+    changed = changed_names(program.identity, identify_ppo(ppo, getattr(state, "runs", state).hyperparams))
+    if changed:
+        name = changed[0]
+        raise ValueError(
+            f"program was compiled with another {name}, {program.identity.get(name)} before its code or what it reads "
+            "changed (make it again with compile_training(ppo, state))"
+        )
     if updates_per_chunk is not None:
         check_whole(
             "updates_per_chunk", updates_per_chunk, at_most=program.num_updates, of="the updates of the program"
