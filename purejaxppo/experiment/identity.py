@@ -304,29 +304,28 @@ def _state(value: Any) -> dict[str, Any]:
         ignored = ("parent", "name") if isinstance(value, nn.Module) else ()
         kept = [f for f in dataclasses.fields(value) if f.name not in ignored]
         return {f.name: x for f in kept if (x := getattr(value, f.name, None)) is not f.default}
-    slots = {
-        name for base in kind.__mro__ if "__slots__" in vars(base) for name, x in vars(base).items() if _is_slot(x)
-    }
+    slotted = [base for base in kind.__mro__ if "__slots__" in vars(base)]
+    slots = {name for base in slotted for name, x in vars(base).items() if _is_slot(x)}
     held = {name: getattr(value, name) for name in slots if hasattr(value, name)} | getattr(value, "__dict__", {})
     # What a cached property keeps follows from the rest, and comes with its first use.
     cached = {n for base in kind.__mro__ for n, x in vars(base).items() if isinstance(x, functools.cached_property)}
-    content = [base for base in PLAIN if isinstance(value, base)]
+    content: list[Any] = [base for base in PLAIN if isinstance(value, base)]
     plain = {"": content[-1].__repr__(value)} if content else {}
     return plain | {name: x for name, x in held.items() if name not in cached | {"__doc__", "__dict__", "__weakref__"}}
 
 
 def _reduced(value: Any) -> list[Any]:
     """What pickle would keep of an instance without a dictionary, such as a range; nothing if pickle refuses it."""
-    if hasattr(value, "__next__"):
+    if isinstance(value, Iterator):
         return []  # an iterator, which changes with every use
     try:
         reduce = copyreg.dispatch_table.get(type(value))
-        found = reduce(value) if reduce else value.__reduce_ex__(2)
+        found: Any = reduce(value) if reduce else value.__reduce_ex__(2)
     except Exception:  # of any kind: the class decides
         return []
     if isinstance(found, str):
         return [getattr(value, "__module__", None), found]
-    return [list(x) if hasattr(x, "__next__") else x for x in found]
+    return [list(x) if isinstance(x, Iterator) else x for x in found]
 
 
 def _is_generated(name: str, value: Any, kind: type) -> bool:

@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 from purejaxppo.batched import reported_failures
 from purejaxppo.checks import check_number, check_whole
 from purejaxppo.envs.check import metric_names
+from purejaxppo.experiment.identity import changed_names, identify_ppo
 from purejaxppo.experiment.lock import Lock
 from purejaxppo.experiment.loop import check_on_interrupt, chunks, end, noted_interrupt, step_bar, warn
-from purejaxppo.experiment.identity import changed_names, identify_ppo
 from purejaxppo.experiment.program import Program, check_training, kept_program
 from purejaxppo.experiment.report.failures import METRIC, UPDATE, failures_of, join_failures, mark_failures
 from purejaxppo.experiment.report.metrics import to_dataframe

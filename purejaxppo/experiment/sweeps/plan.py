@@ -70,7 +70,7 @@ class Plan:
     """Those with runs that are not finished yet."""
     make: Callable
     identities: dict[str, dict[str, str]]
-    """What was plugged in, by the text of each group, see `identify_ppo`."""
+    """What was plugged in, by `Sweep.name_group`, see `identify_ppo`."""
 
     @property
     def total_steps(self) -> int:
@@ -139,8 +139,8 @@ def plan_sweep(
     groups = sweep.groups()
     sizes = {group: _stored_size(sweep, group, stored, slice_size) for group in groups}
     ppos = {group: make_group(group, make) for group in groups}
-    identities = {str(group): identify_ppo(ppo, sweep.hyperparams) for group, ppo in ppos.items()}
-    before = read_identities(folder)
+    identities = {sweep.name_group(group): identify_ppo(ppo, sweep.hyperparams) for group, ppo in ppos.items()}
+    before = read_identities(folder, sweep)
     for name, identity in identities.items():
         check_identity(before.get(name, {}), identity, str(folder), allow_changed)
     for group, ppo in ppos.items():

@@ -123,7 +123,7 @@ class SweepResult:
         """The PPO of one setting, which is given by the values of as many fields as single it out."""
         group = self.sweep.group_of(self.sweep.table.rows()[self.sweep.table.index(**setting)])
         ppo = make_group(group, self.make, loaded=True)
-        before = read_identities(self.slices.folder).get(str(group), {})
+        before = read_identities(self.slices.folder, self.sweep).get(self.sweep.name_group(group), {})
         check_loaded(before, identify_ppo(ppo, self.sweep.hyperparams), str(self.slices.folder), self.allow_changed)
         return ppo
 

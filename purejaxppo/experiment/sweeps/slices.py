@@ -262,10 +262,17 @@ def _from_json(data: Any, lacking: list[str]) -> tuple[Sweep, list[SweepSession]
     return Sweep.from_json(record["sweep"], lacking), record["sessions"]
 
 
-def read_identities(folder: str | Path | None) -> dict[str, dict[str, str]]:
-    """What the sweep in a folder was trained with, by the text of each group; empty without one."""
+def read_identities(folder: str | Path | None, sweep: Sweep) -> dict[str, dict[str, str]]:
+    """What the sweep in a folder was trained with, by `Sweep.name_group`; no groups that have not been planned before.
+
+    Args:
+        folder: perhaps without a sweep.
+        sweep: that of the folder, perhaps with more settings.
+    """
     sessions = read_sessions(folder) if folder is not None and kind_of(folder) == "sweep" else []
-    return {group: identity for session in sessions for group, identity in session.get("identities", {}).items()}
+    found = {name: identity for session in sessions for name, identity in session.get("identities", {}).items()}
+    names = {sweep.name_group(group): group.old_name() for group in sweep.groups()}
+    return {name: found[key] for name, old in names.items() for key in (old, name) if key in found}
 
 
 def _check_same(folder: Path, sweep: Sweep):

@@ -21,6 +21,13 @@ CONFIG_FIELDS = tuple(field.name for field in fields(Config))
 HYPERPARAM_FIELDS = Hyperparams().names
 ENV_PREFIX = "env."
 MAX_RUNS = 10**6
+# The fields of `Config` when `Group.old_name` was in use, in their order. Later fields do not belong here.
+OLD_FIELDS = (
+    "num_envs", "num_steps", "num_updates", "num_epochs", "num_minibatches", "segment_length", "normalize_advantage",
+    "clip_value_loss", "stop_on_kl", "bootstrap_on_truncation", "normalize_observation", "observation_clip",
+    "scale_reward", "reward_clip", "bound_action", "state_dependent_std", "initial_std", "encoder", "widths",
+    "activation", "share_encoder", "gru_width", "resets_per_step", "matmul_precision",
+)  # fmt: skip
 
 
 Value = bool | int | float | str
@@ -45,10 +52,11 @@ class Group(NamedTuple):
     plugged: tuple[tuple[str, str], ...] = ()  # fields in `PLUGGED` with the names of their values
     settings: tuple[int, ...] = ()  # rows of the table
 
-    def __str__(self) -> str:
-        """The group in one line of text, by which its identity is kept."""
-        config = json.dumps({**asdict(self.config), "num_updates": None})
-        return f"{self.env} {show_setting(dict(self.plugged))} {hashlib.sha256(config.encode()).hexdigest()[:12]}"
+    def old_name(self) -> str:
+        """The name of the group in folders of before `Sweep.name_group`: with a digest of all fields of then."""
+        config = {name: getattr(self.config, name) for name in OLD_FIELDS} | {"num_updates": None}
+        digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:12]
+        return f"{self.env} {show_setting(dict(self.plugged))} {digest}"
 
 
 @dataclass(frozen=True)
@@ -150,6 +158,17 @@ class Sweep:
         """The group of a setting, without its members."""
         plugged = tuple((name, row[name]) for name in PLUGGED if name in row)
         return Group(self.env_of(row), self.config_of(row), plugged)
+
+    def name_group(self, group: Group) -> str:
+        """The group in one line of text, by which its identity is kept: what is swept and makes a group.
+
+        The number of updates does not count, since runs may be extended. Fields that are not swept are compared with
+        those of the folder anyway, and a later version may have more of them.
+        """
+        swept = [name for name in CONFIG_FIELDS if name in self.table.names and name != "num_updates"]
+        return show_setting(
+            {"env": group.env, **dict(group.plugged), **{name: getattr(group.config, name) for name in swept}}
+        )
 
     def with_values(self, values: Mapping[str, Mapping[str, Any]]) -> "Sweep":
         """The same sweep with values for names that were read from disk, as {"loss": {"spo": spo_loss}}.
