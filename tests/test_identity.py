@@ -438,7 +438,8 @@ def test_identities_are_the_same_in_every_process():
         [
             "def f(x):\n    return g\ndef g(x):\n    return f",
             "names = frozenset('abcdefgh')",
-            "values |= {'executed': Loss, 'data': Data, 'set': {f, g, len, max}, 'names': names}",
+            "def chosen(x):\n    return x in {'a', 'b', 'c', 'd'} or (lambda y: y in {'e', 'f', 'g', 'h'})",
+            "values |= {'executed': Loss, 'data': Data, 'set': {f, g, len, max}, 'names': names, 'chosen': chosen}",
             "from purejaxppo.experiment.identity import identify",
             "print({name: identify(x) for name, x in values.items()})",
         ]
