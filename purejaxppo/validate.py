@@ -171,7 +171,8 @@ def check_optimizer(optimizer: Any) -> None:
 def make_transformation(optimizer: Callable, hyperparams: Hyperparams) -> Any:
     """The optax transformation of `hyperparams`. Refuses another result of `optimizer`.
 
-    It sees parameters and gradients of 16 bits as float32, and keeps its moments so.
+    It sees parameters and gradients of 16 bits as float32, and keeps its moments so. The parameters themselves stay in
+    16 bits, so a small update of a large one is lost: give a network float32 parameters and activations of 16 bits.
     """
     transformation = optimizer(hyperparams)
     if not (hasattr(transformation, "init") and hasattr(transformation, "update")):
@@ -180,8 +181,7 @@ def make_transformation(optimizer: Callable, hyperparams: Hyperparams) -> Any:
         )
 
     def widen(tree: Any) -> Any:
-        narrow = lambda x: jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
-        return jax.tree.map(lambda x: x.astype(jnp.float32) if narrow(x) else x, tree)
+        return jax.tree.map(_at_least_float32, tree)
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
         return transformation.update(widen(updates), state, widen(params))
@@ -350,7 +350,11 @@ def as_step(state: Any, after: Any) -> tuple[Any, dict]:
     for name, x in after[1].items():
         if not isinstance(name, str) or not _is_array(x):
             raise ValueError(f"metric {name!r} of step is {_describe(x)}; it must be a scalar or a vector, by its name")
+        if jnp.issubdtype(jnp.result_type(x), jnp.complexfloating):
+            raise ValueError(f"metric {name!r} of step is complex; it must be a real number (take jnp.abs)")
     new, metrics = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), after)
+    # Files hold no floating-point numbers of 16 bits.
+    metrics = {name: _at_least_float32(x) for name, x in metrics.items()}
     if jax.tree.structure(new) != jax.tree.structure(state):
         raise ValueError(
             f"step must return a {type(state).__name__} with the structure of the one given (same fields, extra and "
@@ -454,6 +458,10 @@ def _fits(x: Any, like: Any) -> bool:
 
 
 KINDS = jnp.bool_, jnp.integer, jnp.floating, jnp.generic
+
+
+def _at_least_float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4 else x
 
 
 def _is_array(value: Any) -> bool:

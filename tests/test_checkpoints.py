@@ -24,6 +24,7 @@ import xarray
 from probes import SMALL
 from purejaxppo import Interrupted, batched, fit, load, make_ppo, runs, with_hyperparams
 from purejaxppo.cli.main import main
+from purejaxppo.experiment import lock
 from purejaxppo.experiment.files import to_arrays
 from purejaxppo.experiment.lock import LOCK, claim_folder
 from purejaxppo.experiment.program import Program
@@ -438,6 +439,28 @@ def test_what_does_not_fit_at_the_end_is_in_the_result_and_said(copy, monkeypatc
     monkeypatch.undo()
     same(fit(*begin(), folder=copy, progress=False).state, whole.state)
     assert load(copy, begin()[0]).metrics.sizes["updates"] == 9
+
+
+def test_a_lock_that_cannot_be_read_for_a_moment_does_not_end_a_run(copy, monkeypatch, whole):
+    def unreadable(path):
+        asked.append(path)
+        if len(asked) < 3:
+            raise OSError(116, "Stale file handle")
+        return original(path)
+
+    asked, original = [], lock.read_holder
+    monkeypatch.setattr(lock, "read_holder", unreadable)
+    result = fit(*begin(), folder=copy, updates_per_chunk=1, progress=False)
+    same(result.state, whole.state)
+    assert len(asked) > 3 and not result.unsaved and load(copy, begin()[0]).metrics.sizes["updates"] == 9
+
+
+def test_damaged_metrics_are_not_drawn(copy, capsys):
+    fit(*begin(), folder=copy, progress=False)
+    content = bytearray((copy / "metrics.nc").read_bytes())
+    content[-9] ^= 64
+    (copy / "metrics.nc").write_bytes(content)
+    assert main(["plot", str(copy)]) == 2 and "damaged" in capsys.readouterr().err
 
 
 def test_files_are_flushed_through_descriptors_that_may_write(copy, monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 from probes import SMALL
 from purejaxppo import Box, Categorical, Network, make_ppo
 from purejaxppo.experiment.agents.export import export
+from purejaxppo.experiment.files import to_arrays
 from purejaxppo.networks.actor_critic import ActorCritic
 from purejaxppo.networks.layers import MLP, Logits
 from purejaxppo.networks.orthogonal import orthogonalize
@@ -108,6 +109,18 @@ def test_what_cannot_be_written_is_refused(env, config, name, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         export(*trained(env, **config), tmp_path / name)
     assert not list(tmp_path.iterdir())
+
+
+def test_parameters_of_16_bits_are_exported_as_numbers(tmp_path):
+    ppo = make_ppo("CartPole-v1", SMALL)
+    policy = ppo.init(jax.random.key(0)).policy
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), policy)
+    export(ppo, narrow, tmp_path / "policy.npz")
+    with np.load(tmp_path / "policy.npz") as arrays:
+        np.testing.assert_allclose(
+            arrays["weight_0"], to_arrays(policy)["params/params/actor/MLP_0/Dense_0/weight"], rtol=1e-2
+        )
+        assert arrays["weight_0"].dtype == np.float32
 
 
 def test_a_network_of_a_user_with_weights_of_our_names_is_no_file_for_numpy(tmp_path):

@@ -18,6 +18,7 @@ import pytest
 from flax import nnx
 
 import purejaxppo as pjp
+from probes import SMALL
 from purejaxppo.advantages import estimate
 
 pytestmark = pytest.mark.full
@@ -464,3 +465,13 @@ def test_the_gradient_of_a2c_is_the_plain_one():
 def test_a2c_takes_one_gradient_step_per_rollout():
     config, hyperparams = pjp.a2c()
     assert config.num_epochs * config.num_minibatches == 1 and hyperparams.clip == float("inf")
+
+
+def test_metrics_of_16_bits_are_kept_as_float32(tmp_path, key):
+    def step(ppo, state):
+        state, metrics = ppo.step(state)
+        return state, metrics | {"narrow": jnp.bfloat16(1.5)}
+
+    ppo = pjp.with_step(pjp.make_ppo("CartPole-v1", SMALL), step)
+    result = pjp.fit(ppo, pjp.first_state(ppo, key), folder=tmp_path, progress=False)
+    assert not result.unsaved and pjp.load(tmp_path, ppo).metrics["narrow"].dtype == np.float32

@@ -16,6 +16,7 @@ from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ import pytest
 import purejaxppo as pjp
 from purejaxppo.experiment.identity import identify, identify_ppo
 from purejaxppo.experiment.runs.journal import open_journal
+from purejaxppo.experiment.runs.saved import load_run
+from purejaxppo.experiment.sweeps.plan import Plan
 from purejaxppo.experiment.sweeps.result import SweepResult, load_sweep
 from purejaxppo.experiment.sweeps.slices import open_slices
 from purejaxppo.experiment.sweeps.sweep import make_group
@@ -220,6 +223,31 @@ def test_a_sweep_is_not_continued_with_another_loss(old, tmp_path):
     mine = partial(pjp.make_ppo, loss=partial(pjp.ppo_loss, surrogate=spo))
     with pytest.raises(ValueError, match="another loss, purejaxppo.ppo_loss instead of ppo_loss"):
         pjp.plan_sweep(sweep, tmp_path, make=mine)
+    names = {sweep.name_group(group): identify_ppo(make_group(group, mine)) for group in sweep.groups()}
+    before = (tmp_path / "sweep.json").read_bytes()
+    with pytest.raises(ValueError, match="another loss"):  # planned without the folder, or before another call began
+        pjp.run_sweep(Plan(sweep, [], mine, names), tmp_path)
+    assert (tmp_path / "sweep.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("runs", [None, 2])
+def test_a_run_with_schedules_is_loaded(runs, tmp_path, key):
+    """settings.json keeps only the numbers of a schedule, and a policy needs none."""
+    ppo = pjp.make_ppo("CartPole-v1", SMALL)
+    ppo, key = (ppo, key) if runs is None else (pjp.batched(ppo), jax.random.split(key, runs))
+    schedules = pjp.Hyperparams(
+        learning_rate=pjp.linear(3e-4, 0.0), clip=pjp.schedule(optax.linear_schedule(0.2, 0.1, 10))
+    )
+    schedules = schedules.set({"extra.beta": pjp.linear(1.0, 0.0)})
+    state = pjp.first_state(ppo, key, schedules)
+    save_untrained(ppo, state, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        saved = load_run(tmp_path, ppo)
+        assert load_run(tmp_path).settings.schedules == {"learning_rate", "clip", "extra.beta"}
+    chex.assert_trees_all_equal(saved.policy, state.policy)
+    with pytest.raises(ValueError, match="clip was a schedule, of which .*give hyperparams="):
+        saved.state()
 
 
 def test_the_names_of_groups_do_not_depend_on_fields_that_are_not_swept():

@@ -473,6 +473,7 @@ CASES: dict[str, tuple[Any, str]] = {
         lambda: api.with_step(make(), lambda state, ppo: ppo.step(state)),
         r"step=<lambda>\(state, ppo\) must be a function \(ppo, state\) -> state, metrics",
     ),
+    "a complex metric of a step": (lambda: with_metric(x=1j), "metric 'x' of step is complex"),
     "an init with other arguments": (
         lambda: api.with_step(make(), lambda ppo, state: ppo.step(state), lambda key: None),
         r"init=<lambda>\(key\) must be a function \(ppo, key, hyperparams, env_params\)",

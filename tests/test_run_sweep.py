@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,6 +28,7 @@ from purejaxppo.experiment import files
 from purejaxppo.experiment.files import from_arrays, to_arrays
 from purejaxppo.experiment.lock import claim
 from purejaxppo.experiment.program import Program
+from purejaxppo.experiment.sweeps import slices
 from purejaxppo.experiment.sweeps.plan import pending_slices, plan_sweep
 from purejaxppo.experiment.sweeps.slices import Slices
 
@@ -399,7 +401,7 @@ def test_what_does_not_fit_on_the_disk_is_in_the_result_and_said(plan, small_sli
     with pytest.warns(UserWarning) as warned:
         result = run(small_slices, tmp_path)
     lost = "2 slices" if full == "some slices" else "4 slices and results.nc"
-    words = f"{lost} could not be written to {tmp_path}, whose disk is full (make room)"
+    words = f"{lost} could not be written to {tmp_path} (No space left on device)"
     assert result.unsaved == words and any(str(w.message).startswith(words) for w in warned)
     xarray.testing.assert_equal(result.metrics, run(small_slices).metrics)
     setting = small_slices.sweep.table.rows()[-1]
@@ -409,6 +411,29 @@ def test_what_does_not_fit_on_the_disk_is_in_the_result_and_said(plan, small_sli
     again = run(small_slices, tmp_path)
     assert again.steps == (4 if "some" in full else 8) * SMALL.total_steps and not again.unsaved
     xarray.testing.assert_equal(again.metrics, result.metrics)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="mounts a small disk")
+def test_a_sweep_on_a_disk_that_fills_up_ends_with_everything_in_memory(small_slices, tmp_path, monkeypatch):
+    """Not even a lock can be written then."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed")
+
+    def fill_and_write(*args):
+        with contextlib.suppress(OSError), open(tmp_path / "other", "ab", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        original(*args)
+
+    original = slices.save_arrays
+    monkeypatch.setattr(slices, "save_arrays", fill_and_write)
+    try:
+        with pytest.warns(UserWarning, match="4 slices and results.nc could not be written"):
+            result = run(small_slices, tmp_path)
+    finally:
+        subprocess.run(["umount", tmp_path])
+    monkeypatch.undo()
+    xarray.testing.assert_equal(result.metrics, run(small_slices).metrics)
 
 
 def start(folder, *args):

@@ -81,7 +81,10 @@ class Lock:
         return self.path.parent
 
     def check(self):
-        """Call it before every write. Raises LockLost if the lock is lost, so that two processes never write."""
+        """Call it before every write. Raises LockLost if the lock is lost, so that two processes never write.
+
+        Raises OSError if the lock cannot be read.
+        """
         found = read_holder(self.path)
         if found is None or found.token != self.holder.token:
             what = "was removed" if found is None else f"was not renewed for two minutes and is now held by {found}"

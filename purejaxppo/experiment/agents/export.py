@@ -91,6 +91,7 @@ def _as_stablehlo(ppo: PPO, policy: Policy, env_params, platforms) -> bytes:
 
 def _as_numpy(ppo: PPO, policy: Policy, env_params, path: Path) -> tuple[dict[str, np.ndarray], str]:
     """The arrays of a policy, and the code of the function that acts by them."""
+    policy = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), policy)  # NumPy has no bfloat16
     found, config = to_arrays(policy), ppo.config
     trunk, space = "params/params/actor/MLP_0/Dense_{}/{}", action_space(ppo.env, env_params)
     heads = {Discrete: "params/params/Logits_0/logits/{}", Box: "params/params/Gaussian_0/loc/{}"}

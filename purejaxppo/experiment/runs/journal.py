@@ -124,6 +124,8 @@ class Journal:
                 self.unsaved = f"{error}; this process writes nothing more there and stops; the result is in memory"
                 warnings.warn(self.unsaved)
                 return False
+            except OSError:  # the disk does not answer; a write will say so, and the next chunk asks again
+                return True
         return True
 
     def save_if_due(self):

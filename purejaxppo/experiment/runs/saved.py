@@ -78,8 +78,11 @@ class SavedRun:
         """The whole state of the newest intact checkpoint, ready to train further.
 
         `hyperparams` must be given if some are schedules, of which settings.json keeps only the numbers. Raises
-        ValueError if every checkpoint is damaged or none is left.
+        ValueError if they are not, or if every checkpoint is damaged or none is left.
         """
+        if self.settings.schedules and hyperparams is None:
+            name = min(self.settings.schedules)
+            raise ValueError(f"{name} was a schedule, of which {self.folder} keeps only numbers (give hyperparams=)")
         checkpoint = Checkpoints(self.folder).newest()
         if checkpoint is None:
             raise ValueError(
@@ -156,10 +159,13 @@ def load_run(folder: str | Path, ppo: PPO | None = None, *, allow_changed: Seque
     folder = Path(folder)
     metrics, settings = read_metrics(folder), read_intact_settings(folder)
     # Without a PPO a name that is no environment of this package should not be looked up.
-    now = DEFAULTS | {"env": settings.env} if ppo is None else identify_ppo(ppo, settings.to_hyperparams())
-    check_loaded(settings.identity, now, folder, allow_changed)
+    now = DEFAULTS | {"env": settings.env} if ppo is None else identify_ppo(ppo)
+    before = {name: x for name, x in settings.identity.items() if name not in settings.schedules}
+    check_loaded(before, now, folder, allow_changed)
     ppo = remake(settings) if ppo is None else ppo
-    like = _state_like(ppo, settings)
+    # Policy and parameters have the same shapes under any hyperparameters, and schedules cannot be made from numbers.
+    constant = {name: getattr(Hyperparams(), name, 0.0) for name in settings.schedules}
+    like = _state_like(ppo, settings, settings.to_hyperparams().set(constant))
     with ArrayFile(folder / POLICY) as arrays:
         policy = from_arrays(arrays, like.policy, str(folder / POLICY))
     env_params = settings.to_env_params(like.env_params, folder)
@@ -168,7 +174,7 @@ def load_run(folder: str | Path, ppo: PPO | None = None, *, allow_changed: Seque
 
 def read_metrics(folder: Path) -> xarray.Dataset:
     """The metrics of a run. Raises ValueError if the folder holds no run, an unfinished one, or damaged files."""
-    read_settings(folder)  # raises if there is no run
+    read_intact_settings(folder, only=METRICS)
     if not is_complete(folder):
         raise ValueError(f"the run in {folder} is not finished (`purejaxppo resume {folder}` continues it)")
     return read_dataset(folder / METRICS)
@@ -178,7 +184,7 @@ def read_failures(folder: Path) -> dict[int, str]:
     """A sentence for every agent that turned nan, by its number, as far as the run in a folder is saved."""
     try:
         if is_complete(folder):
-            return failures_of(read_dataset(folder / "metrics.nc"))
+            return failures_of(read_metrics(folder))
         checkpoint = Checkpoints(folder).newest()
     except ValueError:  # damaged
         return {}

@@ -108,6 +108,12 @@ class RunSettings:
         values = self.hyperparams.items()
         return Hyperparams().set({n: np.asarray(x, np.float32) if isinstance(x, list) else float(x) for n, x in values})
 
+    @property
+    def schedules(self) -> set[str]:
+        """The hyperparameters that were schedules, of which the file keeps only the numbers."""
+        lists = {name for name, x in self.hyperparams.items() if isinstance(x, list) and len(x) != self.num_runs}
+        return lists | (self.identity.keys() & self.hyperparams.keys())
+
     def _summary(self, param: Any) -> Any:
         """A parameter as `describe_param` has it; folders of older versions hold all numbers."""
         if not isinstance(param, list):

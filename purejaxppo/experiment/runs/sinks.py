@@ -246,7 +246,7 @@ def _wandb_of(folder: Path, settings: Mapping[str, Any]) -> Sink:
     """W&B for the run of a folder, under an id that the folder keeps: names of folders are not unique."""
     path = folder / "wandb-id"
     if not path.exists():
-        path.write_text(secrets.token_hex(8))
+        replace_file(path, lambda half: half.write_text(secrets.token_hex(8)))
     own_id = path.read_text().strip()
     group = f"{folder.resolve().name}-{own_id}"
     return wandb("purejaxppo", dir=folder, group=group, id=own_id, name=folder.resolve().name, config=dict(settings))

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from purejaxppo.experiment.files import remove_halves
+from purejaxppo.experiment.files import is_full, remove_halves
 from purejaxppo.experiment.lock import Holder, Lock, LockHeld, claim, claim_folder, read_holder, read_note
 from purejaxppo.experiment.sweeps.slices import Foreign, Slice, Slices
 from purejaxppo.text import count
@@ -75,6 +75,9 @@ class Claims:
         except LockHeld as error:
             self.left[name] = error.holder
             return None
+        except OSError as error:
+            if not is_full(error):
+                raise
         self.left.pop(name, None)
         remove_halves(folder, f"{name}.npz.*")
         if slice_.num_updates or (folder / f"{name}.npz").exists():
@@ -102,7 +105,22 @@ class Claims:
 
 
 @contextlib.contextmanager
-def turn(folder: str | Path | None) -> Iterator[None]:
-    """Holds the lock of a folder for a moment, to read or write what all calls share; nothing without a folder."""
-    with contextlib.nullcontext() if folder is None else claim_folder(folder, wait=WAIT):
+def turn(folder: str | Path | None, new: bool = False) -> Iterator[None]:
+    """Holds the lock of a folder for a moment, to read or write what all calls share; nothing without a folder.
+
+    A disk without room for a lock has none for results, so what was trained is kept in memory without one.
+
+    Args:
+        folder: of the sweep.
+        new: whether nothing is trained yet, so that a folder that cannot be written is refused.
+    """
+    with contextlib.ExitStack() as lock:
+        if folder is not None:
+            try:
+                lock.enter_context(claim_folder(folder, wait=WAIT))
+            except LockHeld:
+                raise
+            except ValueError:
+                if new:
+                    raise
         yield

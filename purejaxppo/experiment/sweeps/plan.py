@@ -13,10 +13,10 @@ import jax
 from purejaxppo.batched import batched, reported_failures, seed_keys
 from purejaxppo.checks import check_whole
 from purejaxppo.config import Config
-from purejaxppo.experiment.identity import check_identity, identify_ppo
+from purejaxppo.experiment.identity import identify_ppo
 from purejaxppo.experiment.program import SELDOM, Program, best_slice_size, compile_training, num_cores
 from purejaxppo.experiment.sweeps.columns import env_columns, run_arguments
-from purejaxppo.experiment.sweeps.slices import Slice, find_slices, read_identities
+from purejaxppo.experiment.sweeps.slices import Slice, check_identities, find_slices
 from purejaxppo.experiment.sweeps.sweep import CONFIG_FIELDS, Group, Sweep, check_sweep, make_group
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.sharded import choose_devices
@@ -70,7 +70,9 @@ class Plan:
     """Those with runs that are not finished yet."""
     make: Callable
     identities: dict[str, dict[str, str]]
-    """What was plugged in, by `Sweep.name_group`, see `identify_ppo`."""
+    """What is plugged in, by `Sweep.name_group`, see `identify_ppo`."""
+    allow_changed: Sequence[str] = ()
+    """What may differ from what the folder was trained with."""
 
     @property
     def total_steps(self) -> int:
@@ -140,14 +142,12 @@ def plan_sweep(
     sizes = {group: _stored_size(sweep, group, stored, slice_size) for group in groups}
     ppos = {group: make_group(group, make) for group in groups}
     identities = {sweep.name_group(group): identify_ppo(ppo, sweep.hyperparams) for group, ppo in ppos.items()}
-    before = read_identities(folder, sweep)
-    for name, identity in identities.items():
-        check_identity(before.get(name, {}), identity, str(folder), allow_changed)
+    check_identities(folder, sweep, identities, allow_changed)
     for group, ppo in ppos.items():
         env_columns(sweep, group.settings, ppo)
     missing = [group for group in groups if pending_slices(sweep, group, stored, 1)]
     compiled = [_compile(sweep, group, ppos[group], devices, sizes[group], updates_per_chunk) for group in missing]
-    return Plan(sweep, compiled, make, identities)
+    return Plan(sweep, compiled, make, identities, allow_changed)
 
 
 def pending_slices(sweep: Sweep, group: Group, stored: Sequence[Slice], slice_size: int) -> list[Slice]:

@@ -1,5 +1,6 @@
 """The result of a sweep: labelled metrics, the best setting, the state and the policy of any run."""
 
+import contextlib
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 import pandas
 import xarray
 
-from purejaxppo.experiment.files import from_arrays, is_full, save_dataset, shapes_of
+from purejaxppo.experiment.files import from_arrays, save_dataset, shapes_of
 from purejaxppo.experiment.identity import check_loaded, identify_ppo
 from purejaxppo.experiment.report.failures import METRIC, UPDATE, describe_failure
 from purejaxppo.experiment.report.metrics import label_metric, to_dataframe
@@ -179,13 +180,13 @@ def make_result(
         try:
             save_dataset(slices.folder / RESULTS, metrics)
         except OSError as error:
-            if not is_full(error):
-                raise
-            (slices.folder / RESULTS).unlink(missing_ok=True)  # it would be of an earlier state
+            slices.error = error.strerror or str(error)
+            with contextlib.suppress(OSError):
+                (slices.folder / RESULTS).unlink(missing_ok=True)  # it would be of an earlier state
             lost.append(RESULTS)
     unsaved = ""
     if lost:
-        unsaved = f"{' and '.join(lost)} could not be written to {slices.folder}, whose disk is full (make room)"
+        unsaved = f"{' and '.join(lost)} could not be written to {slices.folder} ({slices.error})"
         warnings.warn(f"{unsaved}; the result holds all, and the same call later trains what the folder lacks")
     return SweepResult(
         sweep, metrics, slices, make,

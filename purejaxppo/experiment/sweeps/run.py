@@ -80,8 +80,8 @@ def run_sweep(
     plan = sweep if isinstance(sweep, Plan) else plan_sweep(sweep, folder, **options)
     sweep = plan.sweep
     _check_disk(folder, plan)
-    with turn(folder):
-        slices = open_slices(folder, sweep, plan.identities)
+    with turn(folder, new=True):
+        slices = open_slices(folder, sweep, plan.identities, plan.allow_changed)
         stored = slices.read()
     _wait_for_all_processes("begin")
 
@@ -209,8 +209,12 @@ class Session:
         for i, slice_ in enumerate(wave):
             rows = slice(i * compiled.slice_size, (i + 1) * compiled.slice_size)
             own_metrics, own_state = ({name: x[rows] for name, x in kind.items()} for kind in (joined, arrays))
-            self.claims.check(slice_)
-            self.slices.write(Slice(slice_.runs, own_metrics, own_state))
+            new = Slice(slice_.runs, own_metrics, own_state)
+            try:
+                self.claims.check(slice_)
+                self.slices.write(new)
+            except OSError as error:  # a full disk, or one that does not answer
+                self.slices.keep(new, error)
         return joined
 
 

@@ -9,7 +9,7 @@ results.nc       all metrics, labelled: xarray.load_dataset opens it
 import hashlib
 import json
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -22,12 +22,12 @@ from purejaxppo.experiment.files import (
     SWEEP,
     ArrayFile,
     differing_fields,
-    is_full,
     kind_of,
     prepare,
     save_arrays,
     save_json,
 )
+from purejaxppo.experiment.identity import check_identity
 from purejaxppo.experiment.provenance import Machine, describe_machine
 from purejaxppo.experiment.records import as_record, read_record
 from purejaxppo.experiment.report.failures import name_causes
@@ -80,27 +80,28 @@ class Slices:
         self.ignored: list[str] = []
         """Sentences on the files that the last `read` ignored."""
         self.in_memory: dict[str, Slice] = {}
+        self.error = ""
+        """Why slices that have a folder are in memory."""
         self._runs = sweep.runs()
 
     def write(self, slice_: Slice):
-        """Replaces the stored version of a slice, atomically on disk; on a full disk, keeps it in memory and warns."""
+        """Replaces the stored version of a slice, atomically on disk. Raises OSError if it cannot be written."""
         if self.folder is None:
             self.in_memory[slice_.name] = slice_
             return
         arrays = {f"metrics/{name}": x for name, x in slice_.metrics.items()}
         arrays |= {f"state/{name}": x for name, x in slice_.state.items()}
         described = {"sweep": np.array(json.dumps(self.sweep.shared())), "runs": np.array(slice_.runs)}
-        try:
-            save_arrays(self._path(slice_.name), described | arrays)
-            self.in_memory.pop(slice_.name, None)
-        except OSError as error:
-            if not is_full(error):
-                raise
-            self.in_memory[slice_.name] = slice_
-            warnings.warn(
-                f"could not write a slice to {self.folder}; it is kept in memory, and the sweep continues "
-                f"({error.strerror})"
-            )
+        save_arrays(self._path(slice_.name), described | arrays)
+        self.in_memory.pop(slice_.name, None)
+
+    def keep(self, slice_: Slice, error: OSError):
+        """Keeps a slice in memory that could not be written, and warns of the error."""
+        self.in_memory[slice_.name] = slice_
+        self.error = error.strerror or str(error)
+        warnings.warn(
+            f"could not write a slice to {self.folder}; it is kept in memory, and the sweep continues ({self.error})"
+        )
 
     def machine(self) -> Machine:
         """The machine of the last session, see `describe_machine`."""
@@ -200,19 +201,26 @@ def find_slices(folder: str | Path | None, sweep: Sweep) -> Slices:
 
 
 def open_slices(
-    folder: str | Path | None, sweep: Sweep, identities: Mapping[str, Mapping[str, str]] | None = None
+    folder: str | Path | None,
+    sweep: Sweep,
+    identities: Mapping[str, Mapping[str, str]] | None = None,
+    allow_changed: Sequence[str] = (),
 ) -> Slices:
-    """As `find_slices`, in a folder that is made ready for more. Raises ValueError if it cannot be written.
+    """As `find_slices`, in a folder that is made ready for more.
+
+    Raises ValueError if it cannot be written, or if something else was plugged in before.
 
     Args:
         folder: of the sweep; None keeps everything in memory.
         sweep: what is trained.
         identities: what is plugged in, see `Plan`; kept with this session.
+        allow_changed: what may differ from what the folder was trained with.
     """
     slices = find_slices(folder, sweep)
     if slices.folder is None:
         return slices
     prepare(slices.folder)
+    check_identities(slices.folder, sweep, identities or {}, allow_changed)
     (slices.folder / "slices").mkdir(exist_ok=True)
     if jax.process_index() == 0:
         sessions = read_sessions(slices.folder) if kind_of(slices.folder) == "sweep" else []
@@ -273,6 +281,15 @@ def read_identities(folder: str | Path | None, sweep: Sweep) -> dict[str, dict[s
     found = {name: identity for session in sessions for name, identity in session.get("identities", {}).items()}
     names = {sweep.name_group(group): group.old_name() for group in sweep.groups()}
     return {name: found[key] for name, old in names.items() for key in (old, name) if key in found}
+
+
+def check_identities(
+    folder: str | Path | None, sweep: Sweep, now: Mapping[str, Mapping[str, str]], allow_changed: Sequence[str]
+) -> None:
+    """Raises ValueError if a sweep was trained with something else than now, see `check_identity`."""
+    before = read_identities(folder, sweep)
+    for name, identity in now.items():
+        check_identity(before.get(name, {}), identity, str(folder), allow_changed)
 
 
 def _check_same(folder: Path, sweep: Sweep):
