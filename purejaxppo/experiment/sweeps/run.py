@@ -45,7 +45,9 @@ def run_sweep(
     """Trains every run of a sweep, or of a plan, and returns the result.
 
     An interrupt (Ctrl-C, SIGTERM) ends the call after the current chunks, as in `fit`: everything up to there is kept,
-    then `Interrupted` is raised with the `result`, or the result is returned. A warning names the runs that turned nan.
+    then `Interrupted` is raised with the `result`, or the result is returned; before the first chunk there is none, and
+    KeyboardInterrupt is raised. A warning names the runs that turned nan. What a full disk does not take is kept in the
+    result, whose `unsaved` says so.
     With `jax.distributed` every process trains a part of the slices; all must see the folder. Calls that share a folder
     at the same time divide the slices: each leaves out those that another trains, and a warning says whose they are.
     Raises ValueError for a folder of another sweep, or a disk that is too small for the results.
