@@ -157,7 +157,8 @@ def load_run(folder: str | Path, ppo: PPO | None = None, *, allow_changed: Seque
             network, or damaged files.
     """
     folder = Path(folder)
-    metrics, settings = read_metrics(folder), read_intact_settings(folder)
+    _check_complete(folder)
+    settings, metrics = read_intact_settings(folder), read_dataset(folder / METRICS)
     # Without a PPO a name that is no environment of this package should not be looked up.
     now = DEFAULTS | {"env": settings.env} if ppo is None else identify_ppo(ppo)
     before = {name: x for name, x in settings.identity.items() if name not in settings.schedules}
@@ -174,10 +175,15 @@ def load_run(folder: str | Path, ppo: PPO | None = None, *, allow_changed: Seque
 
 def read_metrics(folder: Path) -> xarray.Dataset:
     """The metrics of a run. Raises ValueError if the folder holds no run, an unfinished one, or damaged files."""
+    _check_complete(folder)
     read_intact_settings(folder, only=METRICS)
+    return read_dataset(folder / METRICS)
+
+
+def _check_complete(folder: Path):
+    read_settings(folder)  # raises if there is no run
     if not is_complete(folder):
         raise ValueError(f"the run in {folder} is not finished (`purejaxppo resume {folder}` continues it)")
-    return read_dataset(folder / METRICS)
 
 
 def read_failures(folder: Path) -> dict[int, str]:
