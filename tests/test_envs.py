@@ -495,22 +495,24 @@ def test_an_unsound_environment_is_refused_before_anything_compiles():
 
 @pytest.mark.full
 def test_a_policy_trained_on_gymnax_acts_in_gymnasium_as_well():
-    """The same CartPole by other hands: what one learns in the one must hold in the other."""
+    """The same CartPole by other hands: a policy does as well in the one as in the other."""
     gymnasium = pytest.importorskip("gymnasium")
     config = dataclasses.replace(
-        SMALL, num_envs=8, num_steps=128, num_updates=100, num_epochs=4, num_minibatches=4, widths=(64, 64)
+        SMALL, num_envs=8, num_steps=128, num_updates=50, num_epochs=4, num_minibatches=4, widths=(64, 64)
     )
     from purejaxppo import Hyperparams
 
     ppo = make_ppo("CartPole-v1", config)
     state, _ = jax.jit(ppo.train)(ppo.init(jax.random.key(0), Hyperparams(learning_rate=1e-3)))
+    expected = ppo.evaluate(jax.random.key(1), state.policy, greedy=True).episode_return
     act = jax.jit(lambda obs: ppo.act(state.policy, obs)[0])
     env, returns = gymnasium.make("CartPole-v1"), []
-    for seed in range(5):
+    for seed in range(20):
         obs, _ = env.reset(seed=seed)
         total, done = 0.0, False
         while not done:
             obs, reward, terminated, truncated, _ = env.step(int(act(obs)))
             total, done = total + reward, terminated or truncated
         returns.append(total)
-    assert np.mean(returns) > 350
+    assert expected.mean() > 100  # random actions come to 22
+    assert abs(np.mean(returns) - expected.mean()) < 5 + 4 * expected.std() / np.sqrt(len(returns))
