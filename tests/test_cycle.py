@@ -326,7 +326,7 @@ print("done")
 """
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_a_custom_step_over_two_devices_is_that_step_in_either_order():
     program = SHARDED.format(paths=[p for p in sys.path if p])
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -34,6 +34,7 @@ def test_catch_is_solved():
     assert last.mean() > 0.95 and fresh.mean() > 0.95
 
 
+@pytest.mark.slow
 def test_cartpole_is_solved():
     """500 is perfect; SLM-Lab 498.9 within 200,000 steps, gymnax-blines 500 within 150,000."""
     last, fresh = train("CartPole-v1", 8)

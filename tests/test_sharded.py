@@ -161,6 +161,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_a_run_on_four_devices_is_the_run_of_its_shards():
     done = subprocess.run([sys.executable, "-c", FOUR_DEVICES], capture_output=True, text=True)
     assert done.stdout == "done\n", done.stderr
