@@ -26,7 +26,7 @@ import purejaxppo as pjp
 from probes import SMALL
 from purejaxppo.experiment import files
 from purejaxppo.experiment.files import from_arrays, to_arrays
-from purejaxppo.experiment.lock import claim
+from purejaxppo.experiment.lock import claim, claim_folder
 from purejaxppo.experiment.program import Program
 from purejaxppo.experiment.sweeps import slices
 from purejaxppo.experiment.sweeps.plan import pending_slices, plan_sweep
@@ -381,6 +381,12 @@ def test_a_call_that_can_train_nothing_says_who_has_it(small_slices, tmp_path):
         left = "left 4 slices to this process since 2026-11-26 18:59:00 UTC;"
         with pytest.raises(ValueError, match=f"^folder={tmp_path} is shared .* {left}"):
             run(small_slices, tmp_path)
+
+
+def test_a_sweep_does_not_wait_for_the_folder_of_a_run(tmp_path):
+    (tmp_path / "settings.json").write_text("{}")
+    with claim_folder(tmp_path), pytest.raises(ValueError, match="already holds a run"):
+        plan_sweep(pjp.Sweep("CartPole-v1", pjp.grid(clip=[0.1, 0.2]), config=SMALL), tmp_path)
 
 
 @pytest.mark.parametrize("full", ["some slices", "everything"])

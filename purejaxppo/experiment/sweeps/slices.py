@@ -191,10 +191,12 @@ def by_run(slices: Iterable[Slice]) -> dict[str, tuple[Slice, int]]:
 
 
 def find_slices(folder: str | Path | None, sweep: Sweep) -> Slices:
-    """The slices that a folder holds of a sweep, perhaps none. Raises ValueError if it holds another sweep."""
+    """The slices that a folder holds of a sweep, perhaps none. Raises ValueError if it holds another sweep or a run."""
     if folder is None:
         return Slices(sweep)
     folder = Path(folder)
+    if kind_of(folder) == "run":  # whose writer may be at work for long, so that nobody should wait for the folder
+        raise ValueError(f"folder={folder} already holds a run (name another folder)")
     if kind_of(folder) == "sweep":
         _check_same(folder, sweep)
     return Slices(sweep, folder)
