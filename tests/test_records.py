@@ -397,5 +397,6 @@ def test_commands_end_in_success_or_one_sentence_whatever_the_settings_hold(kind
             status = main([command[0], str(copied), *command[1:]])
             said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("purejaxppo: ")]
             errors = [line for line in said if not line.startswith("purejaxppo: warning: ")]
-            assert (status, len(errors)) in ((0, 0), (2, 1)), (path, value, command, said)
+            # 4 says that every agent failed, which a value on disk can lead to; 3 would be a full disk.
+            assert (status, len(errors)) in ((0, 0), (2, 1), (4, 1)), (path, value, command, said)
         shutil.rmtree(copied)
