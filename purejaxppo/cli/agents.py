@@ -188,13 +188,15 @@ def _load_agents(folder: Path, acting: Acting) -> "Agents":
     """The agents of a folder, with the custom environment and network that the command names."""
     from purejaxppo.experiment.agents.load import load_agents
     from purejaxppo.experiment.files import kind_of
+    from purejaxppo.experiment.runs.launch import read_launch
     from purejaxppo.experiment.runs.settings import read_settings
 
     given = {name: x for name, x in asdict(acting).items() if x}
     if kind_of(folder) == "sweep":
         return load_agents(folder, values={name: {x: to_named(name, x).value} for name, x in given.items()})
     settings = read_settings(folder)
-    check_given(given, settings.notes.get("launch", {}).get("plugged", {}), folder, ("env", "network"))
+    plugged = read_launch(settings, folder).plugged if "launch" in settings.notes else {}
+    check_given(given, plugged, folder, ("env", "network"))
     if not given:
         return load_agents(folder)
     return load_agents(folder, make_plugged(acting.env or settings.env, settings.config, Plugged(acting.network)))
@@ -204,10 +206,11 @@ def _show_run(folder: Path, settings: "RunSettings") -> bool:
     """Prints what a run is, how far it is and who failed; returns whether all agents have failed."""
     from purejaxppo.experiment.runs import saved
     from purejaxppo.experiment.runs.checkpoints import Checkpoints
+    from purejaxppo.experiment.runs.launch import read_launch
 
     config = settings.config
     done = max([settings.num_updates_done or 0, *(int(path.name) for path in Checkpoints(folder).paths())])
-    seed = settings.notes.get("launch", {}).get("seed", "unknown")
+    seed = read_launch(settings, folder).seed if "launch" in settings.notes else "unknown"
     say(f"{settings.env}: {count(settings.num_runs or 1, 'agent')}, seed {seed}")
     say(f"  {done} of {config.num_updates} updates, {done * config.steps_per_update:,} steps per agent")
     failed = saved.read_failures(folder)

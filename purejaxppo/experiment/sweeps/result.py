@@ -276,8 +276,7 @@ def _attributes(sweep: Sweep, machine: Mapping) -> dict:
     """The origin of the metrics: plain text, and JSON under `sweep` and `machine`."""
     return {
         "env": str(sweep.env),
-        "purejaxppo": machine["versions"]["purejaxppo"],
-        "jax": machine["versions"]["jax"],
+        **{name: machine["versions"].get(name, "unknown") for name in ("purejaxppo", "jax")},
         "device": machine["device"]["kind"],
         "matmul_precision": sweep.config.matmul_precision,
         "sweep": json.dumps(sweep.to_json()),
