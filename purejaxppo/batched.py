@@ -1,6 +1,7 @@
 """Many runs in one program: the same functions and pytrees, with a leading axis R."""
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial, wraps
@@ -88,6 +89,8 @@ def batched(ppo: PPO, devices: int | Sequence[Any] | None = None) -> PPO:
     @wraps(ppo.act)
     def act(policy: Any, obs: Any, key: jax.Array | None = None, memory: Any = None, env_params: Any = None):
         check_type("policy", policy, Policy, "such as state.policy")
+        if len({np.shape(x)[:1] for x in jax.tree.leaves(policy)}) > 1:
+            raise ValueError(f"policy is of one run, but this PPO is batched ({ONE})")
         num_runs, *_ = *np.shape(jax.tree.leaves(policy)[0]), 0
         check_axis(num_runs, ONE, policy=policy, obs=obs, key=key, memory=memory)
         if env_params is not None:
@@ -96,11 +99,13 @@ def batched(ppo: PPO, devices: int | Sequence[Any] | None = None) -> PPO:
 
     def over_runs(function: Callable) -> Callable:
         distributed = on_devices(partial(_over_runs, function))
+        names = list(inspect.signature(function).parameters)
 
         @wraps(function)
         def run(state: TrainState, *args: Any):
             _check_batch(state)
             check_target_kl(state.hyperparams.target_kl, ppo.config)
+            check_axis(len(state.num_updates), ONE, **dict(zip(names[1:], args)))
             return distributed(state, *args)
 
         return run

@@ -309,12 +309,13 @@ OTHER_NAMES = {
     "clip_param": "clip", "clip_range": "clip", "clip_range_vf": "value_clip", "clip_vloss": "clip_value_loss",
     "cliprange": "clip", "ent_coef": "entropy_coefficient", "ent_weight": "entropy_coefficient",
     "entropy_coef": "entropy_coefficient", "entropy_coeff": "entropy_coefficient", "epochs": "num_epochs",
-    "eps": "adam_eps", "epsilon": "clip", "gae": "gae_lambda", "gamma": "discount", "hidden_size": "widths",
-    "hidden_sizes": "widths", "horizon": "num_steps", "lam": "gae_lambda", "lambda": "gae_lambda",
-    "lambda_": "gae_lambda", "lmbda": "gae_lambda", "lr": "learning_rate", "max_norm": "max_grad_norm",
-    "minibatch_size": "num_minibatches", "n_envs": "num_envs", "n_epochs": "num_epochs",
-    "n_minibatches": "num_minibatches", "n_steps": "num_steps", "n_updates": "num_updates", "net_arch": "widths",
-    "norm_adv": "normalize_advantage", "norm_obs": "normalize_observation", "rollout_length": "num_steps",
+    "eps": "adam_eps", "epsilon": "clip", "gae": "gae_lambda", "gamma": "discount", "hidden": "widths",
+    "hidden_size": "widths", "hidden_sizes": "widths", "horizon": "num_steps", "lam": "gae_lambda",
+    "lambda": "gae_lambda", "lambda_": "gae_lambda", "layers": "widths", "lmbda": "gae_lambda",
+    "lr": "learning_rate", "max_norm": "max_grad_norm", "minibatch_size": "num_minibatches", "n_envs": "num_envs",
+    "n_epochs": "num_epochs", "n_layers": "widths", "n_minibatches": "num_minibatches", "n_steps": "num_steps",
+    "n_updates": "num_updates", "net_arch": "widths", "norm_adv": "normalize_advantage",
+    "norm_obs": "normalize_observation", "num_layers": "widths", "rollout_length": "num_steps",
     "seq_len": "segment_length", "total_steps": "num_updates", "total_timesteps": "num_updates",
     "unroll_length": "num_steps", "update_epochs": "num_epochs", "value_coef": "value_coefficient",
     "vf_clip": "value_clip", "vf_coef": "value_coefficient", "vf_coeff": "value_coefficient",
@@ -323,11 +324,19 @@ OTHER_NAMES = {
 
 def suggest(name: str, known: Sequence[str]) -> str:
     """The remedy of a message about an unknown name: the known name, or the field of `Config`, that is most like it."""
+    near = nearest(name, known)
+    if near and near not in known:
+        return f"{near} is a field of Config"
+    return f"did you mean {near}?" if near else "Config and Hyperparams have the names"
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """What an unknown name may mean: another name of a field, or the known name that is most like it; "" for none."""
     config = [field.name for field in fields(Config)]
     near = name if name in config else OTHER_NAMES.get(name.lower().replace("-", "_"), "")
-    if near in config and near not in known:
-        return f"{near} is a field of Config"
-    return f"did you mean {near or difflib.get_close_matches(name, known, n=1, cutoff=0)[0]}?"
+    words = [other for other in known if name in other.split("_")]
+    close = difflib.get_close_matches(name, known, n=1) or difflib.get_close_matches(name, words, n=1, cutoff=0)
+    return near or next(iter(close), "")
 
 
 HYPERPARAM_SPECS = {f.name: f.metadata["spec"] for f in fields(Hyperparams) if f.name != "extra"}

@@ -285,9 +285,11 @@ def init(
     check_target_kl(hyperparams.target_kl, config)
     key, network_key, actors_key = jax.random.split(as_key(key), 3)
     hyperparams, env_params = as_arrays(hyperparams), as_env_params(env_params, env)
+    now = hyperparams.at(0, config)
+    check_hyperparams(now)  # schedules as numbers
     actors = start(actors_key, env_params, env=env, network=network, num_envs=config.num_envs)
     policy = start_policy(network_key, actors.obs, actors.memory, env=env, network=network, config=config)
-    transformation = make_transformation(optimizer, hyperparams.at(0, config))
+    transformation = make_transformation(optimizer, now)
     return TrainState(
         key=key,
         hyperparams=hyperparams,

@@ -239,5 +239,5 @@ def _length(axis: dict) -> int:
 def _bounds(low: float, high: float) -> tuple:
     numbers = all(isinstance(x, (int, float)) and math.isfinite(x) for x in (low, high))
     if not numbers or not low < high:
-        raise ValueError(f"low={low} must be a number below high={high}")
+        raise ValueError(f"low={quote(low)} must be a number below high={quote(high)}")
     return low, high

@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 from purejaxppo.advantages import Batch
 from purejaxppo.collectives import mean_over_shards
 from purejaxppo.config import Config, Hyperparams
+from purejaxppo.envs.check import place
 from purejaxppo.normalize import standardize_advantage
 from purejaxppo.validate import as_loss, make_transformation
 
@@ -68,7 +69,11 @@ def update(
         random["key"] = jax.random.split(jax.random.fold_in(key, LOSS), len(chosen))
 
     def checked_loss(*args, **kwargs):
-        return as_loss(loss(*args, **kwargs), config)
+        try:
+            return as_loss(loss(*args, **kwargs), config)
+        except KeyError as error:
+            remedy = f"a coefficient is given as Hyperparams(extra={{{error}: ...}})"
+            raise ValueError(f"loss finds no {error}{place(error)} ({remedy})") from error
 
     def learn(carry, minibatch):
         params, opt_state, stopped = carry

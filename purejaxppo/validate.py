@@ -6,6 +6,7 @@ ValueError of one sentence with the argument, its value and a remedy.
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from functools import cached_property, partial
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from purejaxppo.config import Config, Hyperparams
+from purejaxppo.config import Config, Hyperparams, nearest, suggest
 from purejaxppo.envs.base import Env
 from purejaxppo.networks.network import Network
 from purejaxppo.rollout import Policy, Rollout, start_policy
@@ -49,11 +50,8 @@ class Expected:
     def check_state(self, state: Any) -> None:
         """Refuses what is not a state of one run of this PPO."""
         check_is_state(state)
-        shape, config = np.shape(state.num_updates), self.config
-        if shape:
-            raise ValueError(
-                f"state holds {shape[0]} runs, but this PPO is of one run (give it to batched(ppo), or state[0] here)"
-            )
+        check_one_run(state)
+        config = self.config
         if np.shape(state.key):
             raise ValueError(f"state.key has shape {np.shape(state.key)}, but must be a single key (one of them)")
         check_hyperparams(state.hyperparams)
@@ -145,16 +143,26 @@ def check_type(name: str, value: Any, kind: type, remedy: str) -> None:
 
 def check_config(config: Any) -> None:
     """Refuses what is not a `Config`, and says where it belongs."""
+    settings = {field.name for field in fields(Config)}
     if isinstance(config, tuple) and any(isinstance(x, Config) for x in config):
         remedy = "a preset is a pair: config, hyperparams = preset(...)"
     elif isinstance(config, Hyperparams):
         remedy = "hyperparameters go to ppo.init(key, hyperparams)"
-    elif isinstance(config, Mapping):
+    elif isinstance(config, Mapping) and config.keys() <= settings:
         remedy = "write Config(**config)"
+    elif isinstance(config, Mapping) and config.keys() <= settings.union(Hyperparams().names):
+        remedy = "hyperparameters go to ppo.init(key, Hyperparams(**hyperparams))"
+    elif config is Config:
+        remedy = "write Config()"
+    elif callable(config):
+        remedy = "such as Config(num_envs=8), or call a preset: config, hyperparams = preset(...)"
     elif config is None or isinstance(config, (str, int, float)):
         remedy = "such as Config(num_envs=8)"
     else:
-        remedy = "the parameters of an environment go beside it: make_ppo((env, params), config)"
+        remedy = (
+            "the parameters of an environment go beside it: make_ppo((env, params), config) of a gymnax environment, "
+            "env._replace(params=...) of an Env"
+        )
     check_type("config", config, Config, remedy)
 
 
@@ -205,7 +213,9 @@ def as_loss(result: Any, config: Config) -> tuple[jax.Array, dict[str, jax.Array
     Refuses anything but the pair of a scalar and a dictionary of scalars and vectors.
     """
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
+        pair = isinstance(result, tuple) and len(result) == 2
         what = f"{len(result)} values" if isinstance(result, tuple) else _describe(result)
+        what = f"{shorten(_describe(result[0]))} and {shorten(_describe(result[1]))}" if pair else what
         raise ValueError(f"loss must return the pair (loss, report), the report as a dictionary, not {what}")
     loss, report = result
     if not _is_array(loss) or jnp.shape(loss) or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
@@ -270,7 +280,9 @@ def _place_of(value: Any) -> str:
     if isinstance(value, Mapping) and all(name in Hyperparams().names for name in value):
         return "write Hyperparams(**hyperparams)"
     if isinstance(value, Mapping):
-        return "parameters of the environment go to env_params="
+        known = Hyperparams().names
+        unknown = str(next(name for name in value if name not in known))
+        return suggest(unknown, known) if nearest(unknown, known) else "parameters of the environment go to env_params="
     if isinstance(value, Config):
         return "a Config goes to make_ppo(env, config)"
     if isinstance(value, tuple):
@@ -394,6 +406,15 @@ def check_is_state(state: Any) -> None:
         raise ValueError(f"state={shorten(repr(state))} must be a TrainState ({remedy})")
     check_typed_key("state.key", state.key)
     check_type("state.hyperparams", state.hyperparams, Hyperparams, _place_of(state.hyperparams))
+
+
+def check_one_run(state: Any) -> None:
+    """Refuses the state of a batch of runs."""
+    shape = np.shape(state.num_updates)
+    if shape:
+        raise ValueError(
+            f"state holds {shape[0]} runs, but this PPO is of one run (give it to batched(ppo), or state[0] here)"
+        )
 
 
 def check_typed_key(name: str, key: Any) -> None:

@@ -120,7 +120,7 @@ def test_a_run_killed_before_its_last_files_is_completed(copy):
     for name in ("policy.npz", "metrics.nc"):
         (copy / name).unlink()
     ppo, state = begin()
-    with pytest.raises(ValueError, match="is not finished"):
+    with pytest.raises(ValueError, match=r"is not finished \(fit\(..., folder=.*\) continues it"):
         load(copy, ppo)
     assert fit(ppo, state, folder=copy, progress=False).num_updates == 0
     assert load(copy, ppo).metrics.sizes["updates"] == 9

@@ -85,7 +85,14 @@ REFUSALS = [
     (["train", "CartPole-v1", "--discount", "1.5"], "discount=1.5 must be a number in"),
     (["train", "CartPole-v1", "--learning-rate", "nan"], "learning_rate=nan must be a number in"),
     (["train", "CartPole-v1", "--learning-rate", "fast"], "fast"),
-    (["train", "CartPole-v1", "--learning-rat", "1e-3"], "--learning-rate"),
+    (["train", "CartPole-v1", "--learning-rat", "1e-3"], "--learning-rat is not a flag of purejaxppo train"),
+    (
+        ["train", "CartPole-v1", "--lr", "1e-3"],
+        "--lr is not a flag of purejaxppo train (did you mean --learning-rate?)",
+    ),
+    (["train", "CartPole-v1", "--gamma=.9"], "--gamma is not a flag of purejaxppo train (did you mean --discount?)"),
+    (["train", "CartPole-v1", "--qqq"], "--qqq is not a flag of purejaxppo train (--help lists them)"),
+    (["sweep", "CartPole-v1", "--grid", "clip=.1,.2", "--out", "/dev/null/x"], "--out=/dev/null/x cannot be written"),
     (["train", "CartPole-v1", "--total-steps", "3"], "--total-steps=3 must be at least one rollout"),
     (["train", "CartPole-v1", "--encoder", "cnn"], "encoder='cnn' reads grids"),
     (["train", "CartPole-v1", "--total-steps", "1_0e0"], "--total-steps=10 must be at least one rollout"),
@@ -274,6 +281,7 @@ def test_a_sweep_is_planned_run_ranked_drawn_and_drawn_anew(tmp_path, capsys):
         (["--grid", "clip=.1", "--grid", "clip=.2"], "names a field twice"),
         (["--sample", "clip=uniform:.1:.2"], "--num-samples=0"),
         (["--sample", "clip=normal:.1:.2", "--num-samples", "2"], "FIELD=KIND:LOW:HIGH"),
+        (["--sample", "lr=log_uniform:1e-4:1e-2", "--num-samples", "2"], "lr is not a field of a sweep (did you mean"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_one_sentence_and_status_two(arguments, words, capsys):

@@ -207,12 +207,27 @@ def test_policies_are_not_loaded_into_another_network_or_environment(tmp_path, k
     config = replace(SMALL, activation="relu")
     ppo = pjp.make_ppo("CartPole-v1", SMALL, network=pjp.make_ppo("CartPole-v1", config).network)
     save_untrained(ppo, pjp.first_state(ppo, key), tmp_path)
-    with pytest.raises(ValueError, match="network=Network .* instead of purejaxppo.make_network .*allow_changed"):
-        pjp.load(tmp_path)
+    for load in (pjp.load, pjp.load_agents):
+        with pytest.raises(ValueError, match=r"network=Network .*give the PPO that was trained as ppo=; load accepts"):
+            load(tmp_path)
     with pytest.raises(ValueError, match="network=Network"):
         pjp.load(tmp_path, pjp.make_ppo("CartPole-v1", SMALL))
     assert pjp.load(tmp_path, ppo).metrics.sizes["updates"] == 1
     assert pjp.load(tmp_path, allow_changed=["network"]).metrics.sizes["updates"] == 1
+
+
+@pytest.mark.parametrize(
+    "many, words", [(False, "batched, but .* one run .give the"), (True, "of one run, but .* 2 runs")]
+)
+def test_a_run_is_loaded_by_a_ppo_of_as_many_runs(many, words, tmp_path, key):
+    one = pjp.make_ppo("CartPole-v1", SMALL)
+    ppos = [one, pjp.batched(one)]
+    save_untrained(ppos[many], pjp.first_state(ppos[many], jax.random.split(key) if many else key), tmp_path)
+    with pytest.raises(ValueError, match=f"ppo is {words}"):
+        pjp.load(tmp_path, ppos[not many])
+    if not many:
+        with pytest.raises(ValueError, match=f"ppo is {words}"):
+            pjp.load_agents(tmp_path, ppos[1])
 
 
 @pytest.mark.parametrize("old", [False, True])

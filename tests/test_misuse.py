@@ -89,6 +89,11 @@ def with_loss(change):
     return step(make(loss=loss))
 
 
+def with_beta(params, minibatch, hyperparams, *, network, config):
+    loss, report = pjp.ppo_loss(params, minibatch, hyperparams, network=network, config=config)
+    return loss * hyperparams.extra["beta"], report
+
+
 def with_metric(**metrics):
     def custom(ppo, state):
         state, ours = ppo.step(state)
@@ -173,6 +178,18 @@ CASES: dict[str, tuple[Any, str]] = {
         lambda: with_loss(lambda loss, report: loss),
         r"loss must return the pair \(loss, report\), .*not float32\[\]",
     ),
+    "a loss that returns its report first": (
+        lambda: with_loss(lambda loss, report: (report, loss)),
+        r"must return the pair \(loss, report\), the report as a dictionary, not {'approx_kl'.* and float32\[\]$",
+    ),
+    "a loss without a report": (
+        lambda: with_loss(lambda loss, report: (loss, None)),
+        r"must return the pair \(loss, report\), the report as a dictionary, not float32\[\] and None",
+    ),
+    "a loss with a coefficient that is not given": (
+        lambda: step(make(loss=with_beta)),
+        r"loss finds no 'beta' \(test_misuse.py, line \d+\) .*Hyperparams\(extra={'beta': ...}\)",
+    ),
     "a loss that returns three values": (
         lambda: with_loss(lambda loss, report: (loss, report, 0)),
         "loss must return the pair .*not 3 values",
@@ -216,6 +233,30 @@ CASES: dict[str, tuple[Any, str]] = {
         lambda: api.make_ppo(WALK, {"num_envs": 2}),
         r"config={'num_envs': 2} must be a Config \(write Config\(\*\*config\)",
     ),
+    "hyperparameters in a dictionary as config": (
+        lambda: api.make_ppo(WALK, {"clip": 0.1}),
+        r"config={'clip': 0.1} must be a Config \(hyperparameters go to ppo.init\(key, Hyperparams\(",
+    ),
+    "parameters in a dictionary as config": (
+        lambda: api.make_ppo(WALK, {"stride": 0.5, "size": 3}),
+        r"config={'stride': 0.5, 'size': 3} must be a Config \(.*env._replace\(params=...\) of an Env",
+    ),
+    "the function preset as config": (
+        lambda: api.make_ppo(WALK, api.preset),
+        r"config=<function preset.* must be a Config \(.*config, hyperparams = preset\(...\)",
+    ),
+    "a class as config": (
+        lambda: api.make_ppo(WALK, api.Config),
+        r"config=<class .* must be a Config \(write Config\(\)",
+    ),
+    "parameters of gymnax as a dictionary": (
+        lambda: api.make_ppo((import_gymnax().make("CartPole-v1")[0], {"gravity": 5.0}), CONFIG),
+        r"params={'gravity': 5.0} of CartPole-v1 must have .*env.default_params.replace",
+    ),
+    "parameters of another environment of gymnax": (
+        lambda: api.make_ppo((import_gymnax().make("CartPole-v1")[0], import_gymnax().make("MountainCar-v0")[1])),
+        "params=EnvParams.* of CartPole-v1 must have masscart",
+    ),
     "a config as environment": (
         lambda: api.make_ppo(CONFIG),
         r"^env=Config\(.{1,80} is not an environment: pass a name",
@@ -228,6 +269,14 @@ CASES: dict[str, tuple[Any, str]] = {
         lambda: make().init(KEY, {"clip": 0.1}),
         r"hyperparams={'clip': 0.1} must be Hyperparams \(write Hyperparams\(\*\*hyperparams",
     ),
+    "a hyperparameter by another name": (
+        lambda: make().init(KEY, {"lr": 1e-3}),
+        r"hyperparams={'lr': 0.001} must be Hyperparams \(did you mean learning_rate",
+    ),
+    "a setting of a config as hyperparameter": (
+        lambda: make().init(KEY, {"num_envs": 8}),
+        r"hyperparams={'num_envs': 8} must be Hyperparams \(num_envs is a field of Config",
+    ),
     "environment parameters as hyperparameters": (
         lambda: make().init(KEY, {"stride": 0.1}),
         "hyperparams={'stride': 0.1} must be .*parameters of the environment go to env_params=",
@@ -239,6 +288,10 @@ CASES: dict[str, tuple[Any, str]] = {
     ),
     "hyperparameters of several runs": (
         lambda: make().init(KEY, api.Hyperparams(learning_rate=jnp.ones(3))),
+        r"hyperparams.learning_rate has shape \(3,\), but this PPO is of one run .*batched\(ppo\)",
+    ),
+    "a schedule of several runs": (
+        lambda: make().init(KEY, api.Hyperparams(learning_rate=api.linear(jnp.ones(3), 0))),
         r"hyperparams.learning_rate has shape \(3,\), but this PPO is of one run .*batched\(ppo\)",
     ),
     "a list of a hyperparameter": (
@@ -280,6 +333,10 @@ CASES: dict[str, tuple[Any, str]] = {
         for name in ("step", "collect", "train")
     },
     "one run to step of a batch": (lambda: step(many(), start()), r"needs states with a leading axis R"),
+    "a rollout of one run to learn of a batch": (
+        lambda: jax.eval_shape(many().learn, starts(), jax.eval_shape(make().collect, start())[1]),
+        r"rollout.* has shape .*, but must be \[R, ...\] with R = 3 runs .*the PPO that is not batched",
+    ),
     "a policy as state": (
         lambda: step(make(), start().policy),
         r"state=Policy .* must be a TrainState \(from ppo.init",
@@ -393,6 +450,10 @@ CASES: dict[str, tuple[Any, str]] = {
         lambda: jax.eval_shape(make().act, starts().policy, jnp.zeros(1)),
         r"policy holds one policy per run, \[R, ...\], but this PPO is of one run",
     ),
+    "a policy of one run for a batch": (
+        lambda: many().act(state().policy, jnp.zeros((3, 1))),
+        "policy is of one run, but this PPO is batched .what belongs to one run goes to the PPO that is not batched",
+    ),
     "one observation for a batch": (
         lambda: jax.eval_shape(many().act, starts().policy, jnp.zeros(1)),
         r"obs has shape \(1,\), but must be \[R, ...\] with R = 3 runs",
@@ -446,6 +507,10 @@ CASES: dict[str, tuple[Any, str]] = {
     "a module of nnx as its builder": (
         lambda: api.from_nnx(OfNNX(nnx.Rngs(0))),
         r"build=OfNNX\(...\) is a module; .*from_nnx\(lambda rngs: MyModule\(rngs\)\)",
+    ),
+    "a network that fails when traced": (
+        lambda: with_module(lambda distribution, value: distribution.logit),
+        r"cannot be applied to observations .*no attribute 'logit' \(test_misuse.py, line \d+\)",
     ),
     "a class of modules": (lambda: api.make_ppo(WALK, CONFIG, network=nn.Dense), "network=<class.* an instance of it"),
     # transforms
@@ -531,6 +596,21 @@ CASES: dict[str, tuple[Any, str]] = {
         )
         for function in (api.plan_sweep, api.run_sweep, api.successive_halving)
     },
+    "a table before its environment": (
+        lambda: api.Sweep(api.grid(clip=[0.1, 0.2]), "CartPole-v1"),
+        r"env=Table.* is a table \(the environment comes first: Sweep\(env, table\)",
+    ),
+    "bounds that are text": (lambda: api.log_uniform("1e-4", 1e-2), "low='1e-4' must be a number below high=0.01"),
+    **{
+        f"a sweep over {name}": (
+            lambda name=name: api.Sweep(WALK, api.grid(**{name: [1, 2]})),
+            rf"{name} is not a field of a sweep \({words}\)",
+        )
+        for name, words in [
+            *((name, r"did you mean widths\?") for name in ("hidden", "layers", "hidden_sizes")),
+            ("depth", "Config and Hyperparams have the names"),
+        ]
+    },
     "a dictionary as config of a sweep": (
         lambda: api.Sweep(WALK, config={"num_envs": 2}),
         r"config={'num_envs': 2} must be a Config \(write Config\(\*\*config\)",
@@ -585,6 +665,10 @@ CASES: dict[str, tuple[Any, str]] = {
         lambda: api.fit(make(), state(), program=make().train),
         r"program=<function.* must be a Program \(from compile_training",
     ),
+    "compile_training of a batch by one": (
+        lambda: api.compile_training(make(), starts()),
+        "state holds 3 runs, but this PPO is of one",
+    ),
     "compile_training of another num_envs": (
         lambda: api.compile_training(make(), start_of(make(replace(CONFIG, num_envs=4)))),
         "state has 4 environments, but num_envs=2",
@@ -606,6 +690,19 @@ CASES: dict[str, tuple[Any, str]] = {
     "an export of a state": (
         lambda: api.export(make(), state(), "policy.npz"),
         "policy=TrainState .* must be a Policy .such as agents.policy",
+    ),
+    "an export into a folder that is not there": (
+        lambda: api.export(make(), state().policy, "/nowhere/policy.npz"),
+        "path=/nowhere/policy.npz cannot be written: No such file .*name another path",
+    ),
+    "an export with incomplete parameters": (
+        lambda: api.export(make(), state().policy, "policy.npz", {"stride": 0.5}),
+        r"env_params=.* must have the structure of those of walk: \['size'\] is missing",
+    ),
+    "a number as folder of compiled programs": (lambda: api.cache_compilation(3), "folder=3 must be a path, such as"),
+    "a sweep into a folder that cannot be": (
+        lambda: api.run_sweep(api.Sweep(WALK, config=CONFIG), "/dev/null/x"),
+        "^folder=/dev/null/x cannot be written: Not a directory .name another folder",
     ),
     "an export of a batch": (
         lambda: api.export(many(), zeros(starts()).policy, "policy.npz"),

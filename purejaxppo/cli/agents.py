@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 import tyro
 
-from purejaxppo.cli.options import ALL_FAILED, check_counts, check_file, say
+from purejaxppo.cli.options import ALL_FAILED, check_counts, say
 from purejaxppo.cli.plugged import Acting, Plugged, check_given, make_plugged, to_named
 from purejaxppo.text import count, interval
 
@@ -113,6 +113,7 @@ def render(arguments: list[str]) -> int:
 
     from purejaxppo.experiment.agents.render import check_drawable, record_episode
     from purejaxppo.experiment.agents.render import render as render_episode
+    from purejaxppo.experiment.files import check_file
 
     agents, out = _load_agents(options.folder, options.acting), options.out or options.folder / "episode.gif"
     policy = agents.policy(options.agent)
@@ -139,7 +140,6 @@ def export(arguments: list[str]) -> int:
 
     agents = _load_agents(options.folder, options.acting)
     policy = agents.policy(options.agent)
-    check_file(options.out)
     lines = export_policy(agents.ppo, policy, options.out, jax.tree.map(lambda x: x[options.agent], agents.env_params))
     say(f"# {options.out} holds agent {options.agent} of {agents.title}; use it like this:", "", *lines.split("\n"))
     return 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import tyro
 
 from purejaxppo.checks import check_whole
-from purejaxppo.cli.options import TrainingOptions, check_counts, check_file, make, parse, prepare_cpu, say
+from purejaxppo.cli.options import TrainingOptions, check_counts, make, parse, prepare_cpu, say
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ def bench(arguments: list[str]) -> int:
         raise ValueError(f"seconds={options.seconds} must be a positive number")
 
     from purejaxppo.experiment.bench import bench as measure
+    from purejaxppo.experiment.files import check_file
     from purejaxppo.experiment.provenance import as_json, describe_machine
 
     ppo = make(options)

@@ -1,7 +1,7 @@
 """What the commands that train share: flags made from `Config` and `Hyperparams`, on top of a preset."""
 
 import datetime
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,7 +9,7 @@ import tyro
 
 from purejaxppo.checks import check_whole
 from purejaxppo.cli.plugged import Plugged, make_plugged
-from purejaxppo.config import Config, Hyperparams
+from purejaxppo.config import Config, Hyperparams, nearest
 from purejaxppo.ppo import PPO
 from purejaxppo.text import printable
 
@@ -87,11 +87,24 @@ def parse(kind: type[Options], command: str, arguments: list[str]) -> Options:
                 f"name an environment first: purejaxppo {command} ENV [flags] (`purejaxppo envs` lists them)"
             )
         env = "CartPole-v1"
-    elif ":" in env:
-        return tyro.cli(kind, args=arguments, default=kind(env), prog=f"purejaxppo {command}")
-    elif env not in env_names():
+    elif ":" not in env and env not in env_names():
         make_env(env)  # raises
-    return tyro.cli(kind, args=arguments, default=kind(env, **preset(env)._asdict()), prog=f"purejaxppo {command}")
+    default = kind(env) if ":" in env else kind(env, **preset(env)._asdict())
+    options, unknown = tyro.cli(
+        kind, args=arguments, default=default, prog=f"purejaxppo {command}", return_unknown_args=True
+    )
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        raise ValueError(f"{flag} is not a flag of purejaxppo {command} ({_suggest_flag(flag, kind)})")
+    return options
+
+
+def _suggest_flag(flag: str, kind: type[TrainingOptions]) -> str:
+    """The remedy of a message about an unknown flag of the commands that train."""
+    known = {option.name for group in (kind, Config, Hyperparams, Plugged) for option in fields(group)}
+    known -= {"env", "config", "hyperparams", "plugged"}  # without flags of their own
+    near = nearest(flag.strip("-").replace("-", "_"), sorted(known)).replace("_", "-")
+    return f"did you mean --{near}?" if near else "--help lists them"
 
 
 def check_counts(options: Any, *names: str, at_least: int = 1):
@@ -99,17 +112,6 @@ def check_counts(options: Any, *names: str, at_least: int = 1):
     for name in names:
         if getattr(options, name) is not None:
             check_whole(name, getattr(options, name), at_least=at_least)
-
-
-def check_file(path: Path):
-    """Refuses a file that cannot be written, before anything is computed for it; an existing file stays as it is."""
-    existed = path.exists()
-    try:
-        path.open("ab").close()
-    except OSError as error:
-        raise ValueError(f"out={path} cannot be written: {error.strerror} (name another file)") from None
-    if not existed:
-        path.unlink()
 
 
 def complete(options: Any) -> Any:

@@ -76,6 +76,7 @@ def sweep(arguments: list[str]) -> int:
     """Prints the plan, trains, prints a ranking, and leaves data and plots."""
     options, table = _parse_sweep(arguments)
 
+    from purejaxppo.experiment.files import check_writable
     from purejaxppo.experiment.loop import Interrupted
     from purejaxppo.experiment.report.ranking import as_table
     from purejaxppo.experiment.report.statistics import improvements
@@ -87,6 +88,8 @@ def sweep(arguments: list[str]) -> int:
     wanted = Sweep(env, table, options.num_seeds, options.config, options.hyperparams, options.seed)
     cache(options)
     say(*str(wanted).split("\n"))
+    if options.out is not None and not options.dry_run:
+        check_writable(options.out)
     plan = plan_sweep(wanted, options.out, slice_size=options.slice_size, allow_changed=options.allow_changed)
     say(*str(plan).split("\n"))
     if options.dry_run:
@@ -177,6 +180,7 @@ def _parse_column(text: str, env: str) -> tuple[str, list]:
 
 
 def _parse_distribution(text: str):
+    from purejaxppo.experiment.sweeps.sweep import check_field
     from purejaxppo.table import choice, integers, log_uniform, uniform
 
     known = {"uniform": uniform, "log_uniform": log_uniform, "integers": integers, "choice": choice}
@@ -188,6 +192,7 @@ def _parse_distribution(text: str):
             f"sample={text} must be FIELD=KIND:LOW:HIGH, such as learning_rate=log_uniform:1e-4:1e-2 "
             f"(kinds: {', '.join(known)})"
         )
+    check_field(name)
     return name, known[kind](*(_parse_value(name, value) for value in values))
 
 

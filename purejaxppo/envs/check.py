@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax.core import Tracer
 
 from purejaxppo.checks import check_whole
 from purejaxppo.envs.base import Box, Discrete, Env, MultiDiscrete, Step, action_space, bound_action, observation_space
 from purejaxppo.text import quote
 
-PACKAGES = [Path(jax.__file__).parent, Path(__file__).parents[1]]
+PACKAGES = [Path(jax.__file__).parent, Path(struct.__file__).parent, Path(__file__).parents[1]]
 LARGEST = 1e18  # of a number whose square, summed over a rollout, stays finite in float32
 
 
@@ -250,11 +251,11 @@ def _call(what: str, function, *args):
     except Exception as error:
         lines = str(error).strip().splitlines()
         first = f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
-        raise ValueError(f"{what} failed when traced: {first}{_place(error)}") from error
+        raise ValueError(f"{what} failed when traced: {first}{place(error)}") from error
 
 
-def _place(error: Exception) -> str:
-    """The last line that an error passed through outside of JAX and this package."""
+def place(error: Exception) -> str:
+    """The last line that an error passed through outside of JAX, flax and this package, " (FILE, line N)" or ""."""
     frames = [(Path(f.filename), f.lineno) for f in traceback.extract_tb(error.__traceback__)]
     places = [f" ({path.name}, line {line})" for path, line in frames if not any(map(path.is_relative_to, PACKAGES))]
     return places[-1] if places else ""

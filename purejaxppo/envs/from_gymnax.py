@@ -9,6 +9,7 @@ import numpy as np
 from purejaxppo.envs.base import Box, Discrete, Env, MultiDiscrete, Step
 from purejaxppo.envs.import_gymnax import import_gymnax
 from purejaxppo.envs.without_reset import without_reset, wrapped_environments
+from purejaxppo.text import quote
 
 REPEATED = {"discount", "terminated", "truncated", "final_observation"}
 
@@ -24,12 +25,19 @@ def from_gymnax(env: Any, params: Any = None) -> Env:
         params: by default those of the environment.
 
     Raises:
-        ValueError: for an unsupported space, or an interface that hides observations or the time limit.
+        ValueError: for parameters of another environment, an unsupported space, or an interface that hides observations
+            or the time limit.
     """
     if isinstance(env, str):
         env, default_params = import_gymnax().make(env)
         params = default_params if params is None else params
     params = env.default_params if params is None else params
+    fields = getattr(getattr(env, "default_params", None), "__dict__", {})
+    lacking = [name for name in fields if not hasattr(params, name)]
+    if lacking:
+        raise ValueError(
+            f"params={quote(params)} of {_name(env)} must have {lacking[0]} (take env.default_params.replace(...))"
+        )
     raw = without_reset(env, params)
     start = _start(env.action_space(params))
     try:

@@ -45,12 +45,38 @@ def prepare(folder: Path):
 
 def make_writable(folder: Path):
     """Makes a folder if it does not exist. Raises ValueError if it cannot be written."""
-    try:
+    with _refused("folder", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+def check_writable(folder: Path):
+    """Raises ValueError if a folder, or the one above it that exists, cannot be written; makes no folder."""
+    with _refused("folder", folder):
+        tempfile.TemporaryFile(dir=existing(folder)).close()
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def check_file(path: Path):
+    """Raises ValueError if a file cannot be written; an existing file stays as it is."""
+    existed = path.exists()
+    with _refused("path", path):
+        path.open("ab").close()
+    if not existed:
+        path.unlink()
+
+
+@contextlib.contextmanager
+def _refused(argument: str, value: Path) -> Iterator[None]:
+    """An OSError as a ValueError that names the argument."""
+    try:
+        yield
     except OSError as error:
-        raise ValueError(f"folder={folder} cannot be written: {error.strerror} (name another folder)") from None
+        raise ValueError(f"{argument}={value} cannot be written: {error.strerror} (name another {argument})") from None
 
 
 def make_new(folder: Path) -> Path:

@@ -100,14 +100,21 @@ def check_identity(
 
 
 def check_loaded(
-    before: Mapping[str, str], now: Mapping[str, str], folder: str | Path, allow_changed: Sequence[str] = ()
+    before: Mapping[str, str],
+    now: Mapping[str, str],
+    folder: str | Path,
+    allow_changed: Sequence[str] = (),
+    *,
+    remedy: str,
 ) -> None:
     """As `check_identity`, for policies that are loaded to act: of what matters to training alone, it only warns."""
     differing = _differing(before, now, allow_changed)
     text = ", ".join(f"{name}={before.get(name, NONE)} instead of {now.get(name, NONE)}" for name in differing)
-    remedy = "give load what was trained: its ppo, or make= and values= of a sweep"
     if set(differing) & ACTING:
-        raise ValueError(f"folder={folder} was trained with {text} ({remedy}; allow_changed={differing!r} accepts it)")
+        raise ValueError(
+            f"folder={folder} was trained with {text} ({remedy}; load accepts another that fits with "
+            f"allow_changed={differing!r})"
+        )
     if differing:
         warnings.warn(
             f"{folder} was trained with {text}; its policies act as trained, but train differently ({remedy})"

@@ -22,8 +22,8 @@ from purejaxppo.config import Config
 from purejaxppo.evolving import Population
 from purejaxppo.experiment.identity import changed_names, identify_ppo
 from purejaxppo.ppo import PPO, TrainState
-from purejaxppo.text import count
-from purejaxppo.validate import check_is_state, check_type, refuse_difference
+from purejaxppo.text import count, quote
+from purejaxppo.validate import check_is_state, check_one_run, check_type, refuse_difference
 
 # Transitions of a rollout, over all runs of a slice, that fit the cache of a CPU core.
 TRANSITIONS_PER_SLICE = 4096
@@ -211,6 +211,8 @@ def check_training(ppo: Any, state: Any) -> None:
     check_type("ppo", ppo, PPO, "give the PPO first, then its state")
     if not isinstance(state, Population):
         check_is_state(state)
+        if not ppo.many:
+            check_one_run(state)
     if np.ndim(state.num_updates) > 1:
         raise ValueError("a state of a batch of batches cannot be trained; give runs one leading axis")
 
@@ -261,6 +263,8 @@ def cache_compilation(folder: str | Path):
 
     Raises ValueError if the folder cannot be made.
     """
+    if not isinstance(folder, (str, Path)):
+        raise ValueError(f"folder={quote(folder)} must be a path, such as 'compiled'")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -15,6 +15,7 @@ from flax.errors import InvalidRngError, ModifyScopeVariableError
 
 from purejaxppo.config import Config
 from purejaxppo.envs.base import Box, Discrete, MultiDiscrete, Space
+from purejaxppo.envs.check import place
 from purejaxppo.networks.distributions import MultiCategorical
 from purejaxppo.networks.orthogonal import orthogonalize
 from purejaxppo.text import shorten
@@ -137,7 +138,7 @@ def check_network(network: Network, obs: Any, action_space: Space, config: Confi
     try:
         taken, outputs = jax.eval_shape(forward, jax.random.key(0))
     except Exception as error:
-        text = str(error).split(" (https://")[0]
+        text = str(error).split(" (https://")[0] + place(error)
         remedy = f" ({PURE})" if isinstance(error, (InvalidRngError, ModifyScopeVariableError)) else ""
         raise ValueError(f"network cannot be applied to observations [T, B, ...]: {text}{remedy}") from error
     if not isinstance(outputs, tuple) or len(outputs) != 3:

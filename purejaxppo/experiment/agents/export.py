@@ -12,10 +12,11 @@ from flax.errors import FlaxError
 
 from purejaxppo.envs.base import Box, Discrete, action_space, bound_action, observation_space
 from purejaxppo.experiment.agents.load import check_agent
-from purejaxppo.experiment.files import to_arrays
+from purejaxppo.experiment.files import check_file, to_arrays
 from purejaxppo.networks.actor_critic import make_network
 from purejaxppo.ppo import PPO, bind
 from purejaxppo.rollout import Policy, add_time, apply_policy
+from purejaxppo.validate import as_env_params
 
 FORMATS = (".stablehlo", ".npz")
 
@@ -43,13 +44,15 @@ def export(
         platforms: that a .stablehlo file runs on.
 
     Raises:
-        ValueError: for a policy of another PPO, another suffix, or a network that .npz does not support.
+        ValueError: for a policy or parameters of another PPO, a file that cannot be written, another suffix, or a
+            network that .npz does not support.
     """
     check_agent(ppo, policy)
     path = Path(path)
     if path.suffix not in FORMATS:
         raise ValueError(f"path={path} must end in {' or '.join(FORMATS)}, which says what to write")
-    env_params = ppo.env.params if env_params is None else env_params
+    env_params = as_env_params(env_params, ppo.env)
+    check_file(path)
     if path.suffix == ".npz":
         arrays, lines = _as_numpy(ppo, policy, env_params, path)
         np.savez(path, **cast(dict[str, Any], arrays))

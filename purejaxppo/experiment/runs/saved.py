@@ -38,7 +38,7 @@ from purejaxppo.experiment.runs.settings import ENV_PARAMS, RunSettings, read_se
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.rollout import Policy
 from purejaxppo.sharded import sharded
-from purejaxppo.text import shorten
+from purejaxppo.text import count, shorten
 
 METRICS, POLICY = "metrics.nc", "policy.npz"
 FILES = (SETTINGS, METRICS, POLICY)
@@ -162,7 +162,13 @@ def load_run(folder: str | Path, ppo: PPO | None = None, *, allow_changed: Seque
     # Without a PPO a name that is no environment of this package should not be looked up.
     now = DEFAULTS | {"env": settings.env} if ppo is None else identify_ppo(ppo)
     before = {name: x for name, x in settings.identity.items() if name not in settings.schedules}
-    check_loaded(before, now, folder, allow_changed)
+    check_loaded(before, now, folder, allow_changed, remedy="give the PPO that was trained as ppo=")
+    if ppo is not None and ppo.many != bool(settings.num_runs):
+        remedy = "batched(ppo)" if settings.num_runs else "the PPO of one agent"
+        raise ValueError(
+            f"ppo is {'batched' if ppo.many else 'of one run'}, but {folder} holds "
+            f"{count(settings.num_runs, 'run') + ' of a batch' if settings.num_runs else 'one run'} (give {remedy})"
+        )
     ppo = remake(settings) if ppo is None else ppo
     # Policy and parameters have the same shapes under any hyperparameters, and schedules cannot be made from numbers.
     constant = {name: getattr(Hyperparams(), name, 0.0) for name in settings.schedules}
@@ -181,9 +187,10 @@ def read_metrics(folder: Path) -> xarray.Dataset:
 
 
 def _check_complete(folder: Path):
-    read_settings(folder)  # raises if there is no run
+    settings = read_settings(folder)  # raises if there is no run
     if not is_complete(folder):
-        raise ValueError(f"the run in {folder} is not finished (`purejaxppo resume {folder}` continues it)")
+        call = f"`purejaxppo resume {folder}`" if "launch" in settings.notes else f"fit(..., folder={str(folder)!r})"
+        raise ValueError(f"the run in {folder} is not finished ({call} continues it)")
 
 
 def read_failures(folder: Path) -> dict[int, str]:

@@ -125,7 +125,8 @@ class SweepResult:
         group = self.sweep.group_of(self.sweep.table.rows()[self.sweep.table.index(**setting)])
         ppo = make_group(group, self.make, loaded=True)
         before = read_identities(self.slices.folder, self.sweep).get(self.sweep.name_group(group), {})
-        check_loaded(before, identify_ppo(ppo, self.sweep.hyperparams), str(self.slices.folder), self.allow_changed)
+        now, folder = identify_ppo(ppo, self.sweep.hyperparams), str(self.slices.folder)
+        check_loaded(before, now, folder, self.allow_changed, remedy="give what was trained as make= or values=")
         return ppo
 
     def state(self, seed: int = 0, **setting: Any) -> TrainState:

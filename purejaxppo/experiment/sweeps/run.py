@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from tqdm.auto import tqdm
 
 from purejaxppo.checks import check_number
-from purejaxppo.experiment.files import from_arrays, to_arrays
+from purejaxppo.experiment.files import check_writable, existing, from_arrays, to_arrays
 from purejaxppo.experiment.lock import LockLost
 from purejaxppo.experiment.loop import Timer, check_on_interrupt, chunks, end, noted_interrupt, step_bar, warn
 from purejaxppo.experiment.report.failures import join_failures
@@ -79,6 +79,8 @@ def run_sweep(
     options |= {"allow_changed": allow_changed} if allow_changed else {}
     if isinstance(sweep, Plan) and options:
         raise ValueError(f"{min(options)} cannot be changed after planning (pass it to plan_sweep)")
+    if folder is not None:
+        check_writable(Path(folder))
     plan = sweep if isinstance(sweep, Plan) else plan_sweep(sweep, folder, **options)
     sweep = plan.sweep
     _check_disk(folder, plan)
@@ -231,9 +233,7 @@ def _steps(sweep: Sweep, stored: Sequence[Slice]) -> tuple[int, int]:
 def _check_disk(folder: str | Path | None, plan: Plan):
     if folder is None:
         return
-    path = Path(folder).absolute()
-    existing = next(path for path in (path, *path.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing(Path(folder))).free
     if plan.stored_bytes > free:
         raise ValueError(
             f"folder={folder} has {free / 2**30:.1f} GiB free, but the results of {plan.sweep.num_runs} runs take "

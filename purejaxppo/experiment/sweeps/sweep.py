@@ -82,6 +82,8 @@ class Sweep:
     """Random seed; agent i of every setting gets the same key from it."""
 
     def __post_init__(self):
+        if isinstance(self.env, Table):
+            raise ValueError(f"env={quote(self.env)} is a table (the environment comes first: Sweep(env, table))")
         if not isinstance(self.env, str):
             environment = self.env[0] if type(self.env) is tuple and self.env else self.env
             object.__setattr__(self, "env", Named(named("env", environment), self.env))
@@ -108,7 +110,7 @@ class Sweep:
                 f"{scheduled[0]} is a schedule, which a sweep cannot save (learning_rate_annealing anneals the rate)"
             )
         for name in self.table.names:
-            _check_known(name)
+            check_field(name)
         for row in self.table.rows():
             _check_effect(row, self.config_of(row), self.hyperparams_of(row))
 
@@ -274,7 +276,8 @@ def name_run(row: dict, seed: int) -> str:
     return json.dumps({name: _to_number(value) for name, value in row.items()} | {"seed": seed})
 
 
-def _check_known(name: str):
+def check_field(name: str):
+    """Refuses a name that no field of a sweep has, with the nearest."""
     if name.startswith(ENV_PREFIX) or name in ("env", *PLUGGED, *CONFIG_FIELDS) or spec_of(name):
         return
     if name.startswith(EXTRA):
