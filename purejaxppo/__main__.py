@@ -1,7 +1,5 @@
 """`python -m purejaxppo` is the command `purejaxppo`."""
 
-import sys
+from purejaxppo.cli.main import script
 
-from purejaxppo.cli.main import main
-
-sys.exit(main())
+script()

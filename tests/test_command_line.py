@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -71,7 +73,8 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path, capsys):
 
 def test_steps_are_rounded_to_updates(tmp_path, capsys):
     out = str(tmp_path / "run")
-    status, printed, _ = run(capsys, "train", "CartPole-v1", "--total-steps", "2e2", *TINY, "--out", out)
+    flags = [flag for flag in TINY if flag not in ("--num-updates", "6")]
+    status, printed, _ = run(capsys, "train", "CartPole-v1", "--total-steps", "2e2", *flags, "--out", out)
     assert status == 0 and "1 agent x 192 steps (3 updates" in printed and "one agent: no interval" in printed
 
 
@@ -210,6 +213,26 @@ def test_a_terminal_gets_no_control_characters_from_a_file(tmp_path, capsys):
 def test_the_module_runs_as_a_command():
     done = subprocess.run([sys.executable, "-m", "purejaxppo", "train", "nothing"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("purejaxppo: env='nothing'")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_a_command_quietly_at_any_moment_after_its_imports(number, tmp_path):
+    """Also while XLA compiles in a thread, which aborted the process."""
+    command = [sys.executable, "-m", "purejaxppo", "train", "CartPole-v1", "--total-steps", "50000000", "--out"]
+    for i, seconds in enumerate((3, 4, 5, 6, 7, 9)):
+        folder = str(tmp_path / str(i))
+        with subprocess.Popen([*command, folder], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            time.sleep(seconds)
+            process.send_signal(number)
+            printed, errors = process.communicate()
+        assert process.returncode == 130, (seconds, process.returncode, errors)
+        assert "interrupted" in printed + errors and "Traceback" not in errors and "terminate" not in errors
+
+
+def test_the_length_of_a_run_is_given_once(capsys):
+    status, _, errors = run(capsys, "train", "CartPole-v1", "--total-steps", "3000", "--num-updates", "4")
+    assert status == 2 and "--total-steps=3000" in errors and "leave one out" in errors
 
 
 def test_a_run_on_two_devices_loads_as_any_other(tmp_path):

@@ -503,3 +503,11 @@ def test_docstrings_of_classes_do_not_change_an_identity():
         return identify(found["A"])
 
     assert executed("One.") == executed("Two.")
+
+
+@pytest.mark.parametrize("given, words", [("loss", "must be a list of names"), (["envv"], "did you mean env?")])
+def test_an_unknown_name_that_may_differ_is_refused(given, words, tmp_path):
+    ppo = pjp.make_ppo("CartPole-v1", SMALL)
+    save_untrained(ppo, pjp.first_state(ppo, jax.random.key(0)), tmp_path)
+    with pytest.raises(ValueError, match=f"allow_changed=.*{re.escape(words)}"):
+        pjp.load(tmp_path, allow_changed=given)

@@ -4,6 +4,7 @@ import errno
 import importlib
 import os
 import re
+import signal
 import sys
 import warnings
 from dataclasses import fields
@@ -22,6 +23,8 @@ COMMANDS = {
 # What the system says of a disk that takes no more.
 NO_WRITING = {errno.ENOSPC, errno.EROFS, errno.EFBIG, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
+INTERRUPTED = 130
+
 USAGE = """usage: purejaxppo COMMAND ...
 
   purejaxppo train ENV [flags]   train one agent or many, by the preset of the environment
@@ -39,6 +42,16 @@ USAGE = """usage: purejaxppo COMMAND ...
 exit status: 0, or 2 for bad input, 3 if results could not be written, 4 if every agent turned nan, 130 after an
 interrupt
 """
+
+
+def script():
+    """The command as a process of its own. SIGTERM interrupts as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    status = main()
+    sys.stderr.flush()
+    if status == INTERRUPTED:
+        os._exit(status)  # XLA may still be compiling in a thread, which aborts the process that Python exits
+    sys.exit(status)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,11 +78,12 @@ def _run(arguments: list[str] | None) -> int:
         return 0
     if command not in COMMANDS:
         return _refuse(f"unknown command {command!r} (known: {', '.join(COMMANDS)})")
-    module = importlib.import_module(f"purejaxppo.cli.{COMMANDS[command]}")
-    run, options = getattr(module, command), getattr(module, f"{command.capitalize()}Options", None)
-    from purejaxppo.cli.options import WHOLE_NUMBERS
-
+    options = None
     try:
+        module = importlib.import_module(f"purejaxppo.cli.{COMMANDS[command]}")
+        run, options = getattr(module, command), getattr(module, f"{command.capitalize()}Options", None)
+        from purejaxppo.cli.options import WHOLE_NUMBERS
+
         with WHOLE_NUMBERS, warnings.catch_warnings():
             warnings.showwarning = _warn
             return run(rest)
@@ -82,7 +96,7 @@ def _run(arguments: list[str] | None) -> int:
 
         return _refuse(f"{error.filename or 'the results'} cannot be written: {error.strerror}", status=NOT_SAVED)
     except KeyboardInterrupt:
-        return _refuse("interrupted", status=130)
+        return _refuse("interrupted", status=INTERRUPTED)
 
 
 def name_flags(sentence: str, options: Any, arguments: list[str]) -> str:

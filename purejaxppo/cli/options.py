@@ -114,10 +114,15 @@ def check_counts(options: Any, *names: str, at_least: int = 1):
             check_whole(name, getattr(options, name), at_least=at_least)
 
 
-def complete(options: Any) -> Any:
-    """Options with the number of updates that `total_steps` implies."""
+def complete(options: Any, arguments: list[str]) -> Any:
+    """Options with the number of updates that `total_steps` implies. Refuses `arguments` that give both."""
     if options.total_steps is None:
         return options
+    if any(argument.split("=")[0] == "--num-updates" for argument in arguments):
+        raise ValueError(
+            f"total_steps={options.total_steps} and --num-updates {options.config.num_updates} both say how long to "
+            "train (leave one out)"
+        )
     return replace(options, config=options.config.with_total_steps(options.total_steps))
 
 

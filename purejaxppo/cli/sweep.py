@@ -165,7 +165,7 @@ def _parse_sweep(arguments: list[str]):
         table *= sample(key, options.num_samples, sobol=options.sobol, **distributions)
     if table == Table():
         raise ValueError("nothing is swept: give --grid FIELD=VALUE,VALUE,... (or train with --num-seeds)")
-    return complete(options), table
+    return complete(options, arguments), table
 
 
 def _parse_column(text: str, env: str) -> tuple[str, list]:
@@ -204,7 +204,7 @@ def _parse_value(name: str, text: str):
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
         if kind == tuple[int, ...]:
-            return tuple(int(width) for width in text.split("x") if width)
+            return tuple(int(width) for width in text.split("x"))
         if name.startswith("env.") or kind is int:
             return _parse_number(text)
         return kind(text) if kind is float else text

@@ -88,7 +88,7 @@ def train(arguments: list[str]) -> int:
     check_counts(options, "seed", at_least=0)
     if not options.save_every >= 0:
         raise ValueError(f"save_every={options.save_every} must be a number of seconds, at least 0")
-    options = complete(options)
+    options = complete(options, arguments)
 
     import jax
 

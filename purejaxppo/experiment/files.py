@@ -39,7 +39,7 @@ def prepare(folder: Path):
     if folder == Path():
         raise ValueError(f"folder={folder} is the current directory (name a folder for the results)")
     if kind_of(folder) == "run":
-        raise ValueError(f"folder={folder} already holds a run (name another folder)")
+        raise ValueError(f"folder={folder} already holds a run (resume it, or name another folder)")
     make_writable(folder)
 
 
@@ -76,7 +76,8 @@ def _refused(argument: str, value: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(f"{argument}={value} cannot be written: {error.strerror} (name another {argument})") from None
+        reason = "it is a file" if argument == "folder" and value.is_file() else error.strerror
+        raise ValueError(f"{argument}={value} cannot be written: {reason} (name another {argument})") from None
 
 
 def make_new(folder: Path) -> Path:

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from purejaxppo.config import Hyperparams
+from purejaxppo.config import Hyperparams, suggest
 from purejaxppo.envs import env_names, make_env
 from purejaxppo.envs.base import Env, action_space, observation_space
 from purejaxppo.networks.actor_critic import make_network
@@ -127,7 +127,16 @@ def changed_names(before: Mapping[str, str], now: Mapping[str, str]) -> list[str
 
 
 def _differing(before: Mapping[str, str], now: Mapping[str, str], allow_changed: Sequence[str]) -> list[str]:
-    """The names whose identities differ and may not; none if the folder holds no identities."""
+    """The names whose identities differ and may not; none if the folder holds no identities.
+
+    Raises ValueError for a name in `allow_changed` that nothing has.
+    """
+    if isinstance(allow_changed, str):
+        raise ValueError(f"allow_changed={allow_changed!r} must be a list of names, such as ['loss']")
+    known = sorted({*ACTING, *TRAINING, *before, *now})
+    for name in allow_changed:
+        if name not in known:
+            raise ValueError(f"allow_changed={list(allow_changed)!r} holds an unknown name ({suggest(name, known)})")
     return [name for name in changed_names(before, now) if before and name not in allow_changed]
 
 

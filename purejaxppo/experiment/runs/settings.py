@@ -204,7 +204,8 @@ def read_settings(folder: str | Path) -> RunSettings:
     if kind == "sweep":
         raise ValueError(f"{folder} holds a sweep: to continue it, repeat the command or the call that started it")
     if kind is None:
-        raise ValueError(f"{folder} holds no run: it has no {SETTINGS}")
+        lacking = f"it has no {SETTINGS}" if Path(folder).is_dir() else "there is no such folder"
+        raise ValueError(f"{folder} holds no run: {lacking} (training writes it before the first update)")
     return read_record(path, RunSettings.from_json, "every checkpoint has a copy of it")
 
 
