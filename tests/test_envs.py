@@ -466,12 +466,14 @@ def test_nothing_is_learned_from_a_nan_that_ends_an_episode(key):
         state, metrics = ppo.step(ppo.init(key, env_params=(number, truncate)))
         _, rollout = ppo.collect(state)
         played = ppo.evaluate(key, state.policy, state.env_params, num_episodes=2)
-        return state.policy, metrics, rollout.terminated, rollout.next_obs, played
+        num_lost = metrics.pop("num_lost_episodes")
+        return state.policy, metrics, rollout.terminated, rollout.next_obs, num_lost, played
 
     right = train(0.0, False)
     for truncate in (False, True):
         jax.tree.map(np.testing.assert_array_equal, train(jnp.nan, truncate)[:3], right[:3])
     nan = train(jnp.nan, True)
+    assert (int(right[4]), int(nan[4])) == (0, int(right[1]["num_episodes"])) and nan[4] > 0
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((nan[0], nan[3]))) and nan[2].any()
     np.testing.assert_array_equal(nan[-1].episode_return, [2, 2])
     np.testing.assert_allclose(nan[1]["episode_return"], 2)
@@ -516,3 +518,98 @@ def test_a_policy_trained_on_gymnax_acts_in_gymnasium_as_well():
         returns.append(total)
     assert expected.mean() > 100  # random actions come to 22
     assert abs(np.mean(returns) - expected.mean()) < 5 + 4 * expected.std() / np.sqrt(len(returns))
+
+
+def resetting(env, derive):
+    """An Env that resets itself, with a key that it derives from that of the step."""
+
+    def step(key, state, action, params):
+        result = env.step(key, state, action, params)
+        done = result.terminated | result.truncated
+        fresh = env.reset(derive(key), params)
+        state, obs = jax.tree.map(
+            lambda a, b: jnp.where(done, a, b).astype(jnp.result_type(b)), fresh, (result.state, result.obs)
+        )
+        return result._replace(state=state, obs=obs)
+
+    return env._replace(step=step)
+
+
+@pytest.mark.parametrize("derive", [lambda key: key, lambda key: jax.random.split(key)[1]])
+def test_an_env_that_resets_itself_is_found(derive):
+    env = make_env("CartPole-v1")
+    assert check_env(env) == []
+    assert [fault for fault in check_env(resetting(env, derive)) if "seems to reset the environment by itself" in fault]
+    assert "resets" not in "".join(check_env(counter(3))) and check_env(counter(3)) == []
+    assert "seems to reset" in check_env(resetting(counter(3), derive))[0]
+
+
+def test_an_end_that_looks_like_a_start_is_no_reset():
+    """A terminal observation of zeros, as the first one; the state counts on."""
+    env = counter(3)
+
+    def step(key, state, action, params):
+        result = env.step(key, state, action, params)
+        return result._replace(obs=jnp.where(result.truncated, 0.0, result.obs))
+
+    zeros = env._replace(reset=lambda key, params: (env.reset(key, params)[0], jnp.zeros(1)), step=step)
+    assert check_env(zeros) == []
+
+
+def test_a_leaf_that_vmap_does_not_batch_is_found():
+    @jax.custom_batching.custom_vmap
+    def buffer(x):
+        return jnp.zeros(100)
+
+    @buffer.def_vmap
+    def _(axis_size, in_batched, x):
+        return jnp.zeros(1600), True  # of a simulator that all environments of a batch share
+
+    env = counter(3)
+
+    def reset(key, params):
+        state, obs = env.reset(key, params)
+        return (state, buffer(obs)), obs
+
+    def step(key, state, action, params):
+        result = env.step(key, state[0], action, params)
+        return result._replace(state=(result.state, buffer(result.obs)))
+
+    shared = env._replace(reset=reset, step=step)
+    assert "gives an array of shape (1600,) instead of (3, 100)" in check_env(shared)[0]
+    with pytest.raises(ValueError, match="one environment must not share it"):
+        make_ppo(shared, SMALL)
+
+
+def test_a_reward_that_is_always_zero_and_metrics_that_are_no_dictionary_are_found():
+    env = counter(3)
+    poor = env._replace(step=lambda *args: env.step(*args)._replace(reward=jnp.float32(0)))
+    assert "every reward within 200 random steps was 0" in check_env(poor)[0]
+    listed = env._replace(step=lambda *args: env.step(*args)._replace(metrics=[1]))
+    assert check_env(listed) == ["metrics of step is a list; it must be a dictionary of numbers."]
+
+
+def test_the_check_of_an_env_says_what_it_costs():
+    """A reset of 50 steps of work, one array of 100 numbers in the state, and two in what a rollout keeps."""
+
+    def work(x, length):
+        return jax.lax.scan(lambda x, _: (jnp.sin(x) + 0.1, None), x, length=length)[0]
+
+    def reset(key, params):
+        start = work(jax.random.uniform(key, (100,)), 5000)
+        return start, start
+
+    def step(key, state, action, params):
+        state = work(state, 100)
+        return Step(state, state, state[0], jnp.bool_(False), jax.random.uniform(key) < 0.1)
+
+    faults = check_env(Env(reset, step, (), Discrete(2)))
+    assert (
+        faults == []
+        and faults.costs is not None
+        and faults.costs.start_bytes == 800
+        and faults.costs.transition_bytes == 800 + 4 + 4 + 1
+    )
+    assert 10 < faults.costs.start_seconds / faults.costs.step_seconds < 250
+    assert "a start takes the time of" in str(faults) and "a step in a rollout takes 809 bytes" in str(faults)
+    assert check_env(3).costs is None

@@ -4,13 +4,13 @@ import difflib
 from typing import Any
 
 from purejaxppo.envs.base import Box, Discrete, Env, MultiDiscrete, Step, time_limit
-from purejaxppo.envs.check import check_env
+from purejaxppo.envs.check import check_env, check_shapes
 from purejaxppo.envs.from_gymnax import from_gymnax, gymnax_names
 from purejaxppo.text import quote
 
 __all__ = [
     "Box", "Discrete", "Env", "MultiDiscrete", "Step",
-    "check_env", "env_names", "from_gymnax", "make_env", "time_limit",
+    "check_env", "check_shapes", "env_names", "from_gymnax", "make_env", "time_limit",
 ]  # fmt: skip
 
 

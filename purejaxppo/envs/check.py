@@ -1,9 +1,11 @@
 """`check_env`: lists the faults of an environment for its author."""
 
+import time
 import traceback
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,28 +18,105 @@ from purejaxppo.envs.base import Box, Discrete, Env, MultiDiscrete, Step, action
 from purejaxppo.text import quote
 
 PACKAGES = [Path(jax.__file__).parent, Path(struct.__file__).parent, Path(__file__).parents[1]]
+BATCH, ROUNDS = 64, 8  # environments whose costs are measured together, and steps of each
 LARGEST = 1e18  # of a number whose square, summed over a rollout, stays finite in float32
 
 
-def check_env(env: Any, num_steps: int = 200, seed: int = 0) -> list[str]:
+class EnvCheck(list):
+    """The faults of an environment, one sentence each; prints what the environment costs, too, if it can be played."""
+
+    def __init__(self, faults: Iterable[str], playable: "Env | None" = None):
+        super().__init__(faults)
+        self._playable = playable
+
+    @cached_property
+    def costs(self) -> "EnvCosts | None":
+        """What the environment costs, measured when it is first asked for; None if it cannot be played."""
+        return None if self._playable is None else measure_costs(self._playable)
+
+    def __str__(self) -> str:
+        return repr(self) + (f"  # {self.costs}" if self.costs else "")
+
+
+class EnvCosts(NamedTuple):
+    """What an environment costs, measured on this machine in batches of `BATCH`."""
+
+    start_seconds: float  # of one start state
+    step_seconds: float  # of one step
+    start_bytes: int  # of a start state with its observation
+    transition_bytes: int  # of a step in a rollout: both observations, action, reward, flags, metrics
+
+    def __str__(self) -> str:
+        return (
+            f"a start takes the time of {self.start_seconds / self.step_seconds:,.1f} steps and {self.start_bytes:,} "
+            f"bytes; a step in a rollout takes {self.transition_bytes:,} bytes"
+        )
+
+
+def check_env(env: Any, num_steps: int = 200, seed: int = 0) -> EnvCheck:
     """The faults of an environment, one sentence each; an empty list if none was found.
 
-    Traces `reset` and `step`. If they fit together, plays `num_steps` random steps in 8 environments.
+        >>> faults = pjp.check_env(pjp.make_env("CartPole-v1"))
+        >>> len(faults), faults.costs.start_bytes
+        (0, 36)
+
+    Traces `reset` and `step`. If they fit together, plays `num_steps` random steps in 8 environments. Printed, the list
+    also says what a start state costs against a step, and the bytes of a step in a rollout (see `EnvCosts`).
     """
     check_whole("num_steps", num_steps)
-    if not isinstance(env, Env):
-        return [f"{quote(env)} is not an Env; make_env makes one from a name or a gymnax environment."]
     try:
-        return check_shapes(env) or _check_play(env, num_steps, seed)
+        faults = check_shapes(env)
+        return EnvCheck(faults) if faults else EnvCheck(_check_play(env, num_steps, seed), env)
     except ValueError as error:
-        return [f"{error}."]
+        return EnvCheck([f"{error}."])
+
+
+def measure_costs(env: Env) -> EnvCosts:
+    """The costs of an environment that can be played; compiles its reset and its step, and runs them."""
+    keys, space = jax.random.split(jax.random.key(0), (ROUNDS, BATCH)), action_space(env, env.params)
+
+    def reset(keys):
+        return jax.vmap(env.reset, in_axes=(0, None))(keys, env.params)
+
+    def step(state, keys):
+        actions = jax.vmap(partial(_random_action, space=space))(keys)
+        result = jax.vmap(env.step, in_axes=(0, 0, 0, None))(keys, state, actions, env.params)
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), result.state, state), result
+
+    start = jax.jit(reset)(keys[0])
+    start = jax.tree.map(jnp.asarray, start)
+    _, result = jax.eval_shape(step, start[0], keys[0])
+    action = jax.eval_shape(partial(_random_action, space=space), keys[0, 0])
+    kept = result.obs, result.obs, result.reward, result.terminated, result.metrics, result.episode_metrics
+    return EnvCosts(
+        start_seconds=_seconds(jax.jit(partial(jax.lax.map, reset)), keys) / keys.size,
+        step_seconds=_seconds(jax.jit(partial(jax.lax.scan, step)), start[0], keys) / keys.size,
+        start_bytes=_bytes(start) // BATCH,
+        transition_bytes=_bytes(kept) // BATCH + _bytes(action),
+    )
+
+
+def _seconds(function: Callable, *args: Any) -> float:
+    """The least time of three calls of a compiled function, after one that compiles it."""
+    taken = []
+    for _ in range(4):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*args))
+        taken.append(time.perf_counter() - start)
+    return min(taken[1:])
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def check_shapes(env: Env) -> list[str]:
-    """The faults that tracing alone can find, in milliseconds: types, shapes, spaces.
+    """The faults that tracing alone can find: types, shapes, spaces, and what `vmap` does not batch.
 
     Raises ValueError, with the environment's own error as its cause, if a function of the environment fails.
     """
+    if not isinstance(env, Env):
+        return [f"{quote(env)} is not an Env; make_env makes one from a name or a gymnax environment."]
     key = jax.random.key(0)
     space = _call("action_space(params)", partial(action_space, env), env.params)
     if not isinstance(space, (Discrete, MultiDiscrete, Box)):
@@ -64,12 +143,33 @@ def check_shapes(env: Env) -> list[str]:
     for name in ("terminated", "truncated"):
         if jnp.result_type(getattr(result, name)) != jnp.bool_:
             problems.append(f"{name} is {jnp.result_type(getattr(result, name))}; it must be a bool.")
+    for kind in ("metrics", "episode_metrics"):
+        if not isinstance(getattr(result, kind), Mapping):
+            return [f"{kind} of step is a {type(getattr(result, kind)).__name__}; it must be a dictionary of numbers."]
     for name, value in [*result.metrics.items(), *result.episode_metrics.items()]:
         if np.shape(value) != () or "/" in name:
             problems.append(
                 f"metric {name!r} has shape {np.shape(value)}; it must be a scalar with no '/' in its name."
             )
-    return problems + _check_observation_space(env, obs)
+    return problems + _check_observation_space(env, obs) + (problems or _check_batch(env, key, start, result))
+
+
+def _check_batch(env: Env, key: jax.Array, start: Any, result: Any) -> list[str]:
+    """The leaves that `vmap` does not batch, as those of a simulator with buffers that a whole batch shares."""
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 3))
+    many = _call("vmap of reset", partial(jax.eval_shape, jax.vmap(env.reset, (0, None))), keys, env.params)
+    action = jax.eval_shape(jax.vmap(partial(_random_action, space=action_space(env, env.params))), keys)
+    step = jax.vmap(env.step, (0, 0, 0, None))
+    results = _call("vmap of step", partial(jax.eval_shape, step), keys, many[0], action, env.params)
+    for what, one, batch in (("reset", start, many), ("step", result, results)):
+        for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(batch)):
+            if y.shape != (3, *np.shape(x)):
+                return [
+                    f"vmap of {what} over 3 environments gives an array of shape {y.shape} instead of "
+                    f"{(3, *np.shape(x))} (at {jax.tree_util.keystr(path)}): one environment must not share it with "
+                    "others."
+                ]
+    return []
 
 
 def check_squash(space: Any) -> None:
@@ -163,6 +263,9 @@ def _check_play(env: Env, num_steps: int, seed: int) -> list[str]:
             "range": _within(observation_space(env), result.obs, done),
             "same": jnp.array(same).all(),
             "done": done,
+            "rewarded": result.reward != 0,
+            "state": _leaves_of(result.state, result.obs),
+            "key": step_key,
         }
         return next_state, seen
 
@@ -170,11 +273,12 @@ def _check_play(env: Env, num_steps: int, seed: int) -> list[str]:
         reset_key, step_key = jax.random.split(key)
         state, obs = env.reset(reset_key, env.params)
         finite = jnp.array([jnp.isfinite(x).all() for x in _numbers(obs)]).all()
+        begun = _leaves_of(state, obs)
         _, seen = jax.lax.scan(step, jax.tree.map(jnp.asarray, state), jax.random.split(step_key, num_steps))
-        return finite, _largest(obs), seen
+        return finite, _largest(obs), begun, seen
 
     what, keys = f"playing {num_steps} random steps under jit and vmap", jax.random.split(jax.random.key(seed), 8)
-    finite, large, seen = _call(what, jax.jit(jax.vmap(play)), keys)
+    finite, large, begun, seen = _call(what, jax.jit(jax.vmap(play)), keys)
     problems = []
     if not finite.all():
         problems.append("reset returns an observation that is nan or infinite.")
@@ -193,12 +297,61 @@ def _check_play(env: Env, num_steps: int, seed: int) -> list[str]:
         problems.append(f"step {_when(~seen['range'])} returns an observation outside observation_space.")
     if not seen["same"].all():
         problems.append("step is not a pure function: the same key, state and action gave two different results.")
+    if _resets_itself(env, begun, seen):
+        problems.append(
+            "step seems to reset the environment by itself: where an episode ends, it returns a state in which "
+            "episodes begin, and must return the one that was reached."
+        )
+    if not seen["rewarded"].any():
+        problems.append(
+            f"every reward within {num_steps} random steps was 0; if it always is, nothing can be learned "
+            "(check_env(env, num_steps=...) plays longer)."
+        )
     if not seen["done"].any():
         problems.append(
             f"no episode ended within {num_steps} random steps; if none ever ends, no return is ever reported "
             "(time_limit(env, max_steps) truncates them, check_env(env, num_steps=...) plays longer)."
         )
     return problems
+
+
+def _leaves_of(state: Any, obs: Any) -> list[jax.Array]:
+    """The numbers of a state and an observation as they are compared with those of a start."""
+    return [jnp.asarray(x, jnp.float32) for x in _numbers((state, obs))]
+
+
+def _resets_itself(env: Env, begun: list[jax.Array], seen: dict) -> bool:
+    """Whether episodes end in states in which others begin.
+
+    All numbers that are equal in all start states and change within episodes, such as a count of steps, are then as at
+    a start wherever an episode ends. Or the last states are those of resets with a key that the step derived.
+
+    Args:
+        env: that was played.
+        begun: the numbers of 8 start states, [8, ...] each.
+        seen: of all steps, [8, T].
+    """
+    done = np.asarray(seen["done"])
+    if not done.any() or done.all():
+        return False
+    at_start = []
+    for start, x in zip(begun, seen["state"]):
+        start, x = np.asarray(start).reshape(len(start), -1), np.asarray(x).reshape(*done.shape, -1)
+        same = x == start[0]
+        moves = (start == start[0]).all(0) & ~same[~done].all(0)
+        at_start += [same[done][:, moves].all()] if moves.any() else []
+    if at_start:
+        return all(at_start)
+    ends = tuple(np.argwhere(done)[:8].T)
+    last, keys = [np.asarray(x)[ends] for x in seen["state"]], seen["key"][ends]
+
+    def derived(key):
+        others = jnp.stack([key, *jax.random.split(key), *jax.random.split(key, 3)])
+        return _leaves_of(*jax.vmap(env.reset, (0, None))(others, env.params))
+
+    resets = jax.jit(jax.vmap(derived))(keys)  # [8, 6, ...] each
+    equal = [(x[:, None] == np.asarray(y)).reshape(*y.shape[:2], -1).all(-1) for x, y in zip(last, resets)]
+    return bool(np.logical_and.reduce(equal).any(-1).all())
 
 
 def _random_action(key, *, space):
