@@ -168,7 +168,7 @@ def test_static_fields_make_groups_of_their_own_with_as_many_steps(tmp_path):
     plan = plan_sweep(replace(make_sweep(1), table=sizes * pjp.grid(learning_rate=LEARNING_RATES)), tmp_path / "none")
     assert len(plan.groups) == 2 and plan.total_steps == 4 * SMALL.total_steps
     assert not (tmp_path / "none").exists()
-    for word in ("4,4", "4 runs", "slices", "memory per run"):
+    for word in ("4,4", "4 runs", "slices", "memory per run", "memory of a run, in MiB", "working memory"):
         assert word in str(plan)
     result = run(plan)
     steps = result.metrics["step"]
@@ -216,7 +216,7 @@ def test_a_plan_compiles_training_once_for_all_hyperparameters(plan, result):
     (part,) = plan.groups
     assert part.num_runs == 8 <= part.num_slices * part.slice_size
     state = result.state(**result.best())
-    assert part.stored_bytes == sum(x.nbytes for x in to_arrays(state).values()) + 4 * 13 * 3
+    assert part.stored_bytes == sum(x.nbytes for x in to_arrays(state).values()) + 4 * 15 * 3
     assert part.device_bytes > sum(x.nbytes for x in to_arrays(state).values())
 
 

@@ -10,14 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from purejaxppo.advantages import estimate
 from purejaxppo.batched import batched, runs
 from purejaxppo.config import Hyperparams
 from purejaxppo.envs.base import Box, action_space
+from purejaxppo.experiment.memory import bytes_of, memory_of, show_memory
 from purejaxppo.experiment.program import compile_training, first_state
 from purejaxppo.ppo import PPO, bind
-from purejaxppo.rollout import begin_where, draw_ahead, step_envs
+from purejaxppo.rollout import Actors, begin_where, draw_ahead, scan_steps, step_envs
 from purejaxppo.update import minibatches, update
 
 
@@ -57,7 +59,9 @@ def bench(
             f"{row['num_threads']} at a time"
         )
     results["peak_bytes"] = peak_bytes()
-    report(f"peak memory {results['peak_bytes'] / 2**20:,.0f} MiB")
+    report(f"peak memory {results['peak_bytes'] / 2**20:,.0f} MiB; of one run, in MiB:")
+    for line in show_memory([results["training"][-1]["memory"]]).split("\n"):
+        report(f"  {line}")
     report("one update of one run:")
     for name, milliseconds, share in time_stages(ppo, hyperparams, rounds=rounds, seconds=seconds):
         results["stages"].append({"stage": name, "milliseconds": milliseconds, "share": share})
@@ -76,8 +80,8 @@ def time_training(ppo: PPO, hyperparams: Hyperparams, num_seeds: int, *, rounds:
         seconds: approximate length of a repetition, which has at least one update.
 
     Returns:
-        Median, least and most of the rates, the seconds of compilation, and how the runs are divided into slices and
-        threads.
+        Median, least and most of the rates, the seconds of compilation, the bytes of one run by what they hold (see
+        `memory_of`), and how the runs are divided into slices and threads.
     """
     many = batched(ppo)
     keys, columns = runs(jax.random.key(0), num_seeds=num_seeds, hyperparams=hyperparams)
@@ -99,6 +103,7 @@ def time_training(ppo: PPO, hyperparams: Hyperparams, num_seeds: int, *, rounds:
         "least": min(rates),
         "most": max(rates),
         "compile_seconds": program.compile_seconds,
+        "memory": memory_of(many, state, bytes_of(program) // program.slice_size),
         "slice_size": program.slice_size,
         "num_slices": program.num_slices,
         "num_threads": program.num_threads,
@@ -126,16 +131,19 @@ def time_stages(ppo: PPO, hyperparams: Hyperparams, *, rounds: int, seconds: flo
     advantages = partial(estimate, **fixed)
     batch = jax.jit(advantages)(state.policy, rollout, rollout.reward, state.actors.memory, now)
     learn = partial(update, loss=partial(ppo.loss, **fixed), optimizer=ppo.optimizer, config=ppo.config)
+    moments = state.policy.observation
     data = state, now, rollout, batch
     stages = {
         "whole": lambda key, state, *_: ppo.step(state.replace(key=key)),
         "rollout": lambda key, state, *_: ppo.collect(state.replace(key=key)),
-        "environment": lambda key, state, *_: play(key, state.actors.env_state, state.env_params, ppo),
+        "environment": lambda key, state, *_: play(key, state.actors, state.env_params, ppo),
         "advantages": lambda key, state, now, rollout, batch: advantages(
             state.policy, rollout, rollout.reward, state.actors.memory, now
         ),
         "shuffling": lambda key, *_: minibatches(key, ppo.config),
-        "update": lambda key, state, now, rollout, batch: learn(key, state.policy.params, state.opt_state, batch, now),
+        "update": lambda key, state, now, rollout, batch: learn(
+            key, state.policy.params, state.opt_state, batch, now, observation=moments
+        ),
     }
     exact = partial(bind, ppo.config.matmul_precision)
     timed = partial(time_stage, data=data, rounds=rounds, seconds=seconds / 2)
@@ -152,12 +160,12 @@ def time_stages(ppo: PPO, hyperparams: Hyperparams, *, rounds: int, seconds: flo
     return [(name, 1000 * taken, taken / whole) for name, taken in shares.items()]
 
 
-def play(key: jax.Array, env_state: Any, env_params: Any, ppo: PPO) -> tuple[Any, tuple[Any, jax.Array]]:
+def play(key: jax.Array, actors: Actors, env_params: Any, ppo: PPO) -> tuple[Any, tuple[Any, jax.Array]]:
     """Runs the environment of a rollout alone: T steps of N environments, with actions and start states drawn ahead.
 
     Args:
         key: of the actions and the environments.
-        env_state: states [N, ...] of the environments.
+        actors: where the environments stand.
         env_params: parameters of the environment.
         ppo: of one run, for its environment and its config.
 
@@ -167,20 +175,29 @@ def play(key: jax.Array, env_state: Any, env_params: Any, ppo: PPO) -> tuple[Any
     config, env = ppo.config, ppo.env
     space: Any = action_space(env, env_params)
     act_key, key = jax.random.split(key)
-    draws = draw_ahead(key, None, env_params, env=env, config=config)
     shape = config.num_steps, config.num_envs
     if isinstance(space, Box):
         actions = jax.random.normal(act_key, (*shape, int(np.prod(space.shape))))
     else:
         actions = jax.random.randint(act_key, (*shape, *space.shape), 0, getattr(space, "n", None) or min(space.sizes))
+    draws = draw_ahead(key, None, env_params, env=env, config=config).replace(action=actions)
 
-    def step(env_state, drawn):
-        draws, actions = drawn
-        result = step_envs(draws.env_keys, env_state, actions, env_params, env=env, config=config)
-        state, obs = begin_where(result.terminated | result.truncated, draws.start, (result.state, result.obs))
-        return state, (obs, result.reward)
+    def step(draws, actors):
+        result = step_envs(draws.env_keys, actors.env_state, draws.action, env_params, env=env, config=config)
+        done = result.terminated | result.truncated
+        state, obs = begin_where(done, draws.start, (result.state, result.obs))
+        return actors.replace(env_state=state, obs=obs, first=done), Played(obs=result.obs, reward=result.reward)
 
-    return jax.lax.scan(step, env_state, (draws, actions))
+    actors, _, played = scan_steps(step, actors, draws, config)
+    return actors.env_state, (played.obs, played.reward)
+
+
+class Played(struct.PyTreeNode):
+    """What is kept of a step of the environment alone."""
+
+    obs: Any  # [N, ...]
+    reward: jax.Array  # [N]
+    reused: Any = None
 
 
 def time_stage(stage: Callable[..., Any], data: tuple[Any, ...], *, rounds: int, seconds: float) -> float:

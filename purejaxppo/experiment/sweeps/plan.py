@@ -14,6 +14,7 @@ from purejaxppo.batched import batched, reported_failures, seed_keys
 from purejaxppo.checks import check_whole
 from purejaxppo.config import Config
 from purejaxppo.experiment.identity import identify_ppo
+from purejaxppo.experiment.memory import bytes_of, memory_of, show_memory, size_of
 from purejaxppo.experiment.program import SELDOM, Program, best_slice_size, compile_training, num_cores
 from purejaxppo.experiment.sweeps.columns import env_columns, run_arguments
 from purejaxppo.experiment.sweeps.slices import Slice, check_identities, find_slices
@@ -47,6 +48,8 @@ class CompiledGroup:
     """Waves that train side by side."""
     device_bytes: int
     """Memory of one run while it trains, by the compiler's analysis."""
+    memory: dict[str, int]
+    """What these bytes hold, see `memory_of`."""
     stored_bytes: int
     """Size of one run on disk."""
     compile_seconds: float
@@ -106,7 +109,8 @@ class Plan:
             }
             for compiled in self.groups
         ]
-        return "\n".join([*lines, align(rows)])
+        memory = show_memory([compiled.memory for compiled in self.groups])
+        return "\n".join([*lines, align(rows), "memory of a run, in MiB:", memory])
 
 
 def plan_sweep(
@@ -208,7 +212,7 @@ def _compile(
 
     size = slice_size or _slice_size(num_runs, num_threads * len(devices), group.config, on_cpu)
     start, state, program = compile_slices(size)
-    most = int(SHARE_OF_MEMORY * _memory_of(devices[0]) / num_threads / max(_bytes_of(program) / size, 1))
+    most = int(SHARE_OF_MEMORY * _device_memory(devices[0]) / num_threads / max(bytes_of(program) / size, 1))
     if slice_size is None and size > most >= 1:
         size = -(-num_runs // -(-num_runs // most))
         start, state, program = compile_slices(size)
@@ -223,8 +227,9 @@ def _compile(
         slice_size=size,
         num_devices=len(devices),
         num_threads=min(num_threads, -(-num_runs // size)),
-        device_bytes=_bytes_of(program) // size,
-        stored_bytes=_size_of(state) // (size * len(devices)) + 4 * num_metrics * group.config.num_updates,
+        device_bytes=bytes_of(program) // size,
+        memory=memory_of(many, state, bytes_of(program) // size),
+        stored_bytes=size_of(state) // (size * len(devices)) + 4 * num_metrics * group.config.num_updates,
         compile_seconds=time.perf_counter() - started,
     )
 
@@ -243,20 +248,7 @@ def _static(sweep: Sweep, group: Group) -> dict[str, str]:
     return {name: show(value) for name, value in row.items() if name in ("env", *PLUGGED, *CONFIG_FIELDS)}
 
 
-def _bytes_of(program: Program) -> int:
-    """Memory of a compiled program on one device: inputs, outputs that do not reuse them, and temporaries."""
-    analysis = program.executable.memory_analysis()
-    if analysis is None:
-        return 0
-    held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return held + analysis.temp_size_in_bytes
-
-
-def _size_of(state: Any) -> int:
-    return sum(x.size * (x.dtype.itemsize if hasattr(x.dtype, "itemsize") else 8) for x in jax.tree.leaves(state))
-
-
-def _memory_of(device: Any) -> int:
+def _device_memory(device: Any) -> int:
     """Bytes of memory of a device; for a CPU that of the machine."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:

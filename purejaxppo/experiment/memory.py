@@ -1,0 +1,57 @@
+"""Where the memory of a run goes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from purejaxppo.experiment.program import Program
+from purejaxppo.ppo import PPO
+from purejaxppo.rollout import is_wide
+from purejaxppo.text import align
+
+
+def memory_of(ppo: PPO, state: Any, total: int) -> dict[str, int]:
+    """Bytes of one run while it trains, by what they hold.
+
+    Args:
+        ppo: of one run or batched.
+        state: of it, arrays or shapes.
+        total: bytes of one run by the compiler's analysis.
+
+    Returns:
+        "learned" (policy and optimizer), "environments" (their states, observations and the memories of the network),
+        "waiting starts" (see `Pool`), "rollout" (what is kept of T x N steps), and "working memory" for the rest of
+        `total`: activations, minibatches, start states drawn ahead.
+    """
+    rollout = jax.eval_shape(ppo.collect, state)[1]
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), rollout) if ppo.many else rollout
+    if is_wide(one.distribution):
+        rollout = rollout.replace(distribution=())  # not kept
+    parts = {
+        "learned": (state.policy, state.opt_state),
+        "environments": state.actors.replace(pool=()),
+        "waiting starts": state.actors.pool,
+        "rollout": rollout,
+    }
+    sizes = {name: size_of(part) // state.num_updates.size for name, part in parts.items()}
+    return sizes | {"working memory": max(total - sum(sizes.values()), 0)}
+
+
+def show_memory(groups: list[Mapping[str, int]]) -> str:
+    """A table in MiB of what `memory_of` says of one run of each group."""
+    return align([{name: f"{size / 2**20:.2f}" for name, size in memory.items()} for memory in groups])
+
+
+def bytes_of(program: Program) -> int:
+    """Memory of a compiled program on one device: inputs, outputs that do not reuse them, and temporaries."""
+    analysis = program.executable.memory_analysis()
+    if analysis is None:
+        return 0
+    held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return held + analysis.temp_size_in_bytes
+
+
+def size_of(tree: Any) -> int:
+    """Bytes of arrays, or of their shapes."""
+    return sum(x.size * (x.dtype.itemsize if hasattr(x.dtype, "itemsize") else 8) for x in jax.tree.leaves(tree))
