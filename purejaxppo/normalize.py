@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from flax import struct
 
 from purejaxppo.collectives import gather_shards
-from purejaxppo.envs.base import Box
 
 
 class Moments(struct.PyTreeNode):
@@ -84,9 +83,13 @@ def scale(moments: Moments, values: jax.Array, clip: float) -> jax.Array:
     return jnp.clip(values * jax.lax.rsqrt(moments.variance + 1e-8), -clip, clip)
 
 
-def observation_moments(space: Any) -> Any:
-    """Initial moments for every Box in an observation space, and None for discrete parts: they stay as they are."""
-    return jax.tree.map(lambda part: no_moments(part.shape) if isinstance(part, Box) else None, space)
+def observation_moments(obs: Any) -> Any:
+    """Initial moments for every part of one observation that is a floating-point number, and None for all others.
+
+    Integers (discrete parts, uint8 images) and booleans stay as they are.
+    """
+    is_float = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.floating)
+    return jax.tree.map(lambda x: no_moments(jnp.shape(x)) if is_float(x) else None, obs)
 
 
 def measure_observations(moments: Any, obs: Any) -> Any:

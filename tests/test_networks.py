@@ -16,9 +16,11 @@ from purejaxppo import (
     Categorical,
     Config,
     Discrete,
+    Env,
     MultiCategorical,
     MultiDiscrete,
     Network,
+    Step,
     TanhNormal,
     batched,
     from_nnx,
@@ -386,3 +388,60 @@ def test_tanh_refuses_a_space_without_bounds():
     env = make_env("Pendulum-v1")._replace(action_space=Box(shape=(1,)))
     with pytest.raises(ValueError, match="finite bounds"):
         make_ppo(env, Config(bound_action="tanh"))
+
+
+@pytest.mark.parametrize("high, largest", [(255, 1.0), (np.inf, 1.0), (1, 255.0)])
+@pytest.mark.parametrize("encoder", ["mlp", "cnn"])
+def test_images_of_uint8_stay_so_until_an_encoder_scales_them(encoder, high, largest, key):
+    """As the same image of floats that was scaled before; a binary grid is declared by its bound."""
+
+    def env_of(read, **space):
+        def reset(key, params):
+            image = jax.random.randint(key, (4, 5, 2), 0, 256).astype(jnp.uint8)
+            return image, read(image)
+
+        def step(key, image, action, params):
+            image = image + jnp.uint8(1)
+            return Step(image, read(image), jnp.float32(1), jnp.bool_(False), jnp.bool_(True))
+
+        return Env(reset, step, (), Discrete(2), **space)
+
+    config = Config(
+        num_envs=2, num_steps=4, num_minibatches=2, encoder=encoder, widths=(8,), normalize_observation=True
+    )
+    whole = make_ppo(env_of(lambda x: x, observation_space=Box(0, high, (4, 5, 2), jnp.uint8)), config)
+    state = whole.init(key)
+    assert state.policy.observation is None and state.actors.obs.dtype == jnp.uint8
+    _, rollout = whole.collect(state)
+    assert rollout.obs.dtype == rollout.next_obs.dtype == jnp.uint8
+    _, metrics = jax.jit(whole.step)(state)
+
+    scaled = make_ppo(env_of(lambda x: x * (largest / 255)), dataclasses.replace(config, normalize_observation=False))
+    other = scaled.init(key)
+    other = other.replace(policy=other.policy.replace(params=state.policy.params))
+    _, expected = jax.jit(scaled.step)(other)
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-4)
+
+
+def test_a_dictionary_of_all_kinds_is_learned_from_as_it_is(key):
+    """Bool, int and uint8 parts keep their dtype and are not normalised; floats are."""
+
+    def show(time):
+        return {
+            "image": jnp.full((2, 2), 200, jnp.uint8),
+            "mask": jnp.array([True, False]),
+            "count": time,
+            "place": jnp.ones(3) * time,
+        }
+
+    def step(key, time, action, params):
+        return Step(time + 1, show(time + 1), jnp.float32(1), jnp.bool_(False), time >= 3)
+
+    env = Env(lambda key, params: (jnp.int32(0), show(jnp.int32(0))), step, (), Discrete(2))
+    ppo = make_ppo(env, Config(num_envs=2, num_steps=4, num_minibatches=2, normalize_observation=True))
+    state, metrics = jax.jit(ppo.step)(ppo.init(key))
+    assert {name for name, x in state.policy.observation.items() if x is not None} == {"place"}
+    assert {name: x.dtype.name for name, x in state.actors.obs.items()} == {
+        "image": "uint8", "mask": "bool", "count": "int32", "place": "float32",
+    }  # fmt: skip
+    assert np.isfinite(metrics["loss"])

@@ -45,6 +45,23 @@ class Env(NamedTuple):
         return f"Env {self.name!r}: {spaces}, {params}"
 
 
+def read_box(space: "Box", x: jax.Array) -> jax.Array:
+    """Numbers [..., *shape] of a Box as float32; those of an image of uint8 are divided by `image_scale`."""
+    x, scale = x.astype(jnp.float32), image_scale(space, x.dtype)
+    return x if scale == 1 else x / scale
+
+
+def image_scale(space: "Box", dtype: Any) -> float:
+    """The largest number of an image: the upper bound of its space if there is one, else 255.
+
+    An image is an array of uint8 with two axes or more. For anything else the scale is 1.
+    """
+    if dtype != jnp.uint8 or len(space.shape) < 2:
+        return 1.0
+    high = float(np.max(space.high))
+    return high if 0 < high < np.inf else 255.0
+
+
 class Discrete:
     """The integers 0 .. n - 1."""
 
@@ -99,7 +116,10 @@ def observation_space(env: Env) -> Any:
 
 
 def flatten_observation(space: Any, obs: Any) -> jax.Array:
-    """An observation as one vector of float32 [..., F]: discrete parts one-hot, the parts of dictionaries joined."""
+    """An observation as one vector of float32 [..., F]: discrete parts one-hot, the parts of dictionaries joined.
+
+    Images of uint8 are scaled to [0, 1].
+    """
     parts = [_flatten_part(part, x) for part, x in zip(jax.tree.leaves(space), jax.tree.leaves(obs), strict=True)]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
@@ -111,7 +131,7 @@ def _flatten_part(space: Space, x: jax.Array) -> jax.Array:
         return jnp.concatenate(
             [jax.nn.one_hot(x[..., i], n, dtype=jnp.float32) for i, n in enumerate(space.sizes)], axis=-1
         )
-    return x.reshape(x.shape[: x.ndim - len(space.shape)] + (-1,)).astype(jnp.float32)
+    return read_box(space, x).reshape(x.shape[: x.ndim - len(space.shape)] + (-1,))
 
 
 def bound_action(action: jax.Array, space: Space, how: str) -> jax.Array:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from purejaxppo.envs.base import flatten_observation
+from purejaxppo.envs.base import flatten_observation, read_box
 from purejaxppo.networks.orthogonal import orthogonal
 
 MIN_LOG_STD, MAX_LOG_STD = -20.0, 20.0
@@ -91,7 +91,7 @@ class CNN(nn.Module):
     @nn.compact
     def __call__(self, space: Any, obs: jax.Array):
         """Features [..., width] of grids [..., height, width, channels]."""
-        grids = obs.reshape(-1, *obs.shape[-3:]).astype(jnp.float32)
+        grids = read_box(space, obs).reshape(-1, *obs.shape[-3:])
         kernel: Any = self.param("kernel", orthogonal(2**0.5), (3, 3, grids.shape[-1], 16))
         bias = self.param("bias", nn.initializers.zeros, (16,), jnp.float32)
         x = self.activation(convolve(grids, kernel) + bias[None, None, None])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.errors import FlaxError
 
-from purejaxppo.envs.base import Box, Discrete, action_space, bound_action, observation_space
+from purejaxppo.envs.base import Box, Discrete, action_space, bound_action, image_scale, observation_space
 from purejaxppo.experiment.agents.load import check_agent
 from purejaxppo.experiment.files import check_file, to_arrays
 from purejaxppo.networks.actor_critic import make_network
@@ -119,7 +119,10 @@ def _as_numpy(ppo: PPO, policy: Policy, env_params, path: Path) -> tuple[dict[st
         f"def act(obs):  # {_shapes(ppo)}",
         "    x = np.asarray(obs, np.float32)",
     ]
-    if config.normalize_observation:
+    scale = image_scale(observation_space(ppo.env), _obs_dtype(ppo))
+    if scale != 1:
+        lines.append(f"    x = x / np.float32({scale})")
+    if "observation/mean" in found:
         deviation = np.sqrt(found["observation/variance"] + np.float32(1e-8))
         arrays |= {"mean": found["observation/mean"], "deviation": deviation}
         limit = config.observation_clip
@@ -142,6 +145,11 @@ def _as_numpy(ppo: PPO, policy: Policy, env_params, path: Path) -> tuple[dict[st
     if config.bound_action == "tanh":
         lines.append("    x = low + (high - low) * (np.tanh(x) + 1) / 2")
     return arrays | bounds, "\n".join([*lines, "    return np.clip(x, low, high)"])
+
+
+def _obs_dtype(ppo: PPO) -> Any:
+    """Of an observation that is one array."""
+    return jax.eval_shape(ppo.env.reset, jax.random.key(0), ppo.env.params)[1].dtype
 
 
 def _is_of_config(ppo: PPO, policy: Policy) -> bool:
