@@ -41,6 +41,7 @@ class Work:
     num_epochs: int = 4
     num_agents: int = 1
     normalize: bool = False  # observations standardised, rewards scaled
+    encoder: str = "mlp"  # with another one, all other settings of the network are those of the environment's preset
 
 
 WIDE = Work(num_envs=2048, num_steps=32, num_minibatches=32)
@@ -48,6 +49,7 @@ WORKS = {
     "a": Work(num_agents=2048),
     "a1": Work(),
     "b": WIDE,
+    "c": Work("Breakout-MinAtar", 64, 128, num_minibatches=8, num_agents=300, encoder="cnn"),
     "d": replace(WIDE, env="Pendulum-v1", normalize=True),
 }
 
@@ -157,7 +159,10 @@ def prepare(work: Work) -> tuple:
 
     import purejaxppo as pjp
 
-    config = pjp.Config(
+    network = pjp.Config() if work.encoder == "mlp" else pjp.preset(work.env).config
+    config = replace(
+        network,
+        encoder=work.encoder,
         num_envs=work.num_envs,
         num_steps=work.num_steps,
         num_updates=NUM_UPDATES,
