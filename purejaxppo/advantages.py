@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from purejaxppo.collectives import gather_shards
 from purejaxppo.config import Config, Hyperparams
 from purejaxppo.networks.network import Network
-from purejaxppo.normalize import measure, merge, scale, standardize_observations
+from purejaxppo.normalize import measure, merge, scale
 from purejaxppo.record import Record
-from purejaxppo.rollout import Actors, Policy, Rollout, add_time, apply_policy, discounted_returns
+from purejaxppo.rollout import Actors, Policy, Rollout, apply_policy, begin_where, discounted_returns
+
+PIECE = 2**21  # bytes of observations, as float32, that one forward pass reads for their values
 
 
 class Batch(Record):
@@ -21,9 +23,9 @@ class Batch(Record):
     Fields without a shape are [T, N] or [L, B].
     """
 
-    obs: Any  # as the network reads it, normalised if at all
+    obs: Any  # as the environment shows it; in a minibatch as the network reads it, normalised if at all
     first: jax.Array  # bool, whether `obs` begins an episode
-    memory: Any  # of the network before `obs`; in a minibatch [B, ...], before the segment
+    memory: Any  # of the network before each segment, [T / L, N, ...]; in a minibatch [B, ...]
     action: jax.Array  # [..., *action], before any bound
     log_prob: jax.Array  # under the policy that acted
     value: jax.Array  # under the policy that acted
@@ -31,7 +33,7 @@ class Batch(Record):
     target: jax.Array  # of the value
     distribution: Any = None  # that `action` was drawn from; its scalars belong to all transitions
     reward: Any = None  # scaled, if at all
-    next_obs: Any = None  # reached, before any reset, as the network reads it
+    next_obs: Any = None  # reached, before any reset; as `obs`
     terminated: Any = None  # bool
     truncated: Any = None  # bool
 
@@ -60,12 +62,8 @@ def estimate(
     terminated = rollout.terminated if config.bootstrap_on_truncation else rollout.done
     value, next_value = state_values(policy, rollout, terminated, last_memory, network=network, config=config)
     advantage = gae(reward, value, next_value, terminated, rollout.done, hyperparams.discount, hyperparams.gae_lambda)
-    obs, next_obs = (
-        standardize_observations(policy.observation, x, config.observation_clip)
-        for x in (rollout.obs, rollout.next_obs)
-    )
     return Batch(
-        obs=obs,
+        obs=rollout.obs,
         first=rollout.first,
         memory=rollout.memory,
         action=rollout.action,
@@ -75,7 +73,7 @@ def estimate(
         target=advantage + value,
         distribution=rollout.distribution,
         reward=reward,
-        next_obs=next_obs,
+        next_obs=rollout.next_obs,
         terminated=rollout.terminated,
         truncated=rollout.truncated,
     )
@@ -130,18 +128,53 @@ def state_values(
         network: applies the policy.
         config: of the PPO.
     """
-    memory = jax.tree.map(lambda x, last: jnp.concatenate([x, last[None]]), rollout.memory, last_memory)
-    first_memory, memory_after = jax.tree.map(lambda x: x[0], memory), jax.tree.map(lambda x: x[1:], memory)
-    _, _, value = apply_policy(policy, first_memory, rollout.obs, rollout.first, network=network, config=config)
-    next_value = jnp.where(terminated, 0, jnp.concatenate([value[1:], value[-1:]]))
-    last = (jnp.arange(config.num_steps) == config.num_steps - 1)[:, None]
-    unknown = (rollout.ended | rollout.done | last) & ~terminated
+    last_obs = jax.tree.map(lambda x: x[-1:], rollout.next_obs)
+    _, _, last_value = apply_policy(
+        policy, last_memory, last_obs, jnp.zeros_like(terminated[-1:]), network=network, config=config
+    )
+    before_last = (jnp.arange(config.num_steps) < config.num_steps - 1)[:, None]
+    unknown = (rollout.ended | rollout.done) & before_last & ~terminated
 
     in_rounds = partial(bootstrap_in_rounds, network=network, config=config)
     bootstrap = jax.custom_jvp(in_rounds)  # a loop of unknown length has no gradient
     all_at_once = partial(bootstrap_all, network=network, config=config)
     bootstrap.defjvp(lambda primals, tangents: jax.jvp(all_at_once, primals, tangents))
-    return value, bootstrap(next_value, unknown, policy, memory_after, rollout.next_obs)
+    # Before the other values, so that the states reached need not be kept while these are computed.
+    seen = rollout.memory, rollout.obs, rollout.first, rollout.next_obs
+    bootstrapped = bootstrap(jnp.zeros(unknown.shape, last_value.dtype), unknown, policy, *seen)
+    value = values_acted_on(policy, rollout, network=network, config=config)
+    next_value = jnp.where(unknown, bootstrapped, jnp.concatenate([value[1:], last_value]))
+    return value, jnp.where(terminated, 0, next_value)
+
+
+def values_acted_on(policy: Policy, rollout: Rollout, *, network: Network, config: Config) -> jax.Array:
+    """Values of the states acted on, [T, N], by a forward pass in pieces of so many steps as `PIECE` allows.
+
+    So the activations of a network that reads images do not take more memory than learning does.
+
+    Args:
+        policy: the policy that acted.
+        rollout: the states.
+        network: applies the policy.
+        config: of the PPO.
+    """
+    num_steps = len(rollout.first)
+    read_bytes = 4 * sum(x.size for x in jax.tree.leaves(rollout.obs))  # as float32
+    divisors = [n for n in range(1, num_steps + 1) if num_steps % n == 0]
+    num_pieces = next((n for n in divisors if read_bytes <= n * PIECE), num_steps)
+    length = num_steps // num_pieces
+
+    def forward(memory, begin):
+        # A gather and no slice, before which a GPU would copy all observations into the layout of convolutions.
+        obs, first = jax.tree.map(lambda x: x[begin + jnp.arange(length)], (rollout.obs, rollout.first))
+        memory, _, value = apply_policy(policy, memory, obs, first, network=network, config=config)
+        return memory, value
+
+    memory = jax.tree.map(lambda x: x[0], rollout.memory)
+    if num_pieces == 1:
+        _, _, value = apply_policy(policy, memory, rollout.obs, rollout.first, network=network, config=config)
+        return value
+    return jax.lax.scan(forward, memory, length * jnp.arange(num_pieces))[1].reshape(rollout.first.shape)
 
 
 def bootstrap_all(
@@ -150,25 +183,35 @@ def bootstrap_all(
     policy: Policy,
     memory: Any,
     obs: Any,
+    first: jax.Array,
+    next_obs: Any,
     *,
     network: Network,
     config: Config,
 ) -> jax.Array:
-    """`next_value` [T, N] with the unknown values filled in, by one forward pass on all states reached.
+    """`next_value` [T, N] with the unknown values filled in, by a forward pass on every state reached.
 
     Args:
         next_value: [T, N].
         unknown: [T, N] bool.
         policy: the policy that acted.
-        memory: [T, N, ...], of the network after each step; the forward pass does not advance it.
-        obs: [T, N, ...], of the states reached.
+        memory: [T / L, N, ...], of the network before each segment.
+        obs: [T, N, ...], of the states acted on.
+        first: [T, N] bool.
+        next_obs: [T, N, ...], of the states reached.
         network: applies the policy.
         config: of the PPO.
     """
-    flat_memory, flat_obs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (memory, obs))
-    never_first = jnp.zeros((1, unknown.size), bool)
-    _, _, value = apply_policy(policy, flat_memory, add_time(flat_obs), never_first, network=network, config=config)
-    return jnp.where(unknown, value.reshape(unknown.shape), next_value)
+
+    def step(memory, seen):
+        obs, first, next_obs = jax.tree.map(lambda x: x[None], seen)
+        memory, _, _ = apply_policy(policy, memory, obs, first, network=network, config=config)
+        # The forward pass on the state reached does not advance the memory.
+        _, _, value = apply_policy(policy, memory, next_obs, jnp.zeros_like(first), network=network, config=config)
+        return memory, value[0]
+
+    _, value = jax.lax.scan(step, jax.tree.map(lambda x: x[0], memory), (obs, first, next_obs))
+    return jnp.where(unknown, value, next_value)
 
 
 def bootstrap_in_rounds(
@@ -177,26 +220,40 @@ def bootstrap_in_rounds(
     policy: Policy,
     memory: Any,
     obs: Any,
+    first: jax.Array,
+    next_obs: Any,
     *,
     network: Network,
     config: Config,
 ) -> jax.Array:
     """The result of `bootstrap_all`, by forward passes on the first unknown state of every environment.
 
-    The number of passes is one for the end of the rollout, and one per truncated episode of the environment that has
-    most of them (over all runs of a batch). Measured on a CPU, training is 2 to 8 % faster than with one pass on all
-    states.
+    The number of passes is that of the truncated episodes of the environment that has most of them (over all runs of a
+    batch). Measured on a CPU, training is 2 to 8 % faster than with one pass on all states. A network with a memory
+    runs over the whole segment up to the state, because its memory is kept only where the segment begins.
     """
     steps, envs = (jnp.arange(size) for size in unknown.shape)
+    replayed = config.segment_length if jax.tree.leaves(memory) else 0
 
     def fill_first(carry):
         next_value, unknown = carry
-        step = jnp.argmax(unknown, axis=0)
-        step_memory, step_obs = jax.tree.map(lambda x: x[step, envs], (memory, obs))
+        step = jnp.argmax(unknown, axis=0)  # [N]
+        segment = step // config.segment_length
+        before = (segment * config.segment_length)[None] + jnp.arange(replayed)[:, None]  # [replayed, N]
+        position = step - before[0] + 1 if replayed else jnp.zeros_like(step)  # of the state reached
+        reached = jnp.arange(replayed + 1)[:, None] == position[None]
+
+        def join(acted_on, reached_):
+            path = jnp.concatenate([acted_on[before, envs[None]], reached_[step, envs][None]])
+            return begin_where(reached, jnp.broadcast_to(reached_[step, envs][None], path.shape), path)
+
+        path = jax.tree.map(join, obs, next_obs)
+        path_first = join(first, jnp.zeros_like(first))
+        kept = jax.tree.map(lambda x: x[segment, envs], memory)
+        _, _, value = apply_policy(policy, kept, path, path_first, network=network, config=config)
+        value = value[position, envs]
         chosen = unknown & (steps[:, None] == step[None])
-        never_first = jnp.zeros_like(unknown[:1])
-        _, _, value = apply_policy(policy, step_memory, add_time(step_obs), never_first, network=network, config=config)
-        return jnp.where(chosen, value, next_value), unknown & ~chosen
+        return jnp.where(chosen, value[None], next_value), unknown & ~chosen
 
     return jax.lax.while_loop(lambda carry: carry[1].any(), fill_first, (next_value, unknown))[0]
 

@@ -80,7 +80,9 @@ class Config:
     """Width of a recurrent layer (GRU) after the encoder, where 0 means none."""
 
     resets_per_step: int = 0
-    """Start states drawn ahead per step and shared by episodes that end (0: one per environment); fewer save memory."""
+    """Number of start states drawn per step; those drawn before wait, one for each environment (0: by their size)."""
+    stagger: int = 0
+    """Number of steps within which first episodes are truncated at evenly spread times, where 0 means not at all."""
 
     matmul_precision: Literal["highest", "high", "default"] = "highest"
     """Precision of float32 matrix products: full, three low-precision passes, or the fastest (TF32 on recent GPUs)."""
@@ -91,7 +93,7 @@ class Config:
 
         for name in ("num_envs", "num_steps", "num_updates", "num_epochs", "num_minibatches", "segment_length"):
             keep(name, check_whole(name, getattr(self, name), at_least=1))
-        for name in ("gru_width", "resets_per_step"):
+        for name in ("gru_width", "resets_per_step", "stagger"):
             keep(name, check_whole(name, getattr(self, name), at_least=0))
         widths: Any = self.widths
         if not isinstance(widths, (tuple, list)) and np.ndim(widths) != 1:
@@ -136,10 +138,15 @@ class Config:
                 f"gru_width={self.gru_width} needs segments of more than one step "
                 f"(try segment_length={self.num_steps}, which is num_steps, or a divisor of it)"
             )
+        if self.stagger and not self.bootstrap_on_truncation:
+            raise ValueError(
+                f"stagger={self.stagger} truncates episodes, which bootstrap_on_truncation=False would count as failed "
+                "(leave one of them out)"
+            )
         if self.resets_per_step > self.num_envs:
             raise ValueError(
                 f"resets_per_step={self.resets_per_step} must not exceed num_envs={self.num_envs} "
-                "(try 0, which draws one start state per environment)"
+                "(try 0, which chooses by the size of a start state)"
             )
 
     @property

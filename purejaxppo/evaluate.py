@@ -11,7 +11,7 @@ from purejaxppo.checks import check_whole
 from purejaxppo.config import Config
 from purejaxppo.envs.base import Env
 from purejaxppo.networks.network import Network
-from purejaxppo.rollout import Policy, add_time, apply_policy, start, step_envs
+from purejaxppo.rollout import Policy, add_time, apply_policy, count_lost_as_zero, start, step_envs
 from purejaxppo.text import shorten
 from purejaxppo.validate import as_key
 
@@ -77,10 +77,12 @@ def evaluate(
         action = (distribution.mode() if greedy else distribution.sample(act_key))[0]
         env_keys = jax.random.split(env_key, num_episodes)
         result = step_envs(env_keys, env_state, action, env_params, env=env, config=config)
+        ended = result.terminated | result.truncated
+        reward = count_lost_as_zero(ended, result.reward)
         seen = Evaluation(
-            episode_return=seen.episode_return + jnp.where(seen.finished, 0, result.reward),
+            episode_return=seen.episode_return + jnp.where(seen.finished, 0, reward),
             episode_length=seen.episode_length + ~seen.finished,
-            finished=seen.finished | result.terminated | result.truncated,
+            finished=seen.finished | ended,
         )
         return time + 1, (result.state, result.obs, jnp.zeros_like(first), memory), seen
 

@@ -28,7 +28,8 @@ from purejaxppo.normalize import (
     standardize_observations,
 )
 from purejaxppo.record import Record
-from purejaxppo.rollout import Actors, Policy, Rollout, apply_policy, start, start_policy, unroll
+from purejaxppo.rollout import Actors, Policy, Rollout, apply_policy, first_limits, start, start_policy, unroll
+from purejaxppo.starts import fill_pool
 from purejaxppo.summary import join_metrics, measure_rollout, summarize
 from purejaxppo.update import adam, update
 from purejaxppo.validate import (
@@ -178,13 +179,14 @@ def bind_ppo(
         axis_name: the mesh axis whose shards hold `config.num_envs` environments each (see `sharded`), () for none.
     """
     bound, expected = partial(bind, config.matmul_precision), Expected(env, network, config, optimizer)
+    check_state, check_learn = (None, None) if axis_name else (expected.check_state, expected.check_learn)  # of a run
     acting = {"env": env, "network": network, "config": config}
     learning = {"network": network, "config": config, "loss": loss, "optimizer": optimizer, "axis_name": axis_name}
     ppo = PPO(
         init=bound(init, **acting, optimizer=optimizer),
-        collect=bound(collect, expected.check_state, **acting, axis_name=axis_name),
-        learn=bound(learn, expected.check_learn, **learning),
-        step=bound(step, expected.check_state, **acting | learning),
+        collect=bound(collect, check_state, **acting, axis_name=axis_name),
+        learn=bound(learn, check_learn, **learning),
+        step=bound(step, check_state, **acting | learning),
         train=train,  # replaced below
         evaluate=bound(evaluate, expected.check_evaluate, **acting),
         act=bound(act, expected.check_act, **acting),
@@ -283,11 +285,13 @@ def init(
     """
     check_hyperparams(hyperparams)
     check_target_kl(hyperparams.target_kl, config)
-    key, network_key, actors_key = jax.random.split(as_key(key), 3)
+    key, network_key, actors_key, pool_key = jax.random.split(as_key(key), 4)
     hyperparams, env_params = as_arrays(hyperparams), as_env_params(env_params, env)
     now = hyperparams.at(0, config)
     check_hyperparams(now)  # schedules as numbers
     actors = start(actors_key, env_params, env=env, network=network, num_envs=config.num_envs)
+    pool = fill_pool(pool_key, env_params, env=env, config=config)
+    actors = actors.replace(pool=pool, first_limit=first_limits(config))
     policy = start_policy(network_key, actors.obs, actors.memory, env=env, network=network, config=config)
     transformation = make_transformation(optimizer, now)
     return TrainState(
@@ -373,6 +377,7 @@ def learn(
         loss=partial(loss, network=network, config=config),
         optimizer=optimizer,
         config=config,
+        observation=policy.observation,
         axis_name=axis_name,
     )
     measured_obs, measured = gather_shards(
@@ -447,5 +452,6 @@ def act(
 
 def _first_observation(key, *, env, config):
     """One observation, as the network of a new run reads it."""
-    moments = observation_moments(observation_space(env)) if config.normalize_observation else ()
-    return standardize_observations(moments, env.reset(key, env.params)[1], config.observation_clip)
+    obs = env.reset(key, env.params)[1]
+    moments = observation_moments(obs) if config.normalize_observation else ()
+    return standardize_observations(moments, obs, config.observation_clip)

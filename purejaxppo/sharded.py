@@ -14,6 +14,7 @@ from purejaxppo.checks import check_whole
 from purejaxppo.config import Config
 from purejaxppo.ppo import PPO, TrainState, bind_ppo, with_step
 from purejaxppo.rollout import Rollout
+from purejaxppo.starts import starts_per_step
 from purejaxppo.text import shorten
 from purejaxppo.validate import Expected, check_type
 
@@ -38,7 +39,8 @@ def sharded(ppo: PPO, devices: int | Sequence[Any] | None = None) -> PPO:
     if ppo.mesh is not None:
         raise ValueError(f"this PPO is sharded already, over {ppo.mesh.size} devices (pass the one of make_ppo)")
     devices = choose_devices(devices)
-    config = _config_of_shard(ppo.config, len(devices))
+    num_starts = starts_per_step(ppo.env, ppo.config)
+    config = _config_of_shard(replace(ppo.config, resets_per_step=num_starts), len(devices))
     mesh = Mesh(np.array(devices), AXIS)
     expected = Expected(ppo.env, ppo.network, ppo.config, ppo.optimizer)  # of the whole run
     shard = bind_ppo(ppo.env, ppo.network, config, ppo.loss, ppo.optimizer, AXIS)

@@ -24,6 +24,8 @@ def measure_rollout(rollout: Rollout, batch: Batch) -> dict[str, Any]:
     values = jnp.stack([batch.value, batch.target, batch.target - batch.value])
     return {
         "ended": jnp.where(rollout.ended[None], ended, 0).sum((1, 2)),
+        "num_lost": jnp.int32(0) if rollout.lost is None else rollout.lost.sum(dtype=jnp.int32),
+        "num_reused": jnp.int32(0) if rollout.reused is None else rollout.reused.sum(dtype=jnp.int32),
         "values": measure(values, (1, 2)),
         "steps": jax.tree.map(jnp.mean, rollout.metrics),
     }
@@ -40,6 +42,8 @@ def summarize(measured: Mapping[str, Any], rollout: Rollout) -> dict[str, jax.Ar
         "episode_return": _ratio(episode_return, num_episodes),
         "episode_length": _ratio(episode_length, num_episodes),
         "num_episodes": num_episodes.astype(jnp.int32),
+        "num_lost_episodes": measured["num_lost"].sum(),  # which ended on nan
+        "num_reused_starts": measured["num_reused"].sum(),  # of episodes that began where one had begun before
         "explained_variance": 1 - _ratio(values.variance[2], values.variance[1]),
         "value_mean": values.mean[0],
     }

@@ -14,7 +14,7 @@ from purejaxppo.advantages import Batch
 from purejaxppo.collectives import mean_over_shards
 from purejaxppo.config import Config, Hyperparams
 from purejaxppo.envs.check import place
-from purejaxppo.normalize import standardize_advantage
+from purejaxppo.normalize import standardize_advantage, standardize_observations
 from purejaxppo.validate import as_loss, make_transformation
 
 LOSS = 2**31  # folded into the key of the shuffles, it gives the key of the loss
@@ -39,6 +39,7 @@ def update(
     loss: Callable,
     optimizer: Callable,
     config: Config,
+    observation: Any,
     axis_name: str | tuple = (),
 ) -> tuple[Any, Any, dict[str, jax.Array]]:
     """All epochs over one rollout; every epoch draws its own permutation.
@@ -55,12 +56,13 @@ def update(
         loss: (params, minibatch, hyperparams) -> loss, report.
         optimizer: hyperparams -> optax transformation.
         config: of the PPO.
+        observation: moments that normalise observations, () for none.
         axis_name: mesh axis of the shards, each with an equal share of every minibatch; () for one shard.
 
     Returns:
         `params`, `opt_state`, and the report of the loss, means over the minibatches.
     """
-    segments = to_segments(batch, config.segment_length)
+    chex.assert_equal_shape_prefix([x for x in jax.tree.leaves(batch.replace(memory=())) if x.ndim], 2)
     transformation = make_transformation(optimizer, hyperparams)
     chosen = minibatches(key, config)
     advantage = minibatch_advantages(batch.advantage, chosen, config, axis_name)
@@ -78,7 +80,10 @@ def update(
     def learn(carry, minibatch):
         params, opt_state, stopped = carry
         chosen, advantage, random = minibatch
-        minibatch = take(segments, chosen).replace(advantage=advantage)  # standardised
+        minibatch = take(batch, chosen, config.segment_length)
+        read = {"obs": minibatch.obs, "next_obs": minibatch.next_obs}
+        read = {name: standardize_observations(observation, x, config.observation_clip) for name, x in read.items()}
+        minibatch = minibatch.replace(advantage=advantage, **read)  # standardised, all three
         (_, report), grads = jax.value_and_grad(checked_loss, has_aux=True)(params, minibatch, hyperparams, **random)
         grads, report = mean_over_shards((grads, report), axis_name)
         updates, new_opt_state = transformation.update(grads, opt_state, params)
@@ -112,10 +117,10 @@ def minibatch_advantages(
     """
     if config.normalize_advantage == "batch":
         advantage = standardize_advantage(advantage, axis_name=axis_name)
-    advantage = _cut(advantage, config.segment_length)[chosen]
+    advantage = _flat(advantage)[rows_of(chosen, advantage.shape[1], config.segment_length)]
     if config.normalize_advantage == "minibatch":
         advantage = standardize_advantage(advantage, (1, 2), axis_name)
-    return jnp.swapaxes(advantage, 1, 2)
+    return advantage
 
 
 def minibatches(key: jax.Array, config: Config) -> jax.Array:
@@ -146,26 +151,28 @@ def shuffle(key: jax.Array, size: int, num_shuffles: int) -> jax.Array:
     return jnp.take_along_axis(first, second, axis=1)
 
 
-def to_segments(batch: Batch, length: int) -> Batch:
-    """A rollout [T, N, ...] as S = T / L * N segments [S, L, ...], with the memory before each segment, [S, ...]."""
-    chex.assert_equal_shape_prefix([x for x in jax.tree.leaves(batch) if x.ndim], 2)
-    segments = jax.tree.map(lambda x: _cut(x, length) if x.ndim else x, batch)
-    return segments.replace(memory=jax.tree.map(lambda x: x[:, 0], segments.memory))
+def take(batch: Batch, chosen: jax.Array, length: int) -> Batch:
+    """The minibatch [L, B, ...] of the segments `chosen` [B] of a rollout [T, N, ...], which keeps its order."""
+    rows = rows_of(chosen, batch.advantage.shape[1], length)
+    memory = jax.tree.map(lambda x: _flat(x)[chosen], batch.memory)
+    minibatch = jax.tree.map(lambda x: _flat(x)[rows] if x.ndim else x, batch.replace(memory=()))
+    return minibatch.replace(memory=memory)
 
 
-def _cut(x: jax.Array, length: int) -> jax.Array:
-    """[T, N, ...] as segments [S, L, ...]."""
-    num_steps, num_envs, *shape = x.shape
-    num_parts = num_steps // length
-    x = x.reshape(num_parts, length, num_envs, *shape)
-    return jnp.swapaxes(x, 1, 2).reshape(num_parts * num_envs, length, *shape)
+def rows_of(chosen: jax.Array, num_envs: int, length: int) -> jax.Array:
+    """The transitions of segments [..., B], as [..., L, B] rows of all T * N.
+
+    Segment s begins at step s // N * L of environment s % N.
+    """
+    if length == 1:
+        return chosen[..., None, :]
+    first = chosen // num_envs * (length * num_envs) + chosen % num_envs
+    return first[..., None, :] + num_envs * jnp.arange(length).reshape(*(1,) * (chosen.ndim - 1), length, 1)
 
 
-def take(segments: Batch, chosen: jax.Array) -> Batch:
-    """The minibatch [L, B, ...] of the segments `chosen` [B]."""
-    minibatch = jax.tree.map(lambda x: x[chosen] if x.ndim else x, segments)
-    time_first = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1) if x.ndim > 1 else x, minibatch)
-    return time_first.replace(memory=minibatch.memory)
+def _flat(x: jax.Array) -> jax.Array:
+    """[T, N, ...] as [T * N, ...]."""
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 def _mean_where(counted, values):

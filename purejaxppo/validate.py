@@ -19,7 +19,8 @@ from jax.core import Tracer
 from purejaxppo.config import Config, Hyperparams, nearest, suggest
 from purejaxppo.envs.base import Env
 from purejaxppo.networks.network import Network
-from purejaxppo.rollout import Policy, Rollout, start_policy
+from purejaxppo.rollout import Policy, Rollout, first_limits, start_policy
+from purejaxppo.starts import fill_pool
 from purejaxppo.summary import FAILURE, RESERVED, reports_failures
 from purejaxppo.text import shorten
 
@@ -68,6 +69,10 @@ class Expected:
         refuse_difference("state.actors.env_state", state.actors.env_state, env_state, "environment")
         self.check_policy(state.policy, "state.policy")
         refuse_difference("state.actors.memory", state.actors.memory, memory, "network")
+        pool = jax.eval_shape(partial(fill_pool, env=self.env, config=config), jax.random.key(0), self.env.params)
+        refuse_difference("state.actors.pool", state.actors.pool, pool, "config (resets_per_step)")
+        limits = first_limits(config)
+        refuse_difference("state.actors.first_limit", state.actors.first_limit, limits, "config (stagger)")
         opt_state = jax.eval_shape(
             lambda hyperparams, params: make_transformation(self.optimizer, hyperparams.at(0, config)).init(params),
             state.hyperparams,
@@ -344,13 +349,15 @@ def as_env_params(env_params: Any, env: Env, num_runs: int | None = None) -> Any
 def as_rollout(rollout: Rollout, config: Config) -> Rollout:
     """A rollout as arrays. Refuses leaves that are not [T, N, ...], and numbers that are not [T, N]."""
     rollout, shape = jax.tree.map(jnp.asarray, rollout), (config.num_steps, config.num_envs)
+    of_segments = config.num_steps // config.segment_length, config.num_envs
     numbers = "reward", "terminated", "truncated", "ended", "metrics", "episode_metrics"
     for path, x in jax.tree_util.tree_leaves_with_path(rollout):
-        exact = path[0].name in numbers
-        if x.shape != shape if exact else x.ndim and x.shape[:2] != shape:
+        exact, kept = path[0].name in numbers, of_segments if path[0].name == "memory" else shape
+        if x.shape != kept if exact else x.ndim and x.shape[:2] != kept:
+            axes = "T / L, N" if path[0].name == "memory" else "T, N"
             raise ValueError(
                 f"rollout{jax.tree_util.keystr(path)} has shape {x.shape}, but must be "
-                f"[T, N{'' if exact else ', ...'}] with [T, N] = {list(shape)}"
+                f"[{axes}{'' if exact else ', ...'}] with [{axes}] = {list(kept)}"
             )
     return rollout
 

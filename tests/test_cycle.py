@@ -472,7 +472,11 @@ def test_what_no_loss_reads_is_not_in_the_compiled_program(key):
         batch = _batch_of(ppo, state, rollout)
         kept = {n: x for n, x in vars(batch).items() if n not in UNREAD or n in names}
         learn = partial(
-            update, loss=partial(pjp.ppo_loss, network=ppo.network, config=SMALL), optimizer=pjp.adam, config=SMALL
+            update,
+            loss=partial(pjp.ppo_loss, network=ppo.network, config=SMALL),
+            optimizer=pjp.adam,
+            config=SMALL,
+            observation=(),
         )
         compiled = jax.jit(learn).lower(key, state.policy.params, state.opt_state, pjp.Batch(**kept), state.hyperparams)
         text = compiled.compile().as_text()

@@ -15,8 +15,8 @@ CORE = [
     "text", "checks", "record", "config", "envs.base", "envs.check", "envs.import_gymnax", "envs.without_reset",
     "envs.from_gymnax", "envs",
     "collectives", "normalize", "networks.distributions", "networks.orthogonal", "networks.layers",
-    "networks.network", "networks.actor_critic", "networks", "rollout", "advantages", "loss", "summary", "validate",
-    "update", "evaluate", "ppo", "adaptive", "sharded", "table", "batched", "evolving",
+    "networks.network", "networks.actor_critic", "networks", "starts", "rollout", "advantages", "loss", "summary",
+    "validate", "update", "evaluate", "ppo", "adaptive", "sharded", "table", "batched", "evolving",
 ]  # fmt: skip
 # Of the host: a module imports from its own folder and from those before it.
 FOLDERS = [

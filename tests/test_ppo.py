@@ -59,7 +59,7 @@ def test_every_metric_that_is_promised_is_there():
     _, metrics = jax.jit(ppo.step)(ppo.init(jax.random.key(0)))
     promised = (
         "episode_return episode_length num_episodes policy_loss value_loss loss entropy approx_kl clip_fraction "
-        "explained_variance grad_norm learning_rate value_mean"
+        "explained_variance grad_norm learning_rate value_mean num_lost_episodes num_reused_starts"
     )
     assert set(metrics) == set(promised.split())
 
@@ -247,7 +247,8 @@ def test_means_over_episodes_are_exact_where_a_rollout_is_no_power_of_two():
     done = jnp.zeros((100, 8), bool).at[50].set(True).at[60, 0].set(True)
     full, zeros = jnp.full(done.shape, 500.0), jnp.zeros(done.shape)
     lengths = full.astype(jnp.int32)
-    counted = {"ended": done, "episode_return": full, "episode_length": lengths}
+    counted = {"ended": done, "done": done, "lost": None, "reused": None}
+    counted |= {"episode_return": full, "episode_length": lengths}
     rollout = cast(Rollout, SimpleNamespace(**counted, metrics={}, episode_metrics={}))
     batch = cast(Batch, SimpleNamespace(value=zeros, target=zeros))
     metrics = summarize(gather_shards(measure_rollout(rollout, batch)), rollout)

@@ -7,10 +7,23 @@ import numpy as np
 import pytest
 
 from probes import counter, recall_cue
-from purejaxppo import Box, Categorical, Config, Discrete, Env, Hyperparams, MultiDiscrete, Network, Step, make_ppo
+from purejaxppo import (
+    Box,
+    Categorical,
+    Config,
+    Discrete,
+    Env,
+    Hyperparams,
+    MultiDiscrete,
+    Network,
+    Step,
+    make_ppo,
+    time_limit,
+)
 from purejaxppo.advantages import state_values
 from purejaxppo.envs.base import bound_action
-from purejaxppo.rollout import Policy, Rollout, begin_where, discounted_returns, draw_ahead, unroll
+from purejaxppo.rollout import Policy, Rollout, discounted_returns, first_limits, unroll
+from purejaxppo.starts import Queue, refill
 
 
 def sum_network():
@@ -119,7 +132,34 @@ def test_a_memory_is_emptied_by_the_flag_before_the_step_and_valued_after_it(key
     _, rollout, value, next_value = roll(counter(3), key, network=network, segment_length=7)
     np.testing.assert_array_equal(value[:, 0], [1, 2, 3, 1, 2, 3, 1])
     np.testing.assert_array_equal(next_value[:, 0], [2, 3, 4, 2, 3, 4, 2])
-    np.testing.assert_array_equal(rollout.memory[:, 0], [0, 1, 2, 3, 1, 2, 3])
+    np.testing.assert_array_equal(rollout.memory[:, 0], [0])
+
+
+@pytest.mark.parametrize("length", [2, 4, 8])
+def test_a_memory_kept_where_segments_begin_gives_the_values_of_one_kept_at_every_step(length, key):
+    """Episodes of 3 and 5 steps under truncation; the value depends on all that was seen in the episode."""
+
+    def apply(params, memory, obs, first):
+        def step(memory, seen):
+            obs, first = seen
+            memory = 0.5 * jnp.where(first, 0, memory) + obs.sum(-1)
+            return memory, memory
+
+        memory, values = jax.lax.scan(step, memory, (obs, first))
+        return memory, Categorical(jnp.zeros((*first.shape, 2)) + params), values
+
+    network = Network(lambda batch: jnp.zeros(batch), lambda *_: jnp.zeros(()), apply)
+    for limit in (1, 3, 5):
+        parts = {"network": network, "num_envs": 2, "num_steps": 8, "segment_length": length}
+        _, rollout, value, next_value = roll(counter(limit), key, **parts)
+        assert rollout.memory.shape == (8 // length, 2)
+        expected, reached, memory = [], [], 0.0
+        for obs, first, next_obs in zip(rollout.obs[:, 0, 0], rollout.first[:, 0], rollout.next_obs[:, 0, 0]):
+            memory = 0.5 * (0.0 if first else memory) + float(obs)
+            expected.append(memory)
+            reached.append(0.5 * memory + float(next_obs))
+        np.testing.assert_allclose(value[:, 0], expected, rtol=1e-6)
+        np.testing.assert_allclose(next_value[:, 0], reached, rtol=1e-6)
 
 
 def random_start():
@@ -135,18 +175,142 @@ def random_start():
     return Env(reset=reset, step=step, params=(), action_space=Discrete(2))
 
 
-@pytest.mark.parametrize("num_resets, distinct", [(0, 6), (2, 2), (6, 6)])
-def test_start_states_are_fresh_and_shared_out_as_asked(num_resets, distinct, key):
-    config = Config(num_envs=6, num_steps=2, num_minibatches=1, resets_per_step=num_resets)
-    start = jax.tree.map(
-        lambda x: x[0], draw_ahead(key, Categorical(jnp.zeros((2, 6, 2))), (), env=random_start(), config=config).start
-    )
-    reached = jnp.zeros(6), jnp.zeros((6, 1))
-    state, obs = begin_where(jnp.ones(6, bool), start, reached)
-    assert len(np.unique(state)) == distinct
-    np.testing.assert_array_equal(obs[:, 0], state)
-    kept, _ = begin_where(jnp.arange(6) < 2, start, reached)
-    assert (kept[2:] == 0).all() and len(np.unique(kept[:2])) == 2
+def test_environments_that_end_in_one_step_begin_from_as_many_states(key):
+    """Twelve environments end together every 5 steps; one start is drawn per step, so 5 of 12 are fresh each time."""
+
+    def reset(key, params):
+        start = jax.random.uniform(key)
+        return (start, jnp.int32(0)), start[None]
+
+    def step(key, state, action, params):
+        start, time = state
+        return Step((start, time + 1), start[None], jnp.float32(0), jnp.bool_(False), time + 1 == 5)
+
+    env = Env(reset=reset, step=step, params=(), action_space=Discrete(2))
+    actors, rollout, *_ = roll(env, key, num_envs=12, num_steps=20, resets_per_step=1)
+    begun = np.asarray(rollout.obs[::5, :, 0])
+    assert all(len(np.unique(row)) == 12 for row in begun)
+    for before, after in zip(begun[1:], begun[2:]):
+        assert len(np.intersect1d(before, after)) == 12 - 5
+    assert np.asarray(rollout.reused).sum(1)[4::5].tolist() == [0, 7, 7, 7]
+    # A start that waits is never one of an episode that runs, unless it was used.
+    waiting, running = np.asarray(actors.pool.start[1][:, 0]), np.asarray(actors.obs[:, 0])
+    assert (np.isin(waiting, running) == (np.asarray(actors.pool.age) > 0)).all()
+
+
+def test_start_states_used_longest_ago_are_replaced_first():
+    queue = Queue(row=jnp.arange(4), age=jnp.array([-2, 3, -5, 1]))
+    after, reused = refill(queue, jnp.array([True, True, False, False]), jnp.array([7, 8]))
+    np.testing.assert_array_equal(after.row, [0, 7, 2, 8])
+    np.testing.assert_array_equal(after.age, [1, 0, -6, 0])
+    np.testing.assert_array_equal(reused, [False, True, False, False])
+
+
+def test_start_states_that_nobody_uses_are_replaced_in_turn():
+    """So that none was drawn more than N / K steps ago."""
+    queue, none = Queue(row=jnp.arange(6), age=jnp.zeros(6, jnp.int32)), jnp.zeros(6, bool)
+    for step in range(3):
+        queue, _ = refill(queue, none, jnp.array([10 + step, 20 + step]))
+    assert sorted(queue.row.tolist()) == [10, 11, 12, 20, 21, 22]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_start_state_that_is_used_twice_goes_on_with_another_key(plain, key):
+    """The state draws from the key that it carries."""
+
+    def reset(key, params):
+        return {"rng": jax.random.key_data(key) if plain else key, "time": jnp.int32(0)}, jnp.zeros(1)
+
+    def step(key, state, action, params):
+        own = jax.random.wrap_key_data(state["rng"]) if plain else state["rng"]
+        state = {"rng": state["rng"], "time": state["time"] + 1}
+        return Step(state, jax.random.uniform(own, (1,)), jnp.float32(0), jnp.bool_(False), state["time"] == 1)
+
+    env = Env(reset=reset, step=step, params=(), action_space=Discrete(2))
+    _, rollout, *_ = roll(env, key, num_envs=4, num_steps=12, resets_per_step=1)
+    assert rollout.reused.any() and len(np.unique(rollout.next_obs)) == 4 * 12
+
+
+def test_a_start_state_that_is_used_once_is_as_it_was_drawn(key):
+    """The observation shows the key of the state, which holds numbers that look like one, too."""
+
+    def reset(key, params):
+        state = {"level_key": jax.random.key_data(key), "monkey": jnp.uint32([3, 4]), "time": jnp.int32(0)}
+        return state, state["level_key"].astype(jnp.float32)
+
+    def step(key, state, action, params):
+        state = state | {"time": state["time"] + 1}
+        return Step(state, state["level_key"] * 1.0, jnp.float32(0), jnp.bool_(False), state["time"] == 4)
+
+    env = Env(reset=reset, step=step, params=(), action_space=Discrete(2))
+    actors, rollout, *_ = roll(env, key, num_envs=4, num_steps=16, resets_per_step=1)
+    assert not rollout.reused.any()
+    np.testing.assert_array_equal(rollout.obs, rollout.next_obs)
+    np.testing.assert_array_equal(actors.env_state["monkey"], [[3, 4]] * 4)
+
+
+def test_as_many_resets_as_environments_need_no_pool(key):
+    assert roll(random_start(), key, num_envs=8, resets_per_step=8)[0].pool == ()
+    assert roll(random_start(), key, num_envs=8)[0].pool == ()  # a small state
+    large = random_start()._replace(reset=lambda key, params: (jnp.zeros(()), jnp.zeros(1000)))
+    large = large._replace(step=lambda *_: Step(jnp.zeros(()), jnp.zeros(1000), jnp.float32(0), *[jnp.bool_(True)] * 2))
+    assert roll(large, key, num_envs=8)[0].pool.age.shape == (8,)
+
+
+@pytest.mark.parametrize("num_resets", [1, 3, 6])
+def test_the_next_observation_is_exact_whatever_ends(num_resets, key):
+    """Episodes of one to four steps: an observation names its episode and its step."""
+
+    def reset(key, params):
+        name, length = jax.random.uniform(key), jax.random.randint(jax.random.fold_in(key, 1), (), 1, 5)
+        return (name, length, jnp.int32(0)), jnp.stack([name, 0.0])
+
+    def step(key, state, action, params):
+        name, length, time = state
+        obs = jnp.stack([name, 1.0 + time])
+        return Step((name, length, time + 1), obs, jnp.float32(0), jnp.bool_(False), time + 1 >= length)
+
+    env = Env(reset=reset, step=step, params=(), action_space=Discrete(2))
+    actors, rollout, *_ = roll(env, key, num_envs=6, num_steps=30, resets_per_step=num_resets)
+    np.testing.assert_array_equal(rollout.next_obs[..., 0], rollout.obs[..., 0])  # of the episode that ran
+    np.testing.assert_array_equal(rollout.next_obs[..., 1], rollout.obs[..., 1] + 1)
+    shown = np.concatenate([rollout.obs[1:], actors.obs[None]])
+    running = ~np.asarray(rollout.done)
+    np.testing.assert_array_equal(shown[running], np.asarray(rollout.next_obs)[running])
+    assert (shown[~running][:, 1] == 0).all() and rollout.done.sum() > 60
+
+
+def test_first_episodes_end_at_different_times_if_staggered(key):
+    env = time_limit(counter(10**6), 12)
+    actors, rollout, *_ = roll(env, key, num_envs=4, num_steps=36, stagger=12)
+    assert [np.flatnonzero(column).tolist() for column in np.asarray(rollout.truncated).T] == [
+        [0, 12, 24], [3, 15, 27], [6, 18, 30], [9, 21, 33]
+    ]  # fmt: skip
+    np.testing.assert_array_equal(rollout.ended.sum(0), [2, 2, 2, 2])  # the first ones do not count
+    assert set(np.asarray(rollout.episode_length)[np.asarray(rollout.ended)]) == {12}
+    assert (actors.first_limit == 0).all()
+
+
+def test_a_distribution_of_many_actions_is_not_kept_and_is_there_if_it_is_read(key):
+    env = random_start()._replace(action_space=Discrete(200))
+    ppo = make_ppo(env, Config(num_envs=3, num_steps=4, num_minibatches=1))
+    state = ppo.init(key)
+    _, rollout = jax.jit(ppo.collect)(state)
+    assert rollout.distribution.logits.shape == (4, 3, 200)
+    np.testing.assert_allclose(rollout.distribution.log_prob(rollout.action), rollout.log_prob, atol=1e-5)
+    assert len(np.unique(rollout.action)) > 6
+
+
+def test_a_nan_with_the_last_step_is_counted(key):
+    env = counter(2)
+
+    def step(key, state, action, params):
+        result = env.step(key, state, action, params)
+        return result._replace(reward=jnp.where(result.truncated, jnp.nan, result.reward))
+
+    _, rollout, *_ = roll(env._replace(step=step), key, num_envs=3, num_steps=6)
+    np.testing.assert_array_equal(rollout.lost, rollout.done)
+    assert rollout.lost.sum() == 9 and (rollout.reward[rollout.lost] == 0).all()
 
 
 def test_no_start_state_is_ever_drawn_twice(key):
@@ -199,3 +363,27 @@ def test_the_log_probability_is_that_of_the_action_drawn(key):
     _, rollout = ppo.collect(state)
     _, distribution, _ = ppo.network.apply(state.policy.params, (), rollout.obs, rollout.first)
     np.testing.assert_allclose(rollout.log_prob, distribution.log_prob(rollout.action), rtol=1e-5)
+
+
+def test_values_in_pieces_are_those_of_one_pass(key, monkeypatch):
+    """With a memory, which is carried from piece to piece."""
+    from purejaxppo import advantages
+
+    config = Config(num_envs=3, num_steps=12, num_minibatches=1, segment_length=4, gru_width=8)
+    ppo = make_ppo(counter(5), config)
+    state, rollout = ppo.collect(ppo.init(key))
+    parts = {"network": ppo.network, "config": config}
+    whole = advantages.values_acted_on(state.policy, rollout, **parts)
+    for piece in (1, 100):
+        monkeypatch.setattr(advantages, "PIECE", piece)
+        np.testing.assert_allclose(advantages.values_acted_on(state.policy, rollout, **parts), whole, rtol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"stagger": 2**31 - 1}, {"stagger": 5, "bootstrap_on_truncation": False}])
+def test_limits_of_first_episodes_are_positive_or_refused(settings):
+    if len(settings) > 1:
+        with pytest.raises(ValueError, match="stagger=5 truncates episodes"):
+            Config(**settings)
+    else:
+        limits = np.asarray(first_limits(Config(num_envs=2**15, num_minibatches=1, **settings)))
+        assert limits[0] == 1 and (np.diff(limits) >= 0).all() and limits[-1] <= 2**31 - 1

@@ -10,7 +10,6 @@ import pytest
 
 import purejaxppo as pjp
 from probes import SMALL
-from purejaxppo import Box, Discrete
 from purejaxppo.collectives import gather_shards
 from purejaxppo.loss import ppo_loss
 from purejaxppo.normalize import measure, measure_observations, merge_observations, observation_moments, pool
@@ -55,7 +54,7 @@ def test_a_minibatch_in_shards_makes_the_step_of_the_whole(rollout):
         loss = partial(ppo_loss, network=ppo.network, config=config)
         return update(
             key, state.policy.params, state.opt_state, batch, state.hyperparams,
-            loss=loss, optimizer=adam, config=config, axis_name=axis_name,
+            loss=loss, optimizer=adam, config=config, observation=state.policy.observation, axis_name=axis_name,
         )  # fmt: skip
 
     # One minibatch has all transitions in it, however they are shuffled.
@@ -91,10 +90,9 @@ def test_moments_of_shards_are_those_of_the_whole(key):
 
 
 def test_observations_that_shards_saw_count_as_if_one_had_seen_them_all(key):
-    space = {"place": Box(shape=(3,)), "kind": Discrete(4), "flag": Box(shape=(), dtype=bool)}
     place = [5 + 2 * x for x in jax.random.normal(key, (2, 4, 6, 2, 3))]  # two rollouts of 4 shards, [T, N, 3]
     kind = jnp.zeros((4, 6, 2), jnp.int32)
-    moments = observation_moments(space)
+    moments = observation_moments({"place": place[0][0, 0, 0], "kind": kind[0, 0, 0], "flag": jnp.bool_(True)})
 
     def count_in(moments, obs):
         return merge_observations(moments, gather_shards(measure_observations(moments, obs), "envs"))
@@ -102,10 +100,9 @@ def test_observations_that_shards_saw_count_as_if_one_had_seen_them_all(key):
     for x in place:
         obs = {"place": x, "kind": kind, "flag": x[..., 0] > 5}
         moments = jax.tree.map(lambda x: x[3], over_shards(partial(count_in, moments))(obs))
-    assert moments["kind"] is None and moments["place"].count == 2 * 4 * 6 * 2
+    assert moments["kind"] is moments["flag"] is None and moments["place"].count == 2 * 4 * 6 * 2
     np.testing.assert_allclose(moments["place"].mean, np.mean(place, (0, 1, 2, 3)), rtol=1e-5)
     np.testing.assert_allclose(moments["place"].variance, np.var(place, (0, 1, 2, 3)), rtol=1e-4)
-    np.testing.assert_allclose(moments["flag"].mean, np.mean(np.array(place)[..., 0] > 5), rtol=1e-5)
 
 
 def test_shards_wait_for_each_other_once_a_minibatch_and_three_times_a_cycle():
@@ -220,3 +217,15 @@ def test_a_state_without_the_axis_of_runs_is_refused_by_a_batch(key):
     ppo = pjp.make_ppo("CartPole-v1", SMALL)
     with pytest.raises(ValueError, match="needs states with a leading axis R"):
         jax.eval_shape(pjp.batched(ppo).step, jax.eval_shape(ppo.init, key))
+
+
+@pytest.mark.parametrize("settings", [{"num_envs": 2}, {"num_envs": 4, "resets_per_step": 3}])
+def test_a_run_whose_start_states_wait_is_sharded(settings):
+    """Also where every shard draws as many as it has environments."""
+    ppo = pjp.make_ppo("Breakout-MinAtar", replace(SMALL, stagger=6, **settings))
+    over = pjp.sharded(ppo, devices=1)
+    state = over.init(jax.random.key(0))
+    assert state.actors.pool != ()
+    after, metrics = jax.jit(over.step)(state)
+    assert np.isfinite(metrics["loss"])
+    assert jax.tree.map(jnp.shape, after.actors.pool) == jax.tree.map(jnp.shape, state.actors.pool)

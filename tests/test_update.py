@@ -12,13 +12,13 @@ import pytest
 from probes import SMALL, copy_cue
 from purejaxppo import Config, Hyperparams, linear, make_ppo
 from purejaxppo.loss import ppo_loss
-from purejaxppo.update import Batch, adam, minibatches, shuffle, take, to_segments, update
+from purejaxppo.update import Batch, adam, minibatches, rows_of, shuffle, take, update
 
 
 def make_batch(num_steps=4, num_envs=3):
     index = jnp.arange(num_steps * num_envs, dtype=jnp.float32).reshape(num_steps, num_envs)
     same = {name: index for name in ("first", "action", "log_prob", "value", "advantage", "target")}
-    return Batch(obs=index[..., None], memory=index[..., None], **same)
+    return Batch(obs=index[..., None], memory=index[::2, :, None], **same)  # for segments of two steps
 
 
 def test_every_epoch_is_a_permutation_of_its_own(key):
@@ -40,12 +40,13 @@ def test_permutations_are_uniform():
 
 
 def test_segments_are_consecutive_steps_of_one_environment():
-    segments = to_segments(make_batch(), 2)
-    np.testing.assert_array_equal(segments.action, [[0, 3], [1, 4], [2, 5], [6, 9], [7, 10], [8, 11]])
-    np.testing.assert_array_equal(segments.memory[:, 0], [0, 1, 2, 6, 7, 8])
-    minibatch = take(segments, jnp.array([4, 0]))
+    rows = rows_of(jnp.arange(6), num_envs=3, length=2)
+    np.testing.assert_array_equal(rows.T, [[0, 3], [1, 4], [2, 5], [6, 9], [7, 10], [8, 11]])
+    np.testing.assert_array_equal(rows_of(jnp.arange(12), num_envs=3, length=1), [np.arange(12)])
+    minibatch = take(make_batch(), jnp.array([4, 0]), 2)
     np.testing.assert_array_equal(minibatch.action, [[7, 0], [10, 3]])
-    assert minibatch.obs.shape == (2, 2, 1) and minibatch.memory.shape == (2, 1)
+    np.testing.assert_array_equal(minibatch.memory[:, 0], [7, 0])
+    assert minibatch.obs.shape == (2, 2, 1)
 
 
 def test_gradients_are_clipped_by_their_global_norm():
@@ -126,7 +127,7 @@ def test_advantages_are_standardised_within_each_minibatch_of_segments(key):
 
     *_, report = update(
         key, jnp.float32(0), optax.identity().init(0), batch, Hyperparams(),
-        loss=loss, optimizer=lambda _: optax.identity(), config=config,
+        loss=loss, optimizer=lambda _: optax.identity(), config=config, observation=(),
     )  # fmt: skip
     segments = [(slice(2 * i, 2 * i + 2), n) for i in range(4) for n in range(4)]
     action = np.arange(32.0).reshape(8, 4)
@@ -158,8 +159,9 @@ def test_adam_steps_follow_the_formula_on_a_whole_update(key):
     grads = jax.grad(lambda p: loss(p, minibatch, hyperparams)[0])(state.policy.params)
     norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in jax.tree.leaves(grads)))
     params, _, report = update(
-        key, state.policy.params, state.opt_state, batch, hyperparams, loss=loss, optimizer=adam, config=config
-    )
+        key, state.policy.params, state.opt_state, batch, hyperparams,
+        loss=loss, optimizer=adam, config=config, observation=(),
+    )  # fmt: skip
     np.testing.assert_allclose(report["grad_norm"], norm, rtol=1e-4)
     for new, old, g in zip(*map(jax.tree.leaves, (params, state.policy.params, grads))):
         g = np.asarray(g, np.float64) * 0.01 / norm
