@@ -560,3 +560,15 @@ def test_evaluation_may_begin_when_a_run_goes_on(copy):
     result = fit(*begin(), folder=copy, evaluate_every=2, progress=False)
     there = np.isfinite(result.metrics["evaluation_return"].values)
     np.testing.assert_array_equal(there, [np.isin(np.arange(1, 10), [8])] * 2)
+
+
+def test_start_states_that_wait_are_part_of_a_checkpoint(tmp_path, key):
+    """A resumed run begins its episodes where the uninterrupted one did, first episodes that are staggered included."""
+    config = dataclasses.replace(SMALL, num_updates=4, resets_per_step=1, stagger=20)
+    ppo = batched(make_ppo("Breakout-MinAtar", config))
+    state = jax.jit(ppo.init)(jax.random.split(key, 2))
+    whole = fit(ppo, state, updates_per_chunk=2, progress=False)
+    fit(ppo, state, num_updates=2, updates_per_chunk=2, folder=tmp_path / "run", progress=False)
+    resumed = fit(ppo, state, updates_per_chunk=2, folder=tmp_path / "run", progress=False)
+    same(resumed.state, whole.state)
+    assert resumed.state.actors.pool.age.shape == (2, SMALL.num_envs)

@@ -247,7 +247,7 @@ def test_means_over_episodes_are_exact_where_a_rollout_is_no_power_of_two():
     done = jnp.zeros((100, 8), bool).at[50].set(True).at[60, 0].set(True)
     full, zeros = jnp.full(done.shape, 500.0), jnp.zeros(done.shape)
     lengths = full.astype(jnp.int32)
-    counted = {"ended": done, "done": done, "lost": None, "reused": None}
+    counted = {"ended": done, "lost": None, "reused": None}
     counted |= {"episode_return": full, "episode_length": lengths}
     rollout = cast(Rollout, SimpleNamespace(**counted, metrics={}, episode_metrics={}))
     batch = cast(Batch, SimpleNamespace(value=zeros, target=zeros))
