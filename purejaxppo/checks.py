@@ -99,7 +99,7 @@ def _as_floats(name: str, value: Any, dtype: Any = np.float64) -> np.ndarray:
         with np.errstate(over="ignore", under="ignore"):
             return numbers.astype(dtype)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{name}={repr(value)[:99]} must be a number") from None
+        raise ValueError(f"{name}={quote(value)} must be a number") from None
 
 
 def nearest_divisors(number: int, wanted: int) -> str:
