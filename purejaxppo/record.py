@@ -21,6 +21,11 @@ class Record(struct.PyTreeNode):
         return "\n".join([type(self).__name__, *(f"  {name:{width}}  {_size(x)}" for name, x in vars(self).items())])
 
 
+def size_of(tree: Any) -> int:
+    """Bytes of arrays, or of their shapes."""
+    return sum(x.size * (x.dtype.itemsize if hasattr(x.dtype, "itemsize") else 8) for x in jax.tree.leaves(tree))
+
+
 def _size(tree: Any) -> str:
     leaves = jax.tree.leaves(tree)
     if len(leaves) == 1 and leaves[0] is tree:

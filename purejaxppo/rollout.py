@@ -157,7 +157,7 @@ def unroll(
     # At once for all steps costs fewer kernels, but would copy the observations.
     at_once = sum(x.nbytes for x in jax.tree.leaves(actors.obs)) <= SMALL * config.num_envs
 
-    def step(draws, actors):
+    def step(actors, draws):
         actors, kept = act_and_step(draws, actors, policy, env_params, env=env, **acting)
         return actors, pack_flags(kept if at_once else end_lost_states(kept))
 
@@ -174,7 +174,7 @@ def scan_steps(step: Callable, actors: Actors, draws: Draws, config: Config) -> 
     """T steps of N environments, each with a start state for where an episode ends.
 
     Args:
-        step: (draws, actors) -> actors, a record of what to keep, with a field `reused`; `first` of the actors says
+        step: (actors, draws) -> actors, a record of what to keep, with a field `reused`; `first` of the actors says
             where episodes ended.
         actors: where the environments stand.
         draws: of all steps.
@@ -186,19 +186,16 @@ def scan_steps(step: Callable, actors: Actors, draws: Draws, config: Config) -> 
     """
     table, queue, rows = open_pool(actors.pool, draws.start)
 
-    def fresh_start(actors, draws):
-        return step(draws, actors)
-
     def pooled_start(carry, inputs):
         (actors, queue), (draws, fresh) = carry, inputs
         state, obs = rows_at(table, queue.row)
         state = renew_keys(state, draws.env_keys, queue.age > 0)
-        actors, kept = step(draws.replace(start=(state, obs)), actors)
+        actors, kept = step(actors, draws.replace(start=(state, obs)))
         after, reused = refill(queue, actors.first, fresh)
         return (actors, after), kept.replace(reused=reused)
 
     if not queue:
-        return scan_segments(fresh_start, actors, draws, lambda actors: actors.memory, config)
+        return scan_segments(step, actors, draws, lambda actors: actors.memory, config)
     inputs = draws.replace(start=()), rows
     (after, queue), memory, kept = scan_segments(
         pooled_start, (actors, queue), inputs, lambda carry: carry[0].memory, config

@@ -13,7 +13,7 @@ import numpy as np
 
 from purejaxppo.config import Config
 from purejaxppo.envs.base import Env
-from purejaxppo.record import Record
+from purejaxppo.record import Record, size_of
 
 USED = 2**30  # added to the age of a used start state, it comes before all that are fresh
 RENEWED = 2**30  # folded into the key of a step, it gives the keys of start states that are used again
@@ -32,16 +32,11 @@ class Pool(Record):
 
 def starts_per_step(env: Env, config: Config) -> int:
     """The number of start states drawn per step: `config.resets_per_step`, or for 0 as many as their size suggests."""
-    size = bytes_of_start(env)
+    if config.resets_per_step:
+        return config.resets_per_step
+    size = size_of(jax.eval_shape(env.reset, jax.random.key(0), env.params))
     share = next(share for most, share in SHARES.items() if size <= most)
-    return config.resets_per_step or -(-config.num_envs // share)
-
-
-def bytes_of_start(env: Env) -> int:
-    """The size of one start state with its observation."""
-    return sum(
-        x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(env.reset, jax.random.key(0), env.params))
-    )
+    return -(-config.num_envs // share)
 
 
 def fill_pool(key: jax.Array, env_params: Any, *, env: Env, config: Config) -> Any:

@@ -37,6 +37,12 @@ class Expected:
         return jax.eval_shape(self.env.reset, jax.random.key(0), self.env.params)
 
     @cached_property
+    def pool(self) -> Any:
+        """Start states that wait, if any."""
+        fill = partial(fill_pool, env=self.env, config=self.config)
+        return jax.eval_shape(fill, jax.random.key(0), self.env.params)
+
+    @cached_property
     def memory(self) -> Any:
         """Of the network, [1, ...]."""
         return jax.eval_shape(lambda: self.network.initial_memory(1))
@@ -69,8 +75,7 @@ class Expected:
         refuse_difference("state.actors.env_state", state.actors.env_state, env_state, "environment")
         self.check_policy(state.policy, "state.policy")
         refuse_difference("state.actors.memory", state.actors.memory, memory, "network")
-        pool = jax.eval_shape(partial(fill_pool, env=self.env, config=config), jax.random.key(0), self.env.params)
-        refuse_difference("state.actors.pool", state.actors.pool, pool, "config (resets_per_step)")
+        refuse_difference("state.actors.pool", state.actors.pool, self.pool, "config (resets_per_step)")
         limits = first_limits(config)
         refuse_difference("state.actors.first_limit", state.actors.first_limit, limits, "config (stagger)")
         opt_state = jax.eval_shape(

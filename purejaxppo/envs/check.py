@@ -15,6 +15,7 @@ from jax.core import Tracer
 
 from purejaxppo.checks import check_whole
 from purejaxppo.envs.base import Box, Discrete, Env, MultiDiscrete, Step, action_space, bound_action, observation_space
+from purejaxppo.record import size_of
 from purejaxppo.text import quote
 
 PACKAGES = [Path(jax.__file__).parent, Path(struct.__file__).parent, Path(__file__).parents[1]]
@@ -84,15 +85,14 @@ def measure_costs(env: Env) -> EnvCosts:
         return jax.tree.map(lambda new, old: new.astype(old.dtype), result.state, state), result
 
     start = jax.jit(reset)(keys[0])
-    start = jax.tree.map(jnp.asarray, start)
     _, result = jax.eval_shape(step, start[0], keys[0])
     action = jax.eval_shape(partial(_random_action, space=space), keys[0, 0])
     kept = result.obs, result.obs, result.reward, result.terminated, result.metrics, result.episode_metrics
     return EnvCosts(
         start_seconds=_seconds(jax.jit(partial(jax.lax.map, reset)), keys) / keys.size,
         step_seconds=_seconds(jax.jit(partial(jax.lax.scan, step)), start[0], keys) / keys.size,
-        start_bytes=_bytes(start) // BATCH,
-        transition_bytes=_bytes(kept) // BATCH + _bytes(action),
+        start_bytes=size_of(start) // BATCH,
+        transition_bytes=size_of(kept) // BATCH + size_of(action),
     )
 
 
@@ -104,10 +104,6 @@ def _seconds(function: Callable, *args: Any) -> float:
         jax.block_until_ready(function(*args))
         taken.append(time.perf_counter() - start)
     return min(taken[1:])
-
-
-def _bytes(tree: Any) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def check_shapes(env: Env) -> list[str]:

@@ -182,7 +182,7 @@ def play(key: jax.Array, actors: Actors, env_params: Any, ppo: PPO) -> tuple[Any
         actions = jax.random.randint(act_key, (*shape, *space.shape), 0, getattr(space, "n", None) or min(space.sizes))
     draws = draw_ahead(key, None, env_params, env=env, config=config).replace(action=actions)
 
-    def step(draws, actors):
+    def step(actors, draws):
         result = step_envs(draws.env_keys, actors.env_state, draws.action, env_params, env=env, config=config)
         done = result.terminated | result.truncated
         state, obs = begin_where(done, draws.start, (result.state, result.obs))

@@ -7,6 +7,7 @@ import jax
 
 from purejaxppo.experiment.program import Program
 from purejaxppo.ppo import PPO
+from purejaxppo.record import size_of
 from purejaxppo.rollout import is_wide
 from purejaxppo.text import align
 
@@ -50,8 +51,3 @@ def bytes_of(program: Program) -> int:
         return 0
     held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return held + analysis.temp_size_in_bytes
-
-
-def size_of(tree: Any) -> int:
-    """Bytes of arrays, or of their shapes."""
-    return sum(x.size * (x.dtype.itemsize if hasattr(x.dtype, "itemsize") else 8) for x in jax.tree.leaves(tree))
