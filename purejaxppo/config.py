@@ -80,7 +80,8 @@ class Config:
     """Width of a recurrent layer (GRU) after the encoder, where 0 means none."""
 
     resets_per_step: int = 0
-    """Number of start states drawn per step; those drawn before wait, one for each environment (0: by their size)."""
+    """Number of start states drawn per step, rounded up to the same on every device; those drawn before wait, one for
+    each environment. 0 means all of up to 1 KiB, one of 16 up to 4 KiB, and one of 64 above."""
     stagger: int = 0
     """Number of steps within which first episodes are truncated at evenly spread times, where 0 means not at all."""
 

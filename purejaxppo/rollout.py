@@ -1,7 +1,7 @@
 """Acting in environments: from a policy and the actors to a rollout, T steps of N environments."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -263,10 +263,11 @@ def unpack_flags(rollout: Rollout) -> Rollout:
 def end_lost_states(rollout: Rollout) -> Rollout:
     """The rollout, or one step of it, without the nans that an episode may end on.
 
-    A reward or a metric that is nan in the last step of an episode counts as 0. Where the last observation holds a nan,
-    it is 0, and the state terminal.
+    A reward or a metric that is nan in the last step of an episode counts as 0, and the episode as lost. Where the last
+    observation holds a nan, it is 0, and the state terminal.
     """
     done = rollout.done
+    unknown = [jnp.isnan(x) for x in jax.tree.leaves((rollout.reward, rollout.metrics, rollout.episode_metrics))]
     no_value = jnp.zeros_like(done)
     for x in jax.tree.leaves(rollout.next_obs):
         if jnp.issubdtype(x.dtype, jnp.floating):
@@ -278,7 +279,7 @@ def end_lost_states(rollout: Rollout) -> Rollout:
         reward=number(rollout.reward),
         metrics=jax.tree.map(number, rollout.metrics),
         episode_metrics=jax.tree.map(number, rollout.episode_metrics),
-        lost=no_value | (done & jnp.isnan(rollout.reward)),
+        lost=no_value | (done & reduce(jnp.logical_or, unknown)),
     )
 
 

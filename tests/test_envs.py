@@ -368,6 +368,21 @@ def broken(**changes):
     return env._replace(step=step)
 
 
+def broken_obs(obs):
+    return counter(3)._replace(
+        reset=lambda key, params: (jnp.int32(0), obs()),
+        step=lambda key, time, action, params: Step(time + 1, obs(), jnp.ones(()), time > 2, jnp.bool_(False)),
+    )
+
+
+def _called_back(result):
+    def fail(reward):
+        raise RuntimeError("the licence of the simulator expired")
+
+    shape = jax.ShapeDtypeStruct((), jnp.float32)
+    return jax.pure_callback(fail, shape, jnp.float32(result.reward), vmap_method="sequential")
+
+
 @pytest.mark.parametrize(
     "env, sentence",
     [
@@ -380,6 +395,10 @@ def broken(**changes):
         (broken(obs=lambda r: r.obs * jnp.nan), "step 1 of random play returns an observation that is nan"),
         (broken(reward=lambda r: r.reward / (r.reward - 2)), "step 2 of random play returns a reward that is nan"),
         (broken(truncated=lambda r: jnp.bool_(False)), "no episode ended within 200 random steps"),
+        (broken_obs(lambda: jax.random.key(0)), "an observation is of key<fry>; it must be of floats"),
+        (broken_obs(lambda: jnp.zeros(2, jnp.complex64)), "an observation is of complex64; it must be of floats"),
+        (broken_obs(dict), "an observation is {}, which holds no number"),
+        (broken(reward=_called_back), "failed when run: RuntimeError: the licence of the simulator expired"),
         (counter(3)._replace(action_space=3), "action_space is 3; it must be a Discrete"),
         (counter(3)._replace(observation_space=Box(0, 11, (1,))), "returns an observation outside observation_space"),
         (counter(3)._replace(observation_space=Discrete(4)), "returns an observation of shape (1,)"),
@@ -404,6 +423,7 @@ def broken(**changes):
 def test_an_author_is_told_what_is_wrong(env, sentence):
     problems = check_env(env)
     assert len(problems) >= 1 and any(sentence in problem for problem in problems), problems
+    assert len(set(problems)) == len(problems)
 
 
 def test_an_environment_that_fails_names_its_file_and_line_and_is_the_cause(key):
@@ -455,6 +475,18 @@ def broken_at_the_end():
         )
 
     return Env(lambda key, params: (jnp.int32(0), jnp.zeros(2)), step, (jnp.nan, jnp.bool_(False)), Discrete(2))
+
+
+def test_an_episode_is_lost_on_a_metric_that_is_nan_at_its_end(key):
+    env = broken_at_the_end()
+
+    def step(*args):
+        result = env.step(*args)
+        return result._replace(metrics={}, reward=jnp.float32(1), obs=jnp.zeros(2))  # only the episode metric is nan
+
+    ppo = make_ppo(env._replace(step=step), SMALL)
+    metrics = jax.jit(ppo.step)(jax.jit(ppo.init)(key))[1]
+    assert metrics["num_lost_episodes"] == metrics["num_episodes"] > 0 and metrics["last"] == 0
 
 
 def test_nothing_is_learned_from_a_nan_that_ends_an_episode(key):

@@ -59,4 +59,4 @@ def test_the_parts_of_the_memory_of_a_run_add_up():
         parts = memory_of(one, jax.eval_shape(one.init, keys), total=10**7)
         assert sum(parts.values()) == 10**7
         assert parts["rollout"] >= 2 * 8 * 8 * 1600 and parts["rollout"] < 2.2 * 8 * 8 * 1600
-        assert parts["waiting starts"] == 8 * (2030 + 4) and parts["environments"] >= 8 * 2030
+        assert parts["start states"] == 8 * (2030 + 4) + 8 * 2030 and parts["environments"] >= 8 * 2030

@@ -127,6 +127,9 @@ def name_flags(sentence: str, options: Any, arguments: list[str]) -> str:
     if "allow_changed" in own:
         words = re.compile(r"allow_changed=\[(.*?)\]")
         sentence = words.sub(lambda match: f"--allow-changed {re.sub('[^a-z_ .]', '', match[1])}", sentence)
+    elif "acting" in (options.__dataclass_fields__ if options else ()):
+        remedy = "(give what it was trained with, by --env or --network)"
+        sentence = re.sub(r"\(give the PPO that was trained as ppo=.*\)", remedy, sentence)
     first = re.match(r"(\w+)=", sentence)
     if not first or first[1] in written or first[1] not in own | algorithm | renamed.keys():
         return sentence

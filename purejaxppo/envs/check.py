@@ -1,5 +1,6 @@
 """`check_env`: lists the faults of an environment for its author."""
 
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -65,6 +66,7 @@ def check_env(env: Any, num_steps: int = 200, seed: int = 0) -> EnvCheck:
     also says what a start state costs against a step, and the bytes of a step in a rollout (see `EnvCosts`).
     """
     check_whole("num_steps", num_steps)
+    check_whole("seed", seed, at_least=0)
     try:
         faults = check_shapes(env)
         return EnvCheck(faults) if faults else EnvCheck(_check_play(env, num_steps, seed), env)
@@ -147,7 +149,8 @@ def check_shapes(env: Env) -> list[str]:
             problems.append(
                 f"metric {name!r} has shape {np.shape(value)}; it must be a scalar with no '/' in its name."
             )
-    return problems + _check_observation_space(env, obs) + (problems or _check_batch(env, key, start, result))
+    problems += _check_observation_space(env, obs)
+    return list(dict.fromkeys(problems or _check_batch(env, key, start, result)))
 
 
 def _check_batch(env: Env, key: jax.Array, start: Any, result: Any) -> list[str]:
@@ -190,6 +193,12 @@ def metric_names(env: Env) -> list[str]:
 
 
 def _check_observation_space(env, obs) -> list[str]:
+    leaves = jax.tree.leaves(obs)
+    if not leaves:
+        return [f"an observation is {obs!r}, which holds no number."]
+    kinds = jnp.floating, jnp.integer, jnp.bool_
+    for dtype in dict.fromkeys(x.dtype for x in leaves if not any(jnp.issubdtype(x.dtype, kind) for kind in kinds)):
+        return [f"an observation is of {dtype}; it must be of floats, integers or bools."]
     spaces = observation_space(env)
     if jax.tree.structure(spaces) != jax.tree.structure(obs):
         return [f"observation_space is {spaces!r}, but reset returns {_kind(obs)}; both must have the same structure."]
@@ -289,14 +298,15 @@ def _check_play(env: Env, num_steps: int, seed: int) -> list[str]:
         problems.append(f"step {_when(~seen['obs'])} returns an observation that is nan or infinite.")
     if not seen["reward"].all():
         problems.append(f"step {_when(~seen['reward'])} returns a reward that is nan or infinite.")
-    if not seen["range"].all():
+    if not seen["range"].all() and seen["obs"].all():
         problems.append(f"step {_when(~seen['range'])} returns an observation outside observation_space.")
     if not seen["same"].all():
         problems.append("step is not a pure function: the same key, state and action gave two different results.")
     if _resets_itself(env, begun, seen):
         problems.append(
             "step seems to reset the environment by itself: where an episode ends, it returns a state in which "
-            "episodes begin, and must return the one that was reached."
+            "episodes begin, and must return the one that was reached (all is well if that is one of them, as in a "
+            "round trip)."
         )
     if not seen["rewarded"].any():
         problems.append(
@@ -399,8 +409,14 @@ def _call(what: str, function, *args):
         return function(*args)
     except Exception as error:
         lines = str(error).strip().splitlines()
-        first = f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
-        raise ValueError(f"{what} failed when traced: {first}{place(error)}") from error
+        sentence = f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+        when = "when traced"
+        if isinstance(
+            error, jax.errors.JaxRuntimeError
+        ):  # of a callback: Python's traceback, with its error at the end
+            last = [line.strip().rstrip(".") for line in lines if re.match(r"\s*\w+(\.\w+)*: ", line)]
+            sentence, when = [sentence, *last][-1], "when run"
+        raise ValueError(f"{what} failed {when}: {sentence}{place(error)}") from error
 
 
 def place(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """Where the memory of a run goes."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from purejaxppo.experiment.program import Program
 from purejaxppo.ppo import PPO
 from purejaxppo.record import size_of
 from purejaxppo.rollout import is_wide
+from purejaxppo.starts import draw_starts, starts_per_step
 from purejaxppo.text import align
 
 
@@ -22,20 +24,23 @@ def memory_of(ppo: PPO, state: Any, total: int) -> dict[str, int]:
 
     Returns:
         "learned" (policy and optimizer), "environments" (their states, observations and the memories of the network),
-        "waiting starts" (see `Pool`), "rollout" (what is kept of T x N steps), and "working memory" for the rest of
-        `total`: activations, minibatches, start states drawn ahead.
+        "start states" (those that wait, and those drawn ahead for a rollout), "rollout" (what is kept of T x N steps),
+        and "working memory" for the rest of `total`: activations, minibatches, what drawing a start state takes.
     """
     rollout = jax.eval_shape(ppo.collect, state)[1]
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), rollout) if ppo.many else rollout
     if is_wide(one.distribution):
         rollout = rollout.replace(distribution=())  # not kept
+    key, num_runs = jax.random.key(0), state.num_updates.size
+    number = (num_runs, ppo.config.num_steps, starts_per_step(ppo.env, ppo.config))
+    drawn = jax.eval_shape(partial(draw_starts, shape=number, env=ppo.env), key, ppo.env.params)
     parts = {
         "learned": (state.policy, state.opt_state),
         "environments": state.actors.replace(pool=()),
-        "waiting starts": state.actors.pool,
+        "start states": (state.actors.pool, drawn),
         "rollout": rollout,
     }
-    sizes = {name: size_of(part) // state.num_updates.size for name, part in parts.items()}
+    sizes = {name: size_of(part) // num_runs for name, part in parts.items()}
     return sizes | {"working memory": max(total - sum(sizes.values()), 0)}
 
 
