@@ -11,6 +11,7 @@ from purejaxppo.collectives import gather_shards
 from purejaxppo.config import Config, Hyperparams
 from purejaxppo.networks.network import Network
 from purejaxppo.normalize import measure, merge, scale
+from purejaxppo.platforms import scan
 from purejaxppo.record import Record
 from purejaxppo.rollout import Actors, Policy, Rollout, apply_policy, begin_where, discounted_returns
 
@@ -302,5 +303,5 @@ def gae(
         advantage = delta + discount * gae_lambda * jnp.where(done, 0, next_advantage)
         return advantage, advantage
 
-    _, advantage = jax.lax.scan(backward, jnp.zeros_like(delta[-1]), (delta, done), reverse=True)
+    _, advantage = scan(backward, jnp.zeros_like(delta[-1]), (delta, done), reverse=True, unroll=16)
     return advantage

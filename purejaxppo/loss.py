@@ -8,14 +8,20 @@ import jax
 import jax.numpy as jnp
 
 from purejaxppo.config import Config, Hyperparams
+from purejaxppo.platforms import means
 
 
 def policy_loss(log_ratio: jax.Array, advantage: jax.Array, clip: jax.Array | float) -> jax.Array:
     """The clipped surrogate, to be minimised; any shape (Schulman et al., 2017, eq. 7)."""
+    return clipped_surrogate(log_ratio, advantage, clip).mean()
+
+
+def clipped_surrogate(log_ratio: jax.Array, advantage: jax.Array, clip: jax.Array | float) -> jax.Array:
+    """The terms whose mean is `policy_loss`, in the shape of its arguments."""
     chex.assert_equal_shape([log_ratio, advantage])
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1 - clip, 1 + clip)
-    return -jnp.minimum(ratio * advantage, clipped * advantage).mean()
+    return -jnp.minimum(ratio * advantage, clipped * advantage)
 
 
 def value_loss(value: jax.Array, old_value: jax.Array, target: jax.Array, clip: jax.Array | float) -> jax.Array:
@@ -29,9 +35,14 @@ def value_loss(value: jax.Array, old_value: jax.Array, target: jax.Array, clip: 
         target: of the value.
         clip: how far the clipped value may be from the old one.
     """
+    return 0.5 * squared_error(value, old_value, target, clip).mean()
+
+
+def squared_error(value: jax.Array, old_value: jax.Array, target: jax.Array, clip: jax.Array | float) -> jax.Array:
+    """The squared errors of `value_loss`, in the shape of its arguments."""
     chex.assert_equal_shape([value, old_value, target])
     clipped = old_value + jnp.clip(value - old_value, -clip, clip)
-    return 0.5 * jnp.maximum((value - target) ** 2, (clipped - target) ** 2).mean()
+    return jnp.maximum((value - target) ** 2, (clipped - target) ** 2)
 
 
 def approximate_kl(log_ratio: jax.Array) -> jax.Array:
@@ -39,7 +50,12 @@ def approximate_kl(log_ratio: jax.Array) -> jax.Array:
 
     Any shape; never negative (Schulman, 2020, k3).
     """
-    return (jnp.expm1(log_ratio) - log_ratio).mean()
+    return kl_terms(log_ratio).mean()
+
+
+def kl_terms(log_ratio: jax.Array) -> jax.Array:
+    """The terms whose mean is `approximate_kl`, in the shape of its argument."""
+    return jnp.expm1(log_ratio) - log_ratio
 
 
 def ppo_loss(
@@ -49,7 +65,7 @@ def ppo_loss(
     *,
     network: Any,
     config: Config,
-    surrogate: Callable = policy_loss,
+    surrogate: Callable = clipped_surrogate,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of one minibatch and a report of its terms, all of them means over transitions.
 
@@ -63,7 +79,7 @@ def ppo_loss(
         hyperparams: their values in this update.
         network: applies `params`.
         config: says whether the value loss is clipped.
-        surrogate: (log_ratio, advantage, clip) -> the policy's term of the loss.
+        surrogate: (log_ratio, advantage, clip) -> the policy's term of the loss, for each transition or their mean.
 
     Returns:
         The loss and the report, name -> scalar.
@@ -72,16 +88,18 @@ def ppo_loss(
     log_ratio = distribution.log_prob(minibatch.action) - minibatch.log_prob
     value_clip = hyperparams.value_clip if config.clip_value_loss else jnp.inf
 
-    actor = surrogate(log_ratio, minibatch.advantage, hyperparams.clip)
-    critic = value_loss(value, minibatch.value, minibatch.target, value_clip)
-    entropy = distribution.entropy().mean()
-    loss = actor + hyperparams.value_coefficient * critic - hyperparams.entropy_coefficient * entropy
-    report = {
-        "loss": loss,
-        "policy_loss": actor,
-        "value_loss": critic,
-        "entropy": entropy,
-        "approx_kl": approximate_kl(log_ratio),
-        "clip_fraction": (jnp.abs(jnp.expm1(log_ratio)) > hyperparams.clip).mean(dtype=jnp.float32),
+    terms = {
+        "policy_loss": surrogate(log_ratio, minibatch.advantage, hyperparams.clip),
+        "value_loss": squared_error(value, minibatch.value, minibatch.target, value_clip),
+        "entropy": distribution.entropy(),
+        "approx_kl": kl_terms(log_ratio),
+        "clip_fraction": (jnp.abs(jnp.expm1(log_ratio)) > hyperparams.clip).astype(jnp.float32),
     }
-    return loss, report
+    report = means(terms, log_ratio.shape)
+    report["value_loss"] = 0.5 * report["value_loss"]
+    loss = (
+        report["policy_loss"]
+        + hyperparams.value_coefficient * report["value_loss"]
+        - hyperparams.entropy_coefficient * report["entropy"]
+    )
+    return loss, {"loss": loss} | report

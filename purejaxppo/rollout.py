@@ -14,6 +14,7 @@ from purejaxppo.envs.base import Env, Step, action_space, bound_action
 from purejaxppo.networks.network import Network
 from purejaxppo.networks.orthogonal import orthogonalize
 from purejaxppo.normalize import no_moments, observation_moments, standardize_observations
+from purejaxppo.platforms import scan
 from purejaxppo.record import Record
 from purejaxppo.starts import close_pool, draw_starts, open_pool, refill, renew_keys, rows_at, starts_per_step
 
@@ -215,7 +216,7 @@ def scan_segments(step: Callable, carry: Any, inputs: Any, memory_of: Callable, 
     """
 
     def segment(carry, inputs):
-        after, outputs = jax.lax.scan(step, carry, inputs)
+        after, outputs = scan(step, carry, inputs, unroll=8)
         return after, (memory_of(carry), outputs)
 
     num_segments = config.num_steps // config.segment_length if jax.tree.leaves(memory_of(carry)) else 1
@@ -296,7 +297,7 @@ def count_episodes(actors: Actors, rollout: Rollout) -> tuple[Actors, Rollout]:
 
     ended = rollout.done if rollout.ended is None else rollout.ended
     before = actors.episode_return, actors.episode_length
-    last, (returns, lengths) = jax.lax.scan(count, before, (rollout.reward, rollout.done))
+    last, (returns, lengths) = scan(count, before, (rollout.reward, rollout.done), unroll=16)
     rollout = rollout.replace(ended=ended, episode_return=returns, episode_length=lengths)
     return actors.replace(episode_return=last[0], episode_length=last[1]), rollout
 
@@ -318,7 +319,7 @@ def discounted_returns(
         after = discount * before + reward
         return jnp.where(done, 0, after), after
 
-    return jax.lax.scan(count, before, (reward, done))
+    return scan(count, before, (reward, done), unroll=16)
 
 
 def draw_ahead(key: jax.Array, distribution: Any, env_params: Any, *, env: Env, config: Config) -> Draws:

@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 from jax.flatten_util import ravel_pytree
 
 from purejaxppo.advantages import Batch
@@ -77,8 +78,11 @@ def update(
             remedy = f"a coefficient is given as Hyperparams(extra={{{error}: ...}})"
             raise ValueError(f"loss finds no {error}{place(error)} ({remedy})") from error
 
+    vector, as_params = ravel_pytree(params)  # as one array: each array that a scan carries costs a GPU some kernels
+
     def learn(carry, minibatch):
-        params, opt_state, stopped = carry
+        vector, opt_state, stopped = carry
+        params = as_params(vector)
         chosen, advantage, random = minibatch
         minibatch = take(batch, chosen, config.segment_length)
         read = {"obs": minibatch.obs, "next_obs": minibatch.next_obs}
@@ -87,20 +91,26 @@ def update(
         (_, report), grads = jax.value_and_grad(checked_loss, has_aux=True)(params, minibatch, hyperparams, **random)
         grads, report = mean_over_shards((grads, report), axis_name)
         updates, new_opt_state = transformation.update(grads, opt_state, params)
-        new_params = optax.apply_updates(params, updates)
+        new_vector = vector + ravel_pytree(updates)[0]
         if config.stop_on_kl:
             stopped = stopped | (report["approx_kl"] > hyperparams.target_kl)
-            new_params, new_opt_state = jax.tree.map(
-                lambda old, new: jnp.where(stopped, old, new), (params, opt_state), (new_params, new_opt_state)
+            new_vector, new_opt_state = jax.tree.map(
+                lambda old, new: jnp.where(stopped, old, new), (vector, opt_state), (new_vector, new_opt_state)
             )
-        return (new_params, new_opt_state, stopped), (
-            report | {"grad_norm": optax.tree.norm(ravel_pytree(grads)[0])},
-            ~stopped,
-        )
+        report |= {"grad_norm": optax.tree.norm(ravel_pytree(grads)[0])}
+        return (new_vector, new_opt_state, stopped), Row(*ravel_pytree((report, ~stopped)))
 
-    carry = params, opt_state, jnp.bool_(False)
-    (params, opt_state, _), (reports, counted) = jax.lax.scan(learn, carry, (chosen, advantage, random))
-    return params, opt_state, jax.tree.map(lambda x: _mean_where(counted, x), reports)
+    carry = vector, opt_state, jnp.bool_(False)
+    (vector, opt_state, _), rows = jax.lax.scan(learn, carry, (chosen, advantage, random))
+    reports, counted = jax.vmap(rows.unravel)(rows.values)
+    return as_params(vector), opt_state, jax.tree.map(lambda x: _mean_where(counted, x), reports)
+
+
+class Row(struct.PyTreeNode):
+    """Numbers as one vector: each array that a scan stacks costs a GPU a kernel."""
+
+    values: jax.Array
+    unravel: Callable = struct.field(pytree_node=False)  # gives the numbers back
 
 
 def minibatch_advantages(

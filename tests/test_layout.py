@@ -12,8 +12,8 @@ import purejaxppo
 
 ROOT = Path(purejaxppo.__file__).parent
 CORE = [
-    "text", "checks", "record", "config", "envs.base", "envs.check", "envs.import_gymnax", "envs.without_reset",
-    "envs.from_gymnax", "envs",
+    "text", "checks", "record", "platforms", "config", "envs.base", "envs.check", "envs.import_gymnax",
+    "envs.without_reset", "envs.from_gymnax", "envs",
     "collectives", "normalize", "networks.distributions", "networks.orthogonal", "networks.layers",
     "networks.network", "networks.actor_critic", "networks", "starts", "rollout", "advantages", "loss", "summary",
     "validate", "update", "evaluate", "ppo", "adaptive", "sharded", "table", "batched", "evolving",

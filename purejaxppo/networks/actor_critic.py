@@ -13,6 +13,7 @@ from purejaxppo.envs.base import Box, Discrete, MultiDiscrete
 from purejaxppo.networks.distributions import Categorical, MultiCategorical, Normal, TanhNormal
 from purejaxppo.networks.layers import CNN, GRU, MLP, Dense, Gaussian, Logits, to_columns
 from purejaxppo.networks.network import Network, draw_orthogonal
+from purejaxppo.platforms import map_each
 
 
 def make_network(config: Config, observation_space: Any, action_space: Any) -> Network:
@@ -70,16 +71,19 @@ class ActorCritic(nn.Module):
     @nn.compact
     def __call__(self, memory: Any, obs: Any, first: jax.Array):
         """The memory after observations [T, B, ...], a distribution [T, B] and values [T, B]."""
-        read = self.observation_space, obs, first
-        memories = memory or (None, None)
-        actor_memory, actor = Trunk(self.encoder, self.memory, name="actor")(memories[0], *read)
-        critic_memory, critic = actor_memory, actor
-        if not self.share_encoder:
-            critic_memory, critic = Trunk(self.encoder, self.memory, name="critic")(memories[1], *read)
-        value = Dense(1, 1.0, name="value")(to_columns(critic)).values.reshape(first.shape)
-        if memory:
-            memory = (actor_memory,) if self.share_encoder else (actor_memory, critic_memory)
-        return memory, self.head()(actor), value
+        trunk = Trunk(self.encoder, self.memory, parent=None)
+
+        def read(own: tuple, obs: Any, first: jax.Array):
+            params, memory = own
+            return trunk.apply({"params": params}, memory, self.observation_space, obs, first)
+
+        names = ("actor",) if self.share_encoder else ("actor", "critic")
+        memories = memory or ((),) * len(names)
+        start = lambda key, memory: trunk.init(key, memory, self.observation_space, obs, first)["params"]
+        each = [(self.param(name, start, memory), memory) for name, memory in zip(names, memories)]
+        after, features = zip(*map_each(read, each, obs, first))
+        value = Dense(1, 1.0, name="value")(to_columns(features[-1])).values.reshape(first.shape)
+        return after if memory else memory, self.head()(features[0]), value
 
 
 class Trunk(nn.Module):

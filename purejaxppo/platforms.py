@@ -1,0 +1,89 @@
+"""What a program does differently on a CPU and on an accelerator, decided when it is compiled for one of them.
+
+A CPU is bound by bytes, and likes what stays in its cache. On a GPU every kernel costs some microseconds whatever it
+does, so a few large ones are faster than many small ones.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from operator import itemgetter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def scan(step: Callable, carry: Any, inputs: Any, *, unroll: int, reverse: bool = False) -> tuple[Any, Any]:
+    """`jax.lax.scan` over time, with `unroll` steps per iteration on accelerators, so that they share their kernels.
+
+    Args:
+        step: (carry, inputs of a step) -> carry, outputs of a step.
+        carry: before the first step.
+        inputs: [T, ...].
+        unroll: steps per iteration; on a CPU it is one.
+        reverse: whether time runs backward.
+    """
+    one_by_one = partial(jax.lax.scan, step, reverse=reverse)
+    return jax.lax.platform_dependent(carry, inputs, cpu=one_by_one, default=partial(one_by_one, unroll=unroll))
+
+
+def map_each(function: Callable, each: Sequence[Any], *shared: Any) -> list[Any]:
+    """`[function(x, *shared) for x in each]`, whose gradients accelerators compute as one batch.
+
+    Without gradients it stays one by one, so that a result that nobody reads is not computed.
+
+    Args:
+        function: pure.
+        each: trees of equal shapes.
+        shared: further arguments.
+    """
+
+    def one_by_one(each, *shared):
+        return [function(x, *shared) for x in each]
+
+    def batched(each, *shared):
+        stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *each)
+        results = jax.vmap(function, in_axes=(0, *(None for _ in shared)))(stacked, *shared)
+        return [jax.tree.map(itemgetter(i), results) for i in range(len(each))]
+
+    return faster_gradient(one_by_one, batched)(each, *shared)
+
+
+def faster_gradient(function: Callable, equal: Callable) -> Callable:
+    """The function, with gradients on accelerators by an equal function that needs fewer kernels for them.
+
+    Args:
+        function: of arrays; it must not close over any that depend on what is differentiated.
+        equal: returns the same, to rounding.
+    """
+    chosen = jax.custom_jvp(function)
+
+    @chosen.defjvp
+    def jvp(primals, tangents):
+        def of(function):
+            return lambda primals, tangents: jax.jvp(function, primals, tangents)
+
+        return jax.lax.platform_dependent(primals, tangents, cpu=of(function), default=of(equal))
+
+    return chosen
+
+
+def means(terms: Mapping[str, jax.Array], shape: tuple[int, ...]) -> dict[str, jax.Array]:
+    """The mean of each array of a shape; a number is its own mean. Accelerators compute all means at once."""
+
+    def one_by_one(terms):
+        return {name: jnp.mean(x) for name, x in terms.items()}
+
+    def at_once(terms):
+        table = jnp.stack([jnp.broadcast_to(x, shape) for x in terms.values()])
+        return dict(zip(terms, table.reshape(len(terms), -1).mean(1)))
+
+    @jax.custom_jvp
+    def chosen(terms):
+        return jax.lax.platform_dependent(terms, cpu=one_by_one, default=at_once)
+
+    @chosen.defjvp
+    def jvp(primals, tangents):
+        return chosen(*primals), one_by_one(*tangents)  # a mean is linear
+
+    return chosen(dict(terms))
