@@ -68,6 +68,15 @@ def faster_gradient(function: Callable, equal: Callable) -> Callable:
     return chosen
 
 
+def one_by_one_on_cpus(function: Callable) -> Callable:
+    """A function of arrays that CPUs map over a batch one by one: LAPACK under `vmap` can block a small thread pool."""
+
+    def chosen(*args):
+        return jax.lax.platform_dependent(*args, cpu=jax.custom_batching.sequential_vmap(function), default=function)
+
+    return chosen
+
+
 def means(terms: Mapping[str, jax.Array], shape: tuple[int, ...]) -> dict[str, jax.Array]:
     """The mean of each array of a shape; a number is its own mean. Accelerators compute all means at once."""
 

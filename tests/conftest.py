@@ -1,5 +1,7 @@
 import os
 
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # commands keep programs, tests compile their own
+
 import jax
 import pytest
 

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -109,15 +110,19 @@ def test_every_product_of_a_cycle_has_the_precision_of_the_config(precision, key
 
 def test_compiled_programs_are_kept_for_the_next_process(tmp_path):
     program = (
-        "import sys, jax, purejaxppo as pjp; pjp.cache_compilation(sys.argv[1]);"
+        "import sys, jax, purejaxppo as pjp; pjp.cache_compilation();"
         "hits = [];"
         "jax.monitoring.register_event_listener(lambda event, **_: hits.append(event.endswith('cache_hits')));"
         "ppo = pjp.make_ppo('CartPole-v1', pjp.Config(num_updates=2));"
         "pjp.compile_training(ppo, jax.eval_shape(ppo.init, jax.random.key(0))); print(sum(hits))"
     )
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    found = [int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(2)]
-    assert found[0] == 0 and found[1] >= 1
+    env = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "true", "XDG_CACHE_HOME": str(tmp_path)}
+    start = partial(subprocess.run, [sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    found = [int(start(env=env).stdout) for _ in range(2)]
+    (folder,) = (tmp_path / "purejaxppo").iterdir()
+    assert found[0] == 0 and found[1] >= 1 and f"jax-{jax.__version__}-cpu" in folder.name
+    start(env=env | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "other")})  # a folder that JAX has already stays
+    assert any((tmp_path / "other").iterdir())
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads have names to count on Linux only")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 import tyro
 
-from purejaxppo.cli.options import ALL_FAILED, check_counts, say
+from purejaxppo.cli.options import ALL_FAILED, check_counts, keep_programs, say
 from purejaxppo.cli.plugged import Acting, Plugged, check_given, make_plugged, to_named
 from purejaxppo.text import count, interval
 
@@ -191,6 +191,7 @@ def _load_agents(folder: Path, acting: Acting) -> "Agents":
     from purejaxppo.experiment.runs.launch import read_launch
     from purejaxppo.experiment.runs.settings import read_settings
 
+    keep_programs()
     given = {name: x for name, x in asdict(acting).items() if x}
     if kind_of(folder) == "sweep":
         return load_agents(folder, values={name: {x: to_named(name, x).value} for name, x in given.items()})

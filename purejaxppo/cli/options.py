@@ -26,7 +26,7 @@ class TrainingOptions:
     env: tyro.conf.Positional[str]
     """A name that `purejaxppo envs` lists, or module:name of an environment."""
     compile_cache: Path | None = None
-    """Folder that caches compiled programs for later runs."""
+    """Folder that keeps compiled programs for later commands, or off; by default one in the user's cache folder."""
     config: tyro.conf.OmitArgPrefixes[Config] = field(default_factory=Config)
     hyperparams: tyro.conf.OmitArgPrefixes[Hyperparams] = field(default_factory=Hyperparams)
     plugged: tyro.conf.OmitArgPrefixes[Plugged] = field(default_factory=Plugged)
@@ -134,14 +134,19 @@ def make_folder(name: str) -> Path:
     return make_new(Path("runs") / f"{name.replace('/', '-').replace(':', '-')}-{time}")
 
 
-def cache(options: TrainingOptions):
-    """Caches compiled programs if asked. Raises ValueError if the folder cannot be made."""
+def keep_programs(folder: Path | None = None):
+    """Keeps compiled programs for later commands, by default if it can; not for the folder "off".
+
+    Raises ValueError if a folder that the caller named cannot be made.
+    """
     from purejaxppo.experiment.program import cache_compilation
 
-    if options.compile_cache is not None:
-        try:
-            cache_compilation(options.compile_cache)
-        except ValueError as error:
+    if folder == Path("off"):
+        return
+    try:
+        cache_compilation(folder)
+    except ValueError as error:
+        if folder is not None:
             raise ValueError(str(error).replace("folder=", "compile_cache=", 1)) from None
 
 
@@ -149,7 +154,7 @@ def make(options: TrainingOptions) -> PPO:
     """Makes the PPO that the options describe. Raises ValueError if they do not fit together."""
     import jax
 
-    cache(options)
+    keep_programs(options.compile_cache)
     ppo = make_plugged(options.env, options.config, options.plugged)
     jax.eval_shape(lambda key: ppo.init(key, options.hyperparams), jax.random.key(0))
     return ppo

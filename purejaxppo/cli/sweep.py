@@ -10,10 +10,10 @@ from purejaxppo.cli.options import (
     ALL_FAILED,
     NOT_SAVED,
     TrainingOptions,
-    cache,
     check_counts,
     complete,
     draw_without_screen,
+    keep_programs,
     make_folder,
     parse,
     say,
@@ -86,7 +86,7 @@ def sweep(arguments: list[str]) -> int:
 
     env = to_named("env", options.env) if ":" in options.env else options.env
     wanted = Sweep(env, table, options.num_seeds, options.config, options.hyperparams, options.seed)
-    cache(options)
+    keep_programs(options.compile_cache)
     say(*str(wanted).split("\n"))
     if options.out is not None and not options.dry_run:
         check_writable(options.out)

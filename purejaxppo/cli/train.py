@@ -16,6 +16,7 @@ from purejaxppo.cli.options import (
     check_counts,
     complete,
     draw_without_screen,
+    keep_programs,
     make,
     make_folder,
     parse,
@@ -136,6 +137,7 @@ def resume(arguments: list[str]) -> int:
             raise ValueError(
                 f"total_steps={options.total_steps} must be at least the {settings.config.total_steps} of the run"
             )
+    keep_programs()
     given = options.plugged.given() | ({"env": options.env} if options.env else {})
     check_given(given, launch.plugged, options.folder)
 
@@ -165,6 +167,7 @@ def _report(fit: "Callable[[], Fit]", launch: "Launch", folder: Path) -> int:
 
     from purejaxppo.batched import seed_keys
     from purejaxppo.experiment.loop import Interrupted
+    from purejaxppo.experiment.program import SELDOM
 
     try:
         result = fit()
@@ -180,7 +183,11 @@ def _report(fit: "Callable[[], Fit]", launch: "Launch", folder: Path) -> int:
         return 130 if saved else NOT_SAVED
     policy, env_params = jax.device_get((result.state.policy, result.state.env_params))  # to evaluate on one device
     keys = seed_keys(jax.random.key(launch.seed), jax.numpy.arange(launch.num_seeds))
-    say(*_table(result, metrics, jax.jit(ppo.evaluate)(keys, policy, env_params), folder).split("\n"))
+    say(
+        *_table(
+            result, metrics, jax.jit(ppo.evaluate, compiler_options=SELDOM)(keys, policy, env_params), folder
+        ).split("\n")
+    )
     if not saved:
         return NOT_SAVED
     return ALL_FAILED if len(result.failed()) == launch.num_seeds else 0

@@ -6,6 +6,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,8 @@ def chunks(
 ) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
     """States and metrics [(R,) updates of the chunk, ...] after every chunk.
 
+    A device starts the next chunk, from a copy of the state, before the metrics of the last are read.
+
     Args:
         program: trains a chunk.
         state: the state to start from.
@@ -60,11 +63,16 @@ def chunks(
         stop_every: a chunk also ends where this divides the number of updates.
         donate: whether the memory of `state` may be reused; if not, it stays usable.
     """
+    lengths = []
     while done < last:
-        length = min(program.num_updates, last - done, stop_every - done % stop_every if stop_every else last)
-        state, metrics = program(state, length, donate=donate)
-        yield state, metrics
-        done, donate = done + length, True
+        lengths.append(min(program.num_updates, last - done, stop_every - done % stop_every if stop_every else last))
+        done += lengths[-1]
+    ahead, started = program.num_slices == 1, None  # several slices use all cores of a CPU
+    for length, following in zip_longest(lengths, lengths[1:]):
+        state, metrics = started or program.start(state, length, donate=donate)
+        started = program.start(state, following) if following and ahead else None
+        yield state, program.read(metrics, length)
+        donate = True
 
 
 def step_bar(*, total: int | None = None, initial: int = 0, description: str = "", progress: bool = True) -> tqdm:

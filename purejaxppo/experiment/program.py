@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import hashlib
 import os
+import platform
 import time
 import warnings
 import weakref
@@ -30,6 +32,7 @@ TRANSITIONS_PER_SLICE = 4096
 # Compiler options for programs that run once or seldom: they compile in a quarter less time and run as fast (measured
 # up to widths of 512). Training keeps the options of `jax.jit`: others change the bits of `ppo.train`.
 SELDOM = {"xla_backend_optimization_level": 1}
+CACHE_BYTES = 2 * 2**30  # of compiled programs that are kept; one takes about a megabyte
 # On Linux, in containers, and on Linux under Windows.
 NVIDIA_DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")
 
@@ -70,18 +73,25 @@ class Program:
         With `donate` the memory of `state` is reused; without, it stays usable. Raises ValueError for a state of other
         shapes.
         """
+        state, metrics = jax.block_until_ready(self.start(state, length, donate=donate))
+        return state, self.read(metrics, length)
+
+    def start(self, state: TrainState, length: int | None = None, *, donate: bool = False):
+        """As a call, but returns before the device is done, with metrics for `read`; several slices run to the end."""
         length = self.num_updates if length is None else length
         if list(map(np.shape, jax.tree.leaves(state))) != list(map(np.shape, jax.tree.leaves(self.like))):
             if not isinstance(state, Population):
                 check_is_state(state)
             refuse_difference("state", state, self.like, "PPO than this program")
         check_whole("length", length, at_most=self.num_updates, of="the num_updates of this program")
-        state, done = state if donate else jax.tree.map(jnp.copy, state), (slice(None),) * state.num_updates.ndim
-        if self.num_slices == 1:
-            state, metrics = jax.block_until_ready(self.executable(state, np.int32(length)))
-        else:
-            state, metrics = self._run_slices(state, np.int32(length))
-        return state, {name: np.asarray(values)[*done, :length] for name, values in metrics.items()}
+        state = state if donate else copy(state)
+        run = self.executable if self.num_slices == 1 else self._run_slices
+        return run(state, np.int32(length))
+
+    def read(self, metrics: dict[str, Any], length: int | None = None) -> dict[str, np.ndarray]:
+        """The metrics of a `start` as numpy, once the device is done."""
+        runs = (slice(None),) * np.ndim(self.like.num_updates)
+        return {name: np.asarray(values)[*runs, :length] for name, values in metrics.items()}
 
     def _run_slices(self, state, length):
         # If the runs do not divide evenly, the last slice overlaps the one before; both compute the same.
@@ -217,6 +227,12 @@ def check_training(ppo: Any, state: Any) -> None:
         raise ValueError("a state of a batch of batches cannot be trained; give runs one leading axis")
 
 
+@jax.jit
+def copy(state: Any) -> Any:
+    """A copy of a state, in memory of its own."""
+    return jax.tree.map(jnp.copy, state)
+
+
 def first_state(ppo: PPO, *args: Any, **kwargs: Any) -> Any:
     """The state that `ppo.init` returns for these arguments; compiles in a quarter less time than `jax.jit`."""
     check_type("ppo", ppo, PPO, "first_state(ppo, key, ...)")
@@ -258,19 +274,40 @@ def cores_as_devices():
             jax.config.update("jax_num_cpu_devices", num_cores())
 
 
-def cache_compilation(folder: str | Path):
-    """Caches compiled programs in a folder, so that a later process with the same programs need not compile them.
+def cache_compilation(folder: str | Path | None = None):
+    """Keeps compiled programs in a folder, so that a later process with the same programs need not compile them.
 
-    Raises ValueError if the folder cannot be made.
+    By default it is `purejaxppo` in the user's cache folder, unless JAX has one already (JAX_COMPILATION_CACHE_DIR).
+    Each version of JAX, kind of device and kind of processor has a subfolder, so machines may share the folder. A
+    subfolder holds up to `CACHE_BYTES`; what was used longest ago leaves first.
+
+    Call it before the first program is compiled, and after `use_one_thread`.
+
+    Raises:
+        ValueError: if the folder cannot be made.
     """
-    if not isinstance(folder, (str, Path)):
+    if not isinstance(folder, (str, Path, type(None))):
         raise ValueError(f"folder={quote(folder)} must be a path, such as 'compiled'")
+    if folder is None and jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "purejaxppo"
+    kept = (home if folder is None else Path(folder)) / _machine_kind()
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        kept.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"folder={folder} cannot be made: {error.strerror} (name another folder)") from None
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        raise ValueError(f"folder={folder or home} cannot be made: {error.strerror} (name another folder)") from None
+    jax.config.update("jax_compilation_cache_dir", str(kept))
+    jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _machine_kind() -> str:
+    """A name for all machines that can run each other's compiled programs."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
+    features = next((line for line in lines if line.lower().startswith(("flags", "features"))), lines[0])
+    processor = f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
+    return f"jax-{jax.__version__}-{jax.devices()[0].device_kind}-{processor}".replace(" ", "-").replace("/", "-")
 
 
 def best_slice_size(num_runs: int, num_cores: int, config: Config) -> int:

@@ -18,6 +18,7 @@ from purejaxppo.envs.base import Box, Discrete, MultiDiscrete, Space
 from purejaxppo.envs.check import place
 from purejaxppo.networks.distributions import MultiCategorical
 from purejaxppo.networks.orthogonal import orthogonalize
+from purejaxppo.platforms import one_by_one_on_cpus
 from purejaxppo.text import shorten
 
 PURE = "leave out Dropout and BatchNorm, which need more than params, memory, obs and first; LayerNorm does not"
@@ -109,9 +110,7 @@ def _feed_forward(init, apply) -> Network:
             raise ValueError(f"the module must return the pair (distribution, value [B]), not {what}")
         return memory, *jax.tree.map(lambda x: x.reshape(*first.shape, *x.shape[1:]) if jnp.ndim(x) else x, outputs)
 
-    # One run after another: a custom initialiser may call LAPACK, which must not be vmapped on a small thread pool.
-    init_sequences = jax.custom_batching.sequential_vmap(init_sequences)
-    return Network(initial_memory=lambda batch: (), init=init_sequences, apply=apply_sequences)
+    return Network(initial_memory=lambda batch: (), init=one_by_one_on_cpus(init_sequences), apply=apply_sequences)
 
 
 def check_network(network: Network, obs: Any, action_space: Space, config: Config) -> None:

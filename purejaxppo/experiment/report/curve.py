@@ -4,12 +4,12 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import scipy
 import xarray
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from purejaxppo.experiment.report.metrics import learning_curve
 from purejaxppo.experiment.report.statistics import lost, without_lost
@@ -37,7 +37,7 @@ def plot_learning_curve(metrics: xarray.Dataset, title: str = "", ax: Axes | Non
     if len(returns) > 1 and steps.size:
         several = counts > 1
         half = np.nanstd(returns[:, several], axis=0, ddof=1) / np.sqrt(counts[several])
-        half = half * stats.t.ppf(0.975, counts[several] - 1)
+        half = half * scipy.stats.t.ppf(0.975, counts[several] - 1)
         band = mean[several] - half, mean[several] + half
         draw_band(ax, steps[several], *band, COLORS[0], "95 % interval")
     where = steps_of_failures(metrics)

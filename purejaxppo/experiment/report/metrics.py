@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas
+import scipy
 import xarray
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from purejaxppo.config import Config
 
@@ -112,7 +112,7 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, f
         return np.nan, np.nan, np.nan
     if values.size == 1:
         return float(values[0]), np.nan, np.nan
-    half = stats.sem(values) * stats.t.ppf((1 + confidence) / 2, values.size - 1)
+    half = scipy.stats.sem(values) * scipy.stats.t.ppf((1 + confidence) / 2, values.size - 1)
     return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import scipy
 import xarray
-from scipy import stats
 
 from purejaxppo.experiment.report.statistics import (
     NO_SCORE,
@@ -149,4 +149,4 @@ def _groups(column: np.ndarray, together: bool) -> np.ndarray:
     most = max(2, min(5, len(column) // 4))
     if not together or column.dtype.kind in "UO" or len(values) <= most:
         return group
-    return np.unique((stats.rankdata(column, "min") - 1) * most // len(column), return_inverse=True)[1]
+    return np.unique((scipy.stats.rankdata(column, "min") - 1) * most // len(column), return_inverse=True)[1]

@@ -11,15 +11,15 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 import xarray
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from purejaxppo.experiment.report.metrics import last_episodes
 from purejaxppo.text import quote
 
 NO_SCORE = "no run has a score: no episode ended, or all turned nan"
-STATISTICS = {"iqm": lambda x, axis: stats.trim_mean(x, 0.25, axis=axis), "mean": np.mean, "median": np.median}
+STATISTICS = {"iqm": lambda x, axis: scipy.stats.trim_mean(x, 0.25, axis=axis), "mean": np.mean, "median": np.median}
 
 
 class Separation(NamedTuple):
@@ -162,7 +162,7 @@ def _bootstrap(
         return value, np.full_like(value, np.nan), np.full_like(value, np.nan)
     batch = max(1, 2_000_000 // sum(x.size for x in samples))  # resamples at a time: 16 MB
     options = {"vectorized": True, "axis": -1, "method": "percentile", "batch": batch, "rng": seed}
-    found = stats.bootstrap(samples, statistic, n_resamples=num_resamples, confidence_level=confidence, **options)
+    found = scipy.stats.bootstrap(samples, statistic, n_resamples=num_resamples, confidence_level=confidence, **options)
     return value, found.confidence_interval.low, found.confidence_interval.high
 
 
@@ -241,7 +241,7 @@ def improvements(
 
 def _win_rate(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):  # the p-value, which is not used, is nan if all scores tie
-        u = stats.mannwhitneyu(x, y, axis=-1, method="asymptotic").statistic
+        u = scipy.stats.mannwhitneyu(x, y, axis=-1, method="asymptotic").statistic
     return u / (x.shape[-1] * y.shape[-1])
 
 
@@ -277,7 +277,7 @@ def seeds_to_separate(
     if len(samples[0]) > 1 or len(samples[1]) > 1:
         raise ValueError("a and b have several environments: select one, as in scores.sel(env=...)")
     p = float(_win_rate(samples[0][0], samples[1][0]))
-    z = stats.norm.ppf((1 + confidence) / 2) + stats.norm.ppf(power)
+    z = scipy.stats.norm.ppf((1 + confidence) / 2) + scipy.stats.norm.ppf(power)
     needed = math.inf if p == 0.5 else float(math.ceil(z**2 / (6 * (p - 0.5) ** 2)))
     return Separation(needed, max(needed - min(len(x[0]) for x in samples), 0.0), p)
 
