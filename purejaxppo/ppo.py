@@ -27,7 +27,7 @@ from purejaxppo.normalize import (
     observation_moments,
     standardize_observations,
 )
-from purejaxppo.record import Record
+from purejaxppo.record import Record, pack
 from purejaxppo.rollout import Actors, Policy, Rollout, apply_policy, first_limits, start, start_policy, unroll
 from purejaxppo.starts import fill_pool
 from purejaxppo.summary import join_metrics, measure_rollout, summarize
@@ -408,8 +408,14 @@ def step(
 
 def train(state: TrainState, *, step: Callable, config: Config) -> tuple[TrainState, dict[str, jax.Array]]:
     """All `config.num_updates` steps of a run in one program; metrics are [U, ...], for R runs [R, U, ...]."""
-    state, metrics = jax.lax.scan(lambda state, _: step(state), state, length=config.num_updates)
-    return state, jax.tree.map(lambda x: jnp.moveaxis(x, 0, state.num_updates.ndim), metrics)
+    runs = state.num_updates.ndim
+
+    def one(state, _):
+        state, metrics = step(state)
+        return state, pack(metrics, runs)
+
+    state, rows = jax.lax.scan(one, state, length=config.num_updates)
+    return state, jax.tree.map(lambda x: jnp.moveaxis(x, 0, runs), rows.unpack())
 
 
 def act(

@@ -1,5 +1,6 @@
 """`Record`, a pytree of named arrays that prints as an outline instead of all its numbers."""
 
+import math
 from typing import Any
 
 import jax
@@ -19,6 +20,34 @@ class Record(struct.PyTreeNode):
     def __repr__(self) -> str:
         width = max(map(len, vars(self)), default=0)
         return "\n".join([type(self).__name__, *(f"  {name:{width}}  {_size(x)}" for name, x in vars(self).items())])
+
+
+class Row(struct.PyTreeNode):
+    """A tree of numbers as one vector for each dtype, since each array that a loop stacks costs a GPU a kernel."""
+
+    vectors: dict[str, Any]  # dtype -> [..., F]
+    structure: Any = struct.field(pytree_node=False)  # of the tree
+    kinds: tuple[tuple[str, tuple[int, ...]], ...] = struct.field(pytree_node=False)  # dtype and shape of each leaf
+
+    def unpack(self) -> Any:
+        """The tree; its leaves have the leading axes of the vectors, and are numpy's if those are."""
+        ends, leaves = dict.fromkeys(self.vectors, 0), []
+        for dtype, shape in self.kinds:
+            start, ends[dtype] = ends[dtype], ends[dtype] + math.prod(shape)
+            vector = self.vectors[dtype][..., start : ends[dtype]]
+            leaves.append(vector.reshape(*vector.shape[:-1], *shape))
+        return jax.tree.unflatten(self.structure, leaves)
+
+
+def pack(tree: Any, axes: int = 0) -> Row:
+    """A tree of arrays as a row; their first `axes` axes are those of its vectors."""
+    leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, tree))
+    kinds = tuple((x.dtype.name, x.shape[axes:]) for x in leaves)
+    vectors = {
+        dtype: jnp.concatenate([x.reshape(*x.shape[:axes], -1) for x in leaves if x.dtype.name == dtype], axis=-1)
+        for dtype in sorted({dtype for dtype, _ in kinds})
+    }
+    return Row(vectors, structure, kinds)
 
 
 def size_of(tree: Any) -> int:

@@ -8,7 +8,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 from jax.flatten_util import ravel_pytree
 
 from purejaxppo.advantages import Batch
@@ -16,6 +15,7 @@ from purejaxppo.collectives import mean_over_shards
 from purejaxppo.config import Config, Hyperparams
 from purejaxppo.envs.check import place
 from purejaxppo.normalize import standardize_advantage, standardize_observations
+from purejaxppo.record import pack
 from purejaxppo.validate import as_loss, make_transformation
 
 LOSS = 2**31  # folded into the key of the shuffles, it gives the key of the loss
@@ -98,19 +98,12 @@ def update(
                 lambda old, new: jnp.where(stopped, old, new), (vector, opt_state), (new_vector, new_opt_state)
             )
         report |= {"grad_norm": optax.tree.norm(ravel_pytree(grads)[0])}
-        return (new_vector, new_opt_state, stopped), Row(*ravel_pytree((report, ~stopped)))
+        return (new_vector, new_opt_state, stopped), pack((report, (~stopped).astype(jnp.float32)))
 
     carry = vector, opt_state, jnp.bool_(False)
     (vector, opt_state, _), rows = jax.lax.scan(learn, carry, (chosen, advantage, random))
-    reports, counted = jax.vmap(rows.unravel)(rows.values)
+    reports, counted = rows.unpack()
     return as_params(vector), opt_state, jax.tree.map(lambda x: _mean_where(counted, x), reports)
-
-
-class Row(struct.PyTreeNode):
-    """Numbers as one vector: each array that a scan stacks costs a GPU a kernel."""
-
-    values: jax.Array
-    unravel: Callable = struct.field(pytree_node=False)  # gives the numbers back
 
 
 def minibatch_advantages(
@@ -187,4 +180,4 @@ def _flat(x: jax.Array) -> jax.Array:
 
 def _mean_where(counted, values):
     counts = counted.reshape(-1, *(1,) * (values.ndim - 1))
-    return jnp.where(counts, values, 0).sum(0) / jnp.maximum(counted.sum(), 1)
+    return jnp.where(counts > 0, values, 0).sum(0) / jnp.maximum(counted.sum(), 1)

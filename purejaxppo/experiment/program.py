@@ -24,6 +24,7 @@ from purejaxppo.config import Config
 from purejaxppo.evolving import Population
 from purejaxppo.experiment.identity import changed_names, identify_ppo
 from purejaxppo.ppo import PPO, TrainState
+from purejaxppo.record import Row, pack
 from purejaxppo.text import count, quote
 from purejaxppo.validate import check_is_state, check_one_run, check_type, refuse_difference
 
@@ -41,7 +42,7 @@ NVIDIA_DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")
 class Program:
     """Training compiled ahead of time; call it with a state of the shape that it was compiled for."""
 
-    executable: Callable  # (state of one slice, length) -> state, metrics [(R,) num_updates, ...]
+    executable: Callable  # (state of one slice, length) -> state, metrics as rows [(R,) num_updates, F]
     take: Callable  # (state, first run) -> the state of the slice that starts there
     put: Callable  # (state, state of a slice, first run) -> state
     num_updates: int
@@ -73,11 +74,11 @@ class Program:
         With `donate` the memory of `state` is reused; without, it stays usable. Raises ValueError for a state of other
         shapes.
         """
-        state, metrics = jax.block_until_ready(self.start(state, length, donate=donate))
-        return state, self.read(metrics, length)
+        state, rows = jax.block_until_ready(self.start(state, length, donate=donate))
+        return state, self.read(rows, length)
 
     def start(self, state: TrainState, length: int | None = None, *, donate: bool = False):
-        """As a call, but returns before the device is done, with metrics for `read`; several slices run to the end."""
+        """As a call, but returns before the device is done, with rows for `read`; several slices run to the end."""
         length = self.num_updates if length is None else length
         if list(map(np.shape, jax.tree.leaves(state))) != list(map(np.shape, jax.tree.leaves(self.like))):
             if not isinstance(state, Population):
@@ -88,10 +89,9 @@ class Program:
         run = self.executable if self.num_slices == 1 else self._run_slices
         return run(state, np.int32(length))
 
-    def read(self, metrics: dict[str, Any], length: int | None = None) -> dict[str, np.ndarray]:
+    def read(self, rows: Row, length: int | None = None) -> dict[str, np.ndarray]:
         """The metrics of a `start` as numpy, once the device is done."""
-        runs = (slice(None),) * np.ndim(self.like.num_updates)
-        return {name: np.asarray(values)[*runs, :length] for name, values in metrics.items()}
+        return jax.tree.map(lambda x: np.asarray(x)[..., :length, :], rows).unpack()
 
     def _run_slices(self, state, length):
         # If the runs do not divide evenly, the last slice overlaps the one before; both compute the same.
@@ -102,11 +102,11 @@ class Program:
             return jax.block_until_ready(self.executable(self.take(state, first), length))
 
         slices = list(self.threads.map(run, firsts))
-        stacked = {name: np.empty((num_runs, *x.shape[1:]), x.dtype) for name, x in slices[0][1].items()}
-        for first, (part, metrics) in zip(firsts, slices):
+        stacked = jax.tree.map(lambda x: np.empty((num_runs, *x.shape[1:]), x.dtype), slices[0][1])
+        for first, (part, rows) in zip(firsts, slices):
             state = self.put(state, part, first)
-            for name, values in metrics.items():
-                stacked[name][first : first + size] = values
+            for dtype, values in rows.vectors.items():
+                stacked.vectors[dtype][first : first + size] = values
         return state, stacked
 
 
@@ -148,18 +148,15 @@ def compile_training(ppo: PPO, state: Any, num_updates: int | None = None, *, sl
     step = jax.jit(lambda state: ppo.step(state))
 
     def train(state, length):
-        runs = (slice(None),) * state.num_updates.ndim
-
         def one(i, carry):
-            state, stacked = carry
+            state, rows = carry
             state, metrics = step(state)
-            return state, jax.tree.map(lambda s, m: s.at[*runs, i].set(m), stacked, metrics)
+            return state, jax.tree.map(lambda x, row: x.at[..., i, :].set(row), rows, pack(metrics, np.ndim(runs)))
 
-        def room(x):
-            return jnp.zeros((*x.shape[: len(runs)], num_updates, *x.shape[len(runs) :]), x.dtype)
-
-        stacked = jax.tree.map(room, jax.eval_shape(step, state)[1])
-        return jax.lax.fori_loop(0, length, one, (state, stacked))
+        runs = state.num_updates
+        row = jax.eval_shape(lambda state: pack(step(state)[1], np.ndim(runs)), state)
+        rows = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], num_updates, *x.shape[-1:]), x.dtype), row)
+        return jax.lax.fori_loop(0, length, one, (state, rows))
 
     warn_of_idle_gpu()
     identity = identify_ppo(ppo, getattr(state, "runs", state).hyperparams)
