@@ -32,7 +32,13 @@ if TYPE_CHECKING:  # what LAZY imports when it is first used
     from purejaxppo.experiment.agents.render import record_episode, render
     from purejaxppo.experiment.loop import Interrupted
     from purejaxppo.experiment.presets import a2c, preset
-    from purejaxppo.experiment.program import cache_compilation, compile_training, first_state, use_one_thread
+    from purejaxppo.experiment.program import (
+        cache_compilation,
+        compile_training,
+        first_state,
+        use_deterministic_kernels,
+        use_one_thread,
+    )
     from purejaxppo.experiment.report import statistics
     from purejaxppo.experiment.report.curve import plot_learning_curve
     from purejaxppo.experiment.report.sweep_plots import plot_curves, plot_heatmap, plot_importance, plot_parallel
@@ -57,7 +63,8 @@ __all__ = [
     "integers", "layers", "linear", "load", "load_agents", "log_uniform", "make_env", "make_ppo", "optuna_search",
     "paired", "plan_sweep", "plot_curves", "plot_heatmap", "plot_importance", "plot_learning_curve",
     "plot_parallel", "ppo_loss", "preset", "record_episode", "render", "resume", "run_sweep", "runs", "sample",
-    "schedule", "sharded", "sinks", "statistics", "successive_halving", "time_limit", "uniform", "use_one_thread",
+    "schedule", "sharded", "sinks", "statistics", "successive_halving", "time_limit", "uniform",
+    "use_deterministic_kernels", "use_one_thread",
     "with_hyperparams", "with_step",
 ]  # fmt: skip
 
@@ -92,6 +99,7 @@ LAZY = {
     "sinks": "purejaxppo.experiment.runs",
     "statistics": "purejaxppo.experiment.report",
     "successive_halving": "purejaxppo.experiment.sweeps.halving",
+    "use_deterministic_kernels": "purejaxppo.experiment.program",
     "use_one_thread": "purejaxppo.experiment.program",
 }
 

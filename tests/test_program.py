@@ -144,8 +144,20 @@ def test_one_thread_is_one_thread_of_xla():
     assert several > 1 and one == 1
 
 
-def test_one_thread_asked_for_too_late_is_refused(five, monkeypatch):
-    monkeypatch.delenv("NPROC", raising=False)
-    with pytest.raises(RuntimeError, match="too late: JAX has started to compute"):
-        pjp.use_one_thread()
-    assert "NPROC" not in os.environ
+@pytest.mark.parametrize("use, name", [(pjp.use_one_thread, "NPROC"), (pjp.use_deterministic_kernels, "XLA_FLAGS")])
+def test_what_comes_too_late_is_refused(use, name, five, monkeypatch):
+    monkeypatch.delenv(name, raising=False)
+    with pytest.raises(RuntimeError, match=f"{use.__name__} comes too late: JAX has started to compute"):
+        use()
+    assert name not in os.environ
+
+
+def test_deterministic_kernels_are_a_flag_of_xla_that_is_recorded_and_added_once():
+    program = (
+        "import os, jax, purejaxppo as pjp; from purejaxppo.experiment.provenance import describe_machine;"
+        "pjp.use_deterministic_kernels(); pjp.use_deterministic_kernels();"
+        "print(jax.numpy.ones(3).sum(), describe_machine()['xla_flags'])"
+    )
+    env = os.environ | {"XLA_FLAGS": "--xla_cpu_enable_fast_math=false"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=env)
+    assert done.stdout == "3.0 --xla_cpu_enable_fast_math=false --xla_gpu_deterministic_ops=true\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 import tyro
 
 from purejaxppo.checks import check_whole
-from purejaxppo.cli.options import TrainingOptions, check_counts, make, parse, prepare_cpu, say
+from purejaxppo.cli.options import TrainingOptions, check_counts, make, parse, prepare_jax, say
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class BenchOptions(TrainingOptions):
 
 def bench(arguments: list[str]) -> int:
     """Measures, prints tables, and writes a file if asked."""
-    prepare_cpu(arguments)
+    prepare_jax(arguments)
     options = parse(BenchOptions, "bench", arguments)
     if not options.num_seeds:
         raise ValueError("num_seeds is empty (give one number or more, such as 1 8 32)")

@@ -27,6 +27,8 @@ class TrainingOptions:
     """A name that `purejaxppo envs` lists, or module:name of an environment."""
     compile_cache: Path | None = None
     """Folder that keeps compiled programs for later commands, or off; by default one in the user's cache folder."""
+    deterministic: bool = False
+    """Have a GPU compute the same bits in every run; without, results agree to rounding. A CPU does so anyway."""
     config: tyro.conf.OmitArgPrefixes[Config] = field(default_factory=Config)
     hyperparams: tyro.conf.OmitArgPrefixes[Hyperparams] = field(default_factory=Hyperparams)
     plugged: tyro.conf.OmitArgPrefixes[Plugged] = field(default_factory=Plugged)
@@ -61,18 +63,19 @@ def say(*lines: str):
     print(*map(printable, lines), sep="\n", flush=True)
 
 
-def prepare_cpu(arguments: list[str]):
-    """Applies CPU flags first, because even looking up an environment starts JAX."""
-    from purejaxppo.experiment.program import cores_as_devices, use_one_thread
+def prepare_jax(arguments: list[str]):
+    """Applies the flags that must come before JAX starts, which even looking up an environment does."""
+    from purejaxppo.experiment.program import cores_as_devices, use_deterministic_kernels, use_one_thread
 
     flags = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
     if "--num-devices" in flags:
         cores_as_devices()
-    if "--one-thread" in flags:
-        try:
-            use_one_thread()
-        except RuntimeError as error:
-            raise ValueError(str(error)) from None
+    for flag, use in (("--one-thread", use_one_thread), ("--deterministic", use_deterministic_kernels)):
+        if flag in flags:
+            try:
+                use()
+            except RuntimeError as error:
+                raise ValueError(str(error)) from None
 
 
 def parse(kind: type[Options], command: str, arguments: list[str]) -> Options:

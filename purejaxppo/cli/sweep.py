@@ -16,6 +16,7 @@ from purejaxppo.cli.options import (
     keep_programs,
     make_folder,
     parse,
+    prepare_jax,
     say,
     whole_number,
 )
@@ -74,6 +75,7 @@ class PlotOptions:
 
 def sweep(arguments: list[str]) -> int:
     """Prints the plan, trains, prints a ranking, and leaves data and plots."""
+    prepare_jax(arguments)
     options, table = _parse_sweep(arguments)
 
     from purejaxppo.experiment.files import check_writable

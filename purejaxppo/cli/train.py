@@ -20,7 +20,7 @@ from purejaxppo.cli.options import (
     make,
     make_folder,
     parse,
-    prepare_cpu,
+    prepare_jax,
     say,
 )
 from purejaxppo.cli.plugged import Plugged, check_given, make_plugged
@@ -74,6 +74,8 @@ class ResumeOptions:
     """Environment steps of each agent over the whole run, to extend it; its schedules then end there."""
     one_thread: bool = False
     """Limit XLA to one CPU thread (see `train`)."""
+    deterministic: bool = False
+    """Have a GPU compute the same bits in every run (see `train`)."""
     env: str | None = None
     """The environment again, if it was given as module:name."""
     allow_changed: tuple[str, ...] = ()
@@ -83,7 +85,7 @@ class ResumeOptions:
 
 def train(arguments: list[str]) -> int:
     """Trains, prints a table, and leaves a folder."""
-    prepare_cpu(arguments)
+    prepare_jax(arguments)
     options = parse(TrainOptions, "train", arguments)
     check_counts(options, "num_seeds", "num_devices", "keep", "evaluate_every")
     check_counts(options, "seed", at_least=0)
@@ -118,7 +120,7 @@ def train(arguments: list[str]) -> int:
 
 def resume(arguments: list[str]) -> int:
     """Resumes a run, prints a table, and completes its folder."""
-    prepare_cpu(arguments)
+    prepare_jax(arguments)
     options = tyro.cli(ResumeOptions, args=arguments, prog="purejaxppo resume")
 
     from purejaxppo.experiment.lock import claim_folder

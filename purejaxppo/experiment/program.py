@@ -33,6 +33,14 @@ TRANSITIONS_PER_SLICE = 4096
 # Compiler options for programs that run once or seldom: they compile in a quarter less time and run as fast (measured
 # up to widths of 512). Training keeps the options of `jax.jit`: others change the bits of `ppo.train`.
 SELDOM = {"xla_backend_optimization_level": 1}
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+# Loops in CUDA graphs, too: the whole training is then one launch. Off by default until it has run on a GPU: XLA
+# crashed in the second run of such loops until December 2025 (openxla/xla#35760).
+ONE_GRAPH: dict[str, str | bool] = {
+    "xla_gpu_enable_command_buffer": (
+        "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+    ),
+}
 CACHE_BYTES = 2 * 2**30  # of compiled programs that are kept; one takes about a megabyte
 # On Linux, in containers, and on Linux under Windows.
 NVIDIA_DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")
@@ -110,7 +118,9 @@ class Program:
         return state, stacked
 
 
-def compile_training(ppo: PPO, state: Any, num_updates: int | None = None, *, slice_size: int | None = None) -> Program:
+def compile_training(
+    ppo: PPO, state: Any, num_updates: int | None = None, *, slice_size: int | None = None, one_graph: bool = False
+) -> Program:
     """Compiles training ahead of time; the numbers are those of `ppo.train`, to rounding for any slice size.
 
     Args:
@@ -120,6 +130,7 @@ def compile_training(ppo: PPO, state: Any, num_updates: int | None = None, *, sl
         slice_size: runs of a batch that train together. By default all on an accelerator; on a CPU few enough to stay
             in a core's cache, with the slices side by side on the cores: one large batch leaves the caches, and its
             threads wait for each other.
+        one_graph: whether an NVIDIA GPU runs the whole program as one CUDA graph. Compiled so, but not yet run on one.
 
     Raises:
         ValueError: before anything compiles, for a state that the PPO cannot train.
@@ -167,7 +178,8 @@ def compile_training(ppo: PPO, state: Any, num_updates: int | None = None, *, sl
     if num_slices > 1:
         part = _placed_as(state, jax.eval_shape(take, state, np.int32(0)))
         take, put = (f.lower(*x, np.int32(0)).compile() for f, x in ((take, (state,)), (put, (state, part))))
-    executable = jax.jit(train, donate_argnums=0).lower(part, np.int32(num_updates)).compile()
+    options = ONE_GRAPH if one_graph and "gpu" in {device.platform for device in _devices(state)} else None
+    executable = jax.jit(train, donate_argnums=0).lower(part, np.int32(num_updates)).compile(options)
     return Program(
         executable=executable,
         take=take,
@@ -244,6 +256,19 @@ def warn_of_idle_gpu():
         warnings.warn('JAX computes on the CPU, but there is an NVIDIA device (pip install "purejaxppo[cuda]" uses it)')
 
 
+def use_deterministic_kernels():
+    """Has GPUs compute the same bits in every run: XLA leaves out kernels that do not, and does not autotune.
+
+    Without it, results on a GPU agree to rounding; a CPU computes the same bits anyway. It adds to the environment
+    variable XLA_FLAGS, which child processes inherit and which the folder of a run records. Raises RuntimeError if JAX
+    has started to compute.
+    """
+    if DETERMINISTIC in os.environ.get("XLA_FLAGS", "").split():
+        return
+    _refuse_once_started("use_deterministic_kernels")
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
+
+
 def use_one_thread():
     """Limits XLA to one CPU thread, which is faster for one agent with minibatches of less than 512 transitions.
 
@@ -253,13 +278,17 @@ def use_one_thread():
     """
     if "NPROC" in os.environ:
         return
+    _refuse_once_started("use_one_thread")
+    os.environ["NPROC"] = "1"
+
+
+def _refuse_once_started(what: str):
     num_devices = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
     try:
         for changed in (num_devices + 1, num_devices):  # and back: JAX refuses changes once it has started
             jax.config.update("jax_num_cpu_devices", changed)
     except RuntimeError:
-        raise RuntimeError("use_one_thread comes too late: JAX has started to compute (call it first)") from None
-    os.environ["NPROC"] = "1"
+        raise RuntimeError(f"{what} comes too late: JAX has started to compute (call it first)") from None
 
 
 def cores_as_devices():

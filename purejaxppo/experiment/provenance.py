@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import numpy as np
@@ -35,6 +35,8 @@ class Machine(TypedDict):
     """See `code_version`."""
     device: Device
     cpu_cores: int | None
+    xla_flags: NotRequired[str]
+    """The environment variable XLA_FLAGS; not in folders of version 0.1.0."""
     command: list[str]
     started: str
     """The time in UTC."""
@@ -52,6 +54,7 @@ def describe_machine() -> Machine:
         "code": code_version(),
         "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
         "cpu_cores": os.cpu_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "command": sys.argv,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
