@@ -85,7 +85,8 @@ def means(terms: Mapping[str, jax.Array], shape: tuple[int, ...]) -> dict[str, j
 
     def at_once(terms):
         table = jnp.stack([jnp.broadcast_to(x, shape) for x in terms.values()])
-        return dict(zip(terms, table.reshape(len(terms), -1).mean(1)))
+        found = table.reshape(len(terms), -1).mean(1)
+        return {name: mean.astype(x.dtype) for (name, x), mean in zip(terms.items(), found)}
 
     @jax.custom_jvp
     def chosen(terms):

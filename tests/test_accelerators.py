@@ -1,7 +1,7 @@
 """How GPU kernels are counted in the text of a compiled program; compiling one takes an environment of its own."""
 
 import pytest
-from benchmarks.hlo import count_cycle, read_program
+from benchmarks.hlo import Launches, Loop, count_cycle, count_launches, read_program
 
 # A training of 10 cycles: 2 rollout steps in an iteration of the rollout's loop, a loop of unknown length, minibatches.
 TRAINING = """HloModule jit_train, is_scheduled=true, entry_computation_layout={(f32[4]{0})->f32[4]{0}}
@@ -72,6 +72,47 @@ def test_loops_are_multiplied_out_and_one_iteration_of_an_unknown_loop_is_counte
 def test_the_rollout_and_the_minibatches_are_found_even_where_the_rollout_is_unrolled():
     counts = count_cycle(read_program(TRAINING), num_updates=10, num_steps=8, num_minibatches=4)
     assert counts == {"rollout_step": 1.5, "minibatch": 4, "rest": 12, "cycle": 40, "unknown_loops": 1}
+
+
+# As XLA prints it for the training above: the rollout in a graph, the other loops launched from the host.
+THUNKS = """
+000: kCopy
+001: kWhile
+    condition:
+        000: kKernel
+    body:
+        000: kCommandBuffer
+            000: kWhile
+                body:
+                    000: kKernel
+                    001: kKernel
+        001: kWhile
+            body:
+                000: kKernel
+        002: kWhile
+            body:
+                000: kKernel
+                001: kAsyncStart
+        003: kWhile
+            body:
+                000: kCommandBuffer
+                    000: kKernel
+                    001: kGemm
+        004: kCopy
+"""
+
+
+def test_launches_are_those_of_the_host_with_loops_multiplied_out():
+    """The rollout's graph once, 1 + 8 kernels of the next two loops, 4 graphs of minibatches, and a copy."""
+    assert count_launches(THUNKS, read_program(TRAINING)) == [Launches(graphs=1 + 4, plain=1 + 8 + 1)]
+
+
+def test_minibatches_may_be_a_loop_within_a_loop_of_epochs():
+    epochs = Loop(4, 2, (Loop(4, 5, ()),))
+    program = Loop(1, 0, (Loop(10, 1, (Loop(8, 3, ()), epochs)),))
+    counts = count_cycle(program, num_updates=10, num_steps=8, num_minibatches=16)
+    assert (counts["rollout_step"], counts["minibatch"]) == (3, (4 * 2 + 16 * 5) / 16)
+    assert (counts["rest"], counts["cycle"]) == (1, 1 + 8 * 3 + 4 * 2 + 16 * 5)
 
 
 def test_a_program_without_such_loops_is_refused():

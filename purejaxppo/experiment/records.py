@@ -7,7 +7,18 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 import numpy as np
 
@@ -73,6 +84,8 @@ def as_record(kind: Any, data: Any, lacking: list[str] | None = None, name: str 
         ValueError: if the data are of another type, have a field that the type lacks, or lack one without a default.
     """
     origin, inner = get_origin(kind), get_args(kind)
+    if origin is NotRequired:  # around the type of a field
+        return as_record(inner[0], data, lacking, name)
     if kind is Any:
         return data
     if kind is Numbers:

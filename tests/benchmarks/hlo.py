@@ -6,8 +6,9 @@ more than 4,096 numbers (15 for 65,536, which is the shuffle of 2048 environment
 """
 
 import re
-from itertools import combinations
-from typing import NamedTuple
+from collections.abc import Iterator
+from itertools import combinations, takewhile
+from typing import Any, NamedTuple
 
 # `%name (parameters) -> type {` opens a computation; ENTRY marks the one that the program starts with.
 COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
@@ -83,24 +84,25 @@ def count_cycle(program: Loop, num_updates: int, num_steps: int, num_minibatches
     """Kernels of one cycle of `train`, of one of its rollout steps, of one of its minibatches (of all epochs together
     there are `num_minibatches`), and of all the rest.
 
-    The loops are found by their trip counts. An unrolled loop does several steps in an iteration, so its trip count
-    divides their number. Of the loops that fit, the rollout and the minibatches are the two, in this order, that run
-    the most kernels.
+    The loops are found by how often they run in a cycle. An unrolled loop does several steps in an iteration, so its
+    iterations divide their number. Of the loops that fit, the rollout and the minibatches are the two, in this order,
+    that run the most kernels.
     """
     cycles = [loop for loop in program.loops if loop.trip_count == num_updates]
     cycle = max(cycles, key=lambda loop: loop.kernels, default=Loop(1, 0, ()))
-    known = [(loop, loop.trip_count) for loop in cycle.loops if loop.trip_count]
+    known = list(loops_within(cycle))
     pairs = [
         (rollout, minibatches)
-        for (rollout, steps), (minibatches, number) in combinations(known, 2)
-        if num_steps % steps == 0 and num_minibatches % number == 0
+        for rollout, minibatches in combinations(known, 2)
+        if num_steps % rollout.times == 0 and num_minibatches % minibatches.times == 0
+        if minibatches.path[: len(rollout.path)] != rollout.path
     ]
     if not pairs:
         raise ValueError(
             f"found no loop of {num_updates} updates that holds a loop of {num_steps} steps "
             f"and then one of {num_minibatches} minibatches"
         )
-    rollout, minibatches = max(pairs, key=lambda pair: pair[0].kernels + pair[1].kernels)
+    rollout, minibatches = max(pairs, key=lambda pair: (sum(x.kernels for x in pair), sum(x.times for x in pair)))
     return {
         "rollout_step": rollout.kernels / num_steps,
         "minibatch": minibatches.kernels / num_minibatches,
@@ -108,3 +110,69 @@ def count_cycle(program: Loop, num_updates: int, num_steps: int, num_minibatches
         "cycle": cycle.kernels_per_iteration,
         "unknown_loops": cycle.unknown_loops,
     }
+
+
+class Place(NamedTuple):
+    """A loop somewhere within a cycle."""
+
+    path: tuple[int, ...]  # which loop of the cycle, which loop of that one, ...
+    times: int  # iterations in a cycle, those of the loops around it multiplied in
+    kernels: int  # of all of them
+
+
+def loops_within(loop: Loop, path: tuple[int, ...] = (), times: int = 1) -> Iterator[Place]:
+    """The loops of known length within a loop, at any depth, in the order in which they run."""
+    for i, inner in enumerate(loop.loops):
+        if inner.trip_count:
+            number = times * inner.trip_count
+            yield Place((*path, i), number, number * inner.kernels_per_iteration)
+            yield from loops_within(inner, (*path, i), number)
+
+
+THUNK = re.compile(r"^(\s*)(?:\d+: (k\w+)|(body):)")
+NO_LAUNCH = {"kAsyncStart", "kAsyncDone", "kDynamicSliceFusion", "body"}
+
+
+class Launches(NamedTuple):
+    """What the host launches for a program once CUDA graphs are made of parts of it."""
+
+    graphs: int
+    plain: int  # kernels and calls outside graphs
+
+    def __add__(self, other: Any) -> "Launches":
+        return Launches(self.graphs + other.graphs, self.plain + other.plain)
+
+    def __mul__(self, number: int) -> "Launches":
+        return Launches(self.graphs * number, self.plain * number)
+
+
+def count_launches(thunks: str, program: Loop) -> list[Launches]:
+    """The launches of one iteration of each outer loop of a program, those of inner loops multiplied in.
+
+    Args:
+        thunks: the text that XLA dumps after its passes over thunks.
+        program: the same program, for the trip counts of its loops, which the text lacks.
+    """
+    found = [THUNK.match(line) for line in thunks.splitlines()]
+    lines = [(len(match[1]), match[2] or match[3]) for match in found if match]
+    return _launches(lines, program)[1]
+
+
+def _launches(lines: list[tuple[int, str]], loop: Loop) -> tuple[Launches, list[Launches]]:
+    """The launches of a block of lines, and of one iteration of each loop in it; all within a graph are one."""
+    own, loops, unseen, i = Launches(0, 0), [], list(loop.loops), 0
+    while i < len(lines):
+        indent, kind = lines[i]
+        inside = list(takewhile(lambda line: line[0] > indent, lines[i + 1 :]))  # noqa: B023
+        i += 1 + len(inside)
+        if kind == "kCommandBuffer":
+            own += Launches(1, 0)
+            unseen = unseen[sum(inner == "kWhile" and depth == inside[0][0] for depth, inner in inside) :]
+        elif kind == "kWhile":
+            body = next((j for j, line in enumerate(inside) if line[1] == "body"), 0)
+            per_iteration = _launches(inside[body + 1 :], unseen[0])[0]
+            loops.append(per_iteration)
+            own += per_iteration * (unseen.pop(0).trip_count or 1)
+        elif kind not in NO_LAUNCH:
+            own += Launches(0, 1)
+    return own, loops

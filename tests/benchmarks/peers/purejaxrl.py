@@ -1,8 +1,10 @@
 """purejaxrl from a checkout, whose folder is on the path: its scripts for discrete and for continuous actions."""
 
-import importlib
+import importlib.util
 import sys
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import MagicMock
 
 import flax.linen as nn
 import jax
@@ -14,6 +16,11 @@ from works import Work
 
 
 def prepare(work: Work) -> Program:
+    return compiled(*training(work), work.steps)
+
+
+def training(work: Work) -> tuple[Callable, Callable]:
+    """The training of a work, and its arguments for a seed."""
     if work.encoder == "cnn":
         raise SystemExit("this peer does not offer this work")
     config = {
@@ -35,23 +42,32 @@ def prepare(work: Work) -> Program:
         "NORMALIZE_ENV": work.normalize,
         "DEBUG": False,
     }
-    script = continuous() if work.normalize else importlib.import_module("purejaxrl.ppo")
+    script = continuous() if work.normalize else find_script("ppo")
     train = script.make_train(config)
 
     def arguments(seed):
         key = jax.random.PRNGKey(seed)
         return (jax.random.split(key, work.num_seeds) if work.num_seeds > 1 else key,)
 
-    return compiled(jax.vmap(train) if work.num_seeds > 1 else train, arguments, work.steps)
+    return jax.vmap(train) if work.num_seeds > 1 else train, arguments
+
+
+def find_script(name: str) -> Any:
+    """A script of the checkout, whose modules import each other by bare names, and suites that no script here uses."""
+    import purejaxrl
+
+    sys.path.append(*purejaxrl.__path__)
+    suites = "navix", "brax", "brax.envs", "brax.envs.wrappers", "brax.envs.wrappers.training"
+    missing = [suite for suite in ("navix", "brax") if importlib.util.find_spec(suite) is None]
+    sys.modules.update({suite: MagicMock() for suite in suites if suite.split(".")[0] in missing})
+    return importlib.import_module(name)
 
 
 def continuous():
     """The script for continuous actions, on an environment of gymnax, with networks of the width that all have here."""
     import gymnax
-    import purejaxrl
 
-    sys.path.append(*purejaxrl.__path__)  # its modules import each other by bare names
-    script: Any = importlib.import_module("ppo_continuous_action")
+    script = find_script("ppo_continuous_action")
     script.BraxGymnaxWrapper = lambda name: WithItsParams(*gymnax.make(name))
     script.ActorCritic = ActorCritic
     return script

@@ -1,5 +1,7 @@
 """rejax 0.1.3, with the gymnax before 1.0 that it needs."""
 
+from collections.abc import Callable
+
 import gymnax
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,11 @@ from works import Work
 
 
 def prepare(work: Work) -> Program:
+    return compiled(*training(work), work.steps)
+
+
+def training(work: Work) -> tuple[Callable, Callable]:
+    """The training of a work, and its arguments for a seed."""
     if work.encoder == "cnn":
         raise SystemExit("this peer does not offer this work")
     env, env_params = gymnax.make(work.env)
@@ -42,4 +49,4 @@ def prepare(work: Work) -> Program:
         key = jax.random.PRNGKey(seed)
         return (jax.random.split(key, work.num_seeds) if work.num_seeds > 1 else key,)
 
-    return compiled(train, arguments, work.steps)
+    return train, arguments
