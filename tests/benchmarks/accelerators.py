@@ -232,6 +232,13 @@ def of_this_package(work: Work) -> tuple:
     """The training of a work, and the shapes of the state that it takes."""
     import jax
 
+    ppo, key = ppo_of(work), jax.random.key(0)
+    key = jax.random.split(key, work.num_seeds) if work.num_seeds > 1 else key
+    return ppo.train, (jax.eval_shape(ppo.init, key),)
+
+
+def ppo_of(work: Work, **settings: Any) -> Any:
+    """This package's PPO for a work, batched if it has several agents; `settings` are other fields of its config."""
     import purejaxppo as pjp
 
     network = pjp.Config() if work.encoder == "mlp" else pjp.preset(work.env).config
@@ -240,16 +247,15 @@ def of_this_package(work: Work) -> tuple:
         encoder=work.encoder,
         num_envs=work.num_envs,
         num_steps=work.num_steps,
-        num_updates=NUM_UPDATES,
+        num_updates=work.num_updates,
         num_minibatches=work.num_minibatches,
         num_epochs=work.num_epochs,
         normalize_observation=work.normalize,
         scale_reward=work.normalize,
+        **settings,
     )
-    ppo, key = pjp.make_ppo(work.env, config), jax.random.key(0)
-    if work.num_seeds > 1:
-        ppo, key = pjp.batched(ppo), jax.random.split(key, work.num_seeds)
-    return ppo.train, (jax.eval_shape(ppo.init, key),)
+    ppo = pjp.make_ppo(work.env, config)
+    return pjp.batched(ppo) if work.num_seeds > 1 else ppo
 
 
 COLUMNS = {
