@@ -8,7 +8,9 @@ import pytest
 
 import purejaxppo as pjp
 from probes import SMALL, counter
-from purejaxppo.experiment.memory import memory_of
+from purejaxppo.batched import reported_failures
+from purejaxppo.experiment.memory import bytes_of, memory_of
+from purejaxppo.experiment.sweeps.plan import runs_that_fit
 
 pytestmark = pytest.mark.full
 
@@ -60,3 +62,16 @@ def test_the_parts_of_the_memory_of_a_run_add_up():
         assert sum(parts.values()) == 10**7
         assert parts["rollout"] >= 2 * 8 * 8 * 1600 and parts["rollout"] < 2.2 * 8 * 8 * 1600
         assert parts["start states"] == 8 * (2030 + 4) + 8 * 2030 and parts["environments"] >= 8 * 2030
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Breakout-MinAtar"])
+def test_how_many_runs_fit_follows_from_two_small_programs(env):
+    sweep = pjp.Sweep(env, pjp.grid(learning_rate=[1e-3]), num_seeds=64, config=SMALL)
+    (group,) = sweep.groups()
+    ppo = pjp.make_ppo(env, group.config)
+    many = pjp.batched(ppo)
+    state = jax.eval_shape(many.init, jax.random.split(jax.random.key(0), 64))
+    with reported_failures():
+        memory = bytes_of(pjp.compile_training(many, state, 2, slice_size=64))
+    assert abs(runs_that_fit(sweep, group, ppo, 2, memory) - 64) <= 3
+    assert runs_that_fit(sweep, group, ppo, 2, 1) == 1

@@ -26,6 +26,7 @@ from purejaxppo.table import PLUGGED
 from purejaxppo.text import align, count, show
 
 SHARE_OF_MEMORY = 0.8
+PROBE = 8  # runs of the smaller of two programs that tell what a run takes
 
 
 @dataclass(frozen=True)
@@ -212,10 +213,12 @@ def _compile(
                 return start, state, compile_training(many, state, chunk, slice_size=len(runs))
 
     size = slice_size or _slice_size(num_runs, num_threads * len(devices), group.config, on_cpu)
+    memory = int(SHARE_OF_MEMORY * _device_memory(devices[0]) / num_threads)
+    if slice_size is None and not on_cpu and size > 2 * PROBE:
+        size = _even_size(num_runs, size, runs_that_fit(sweep, group, ppo, chunk, memory))
     start, state, program = compile_slices(size)
-    most = int(SHARE_OF_MEMORY * _device_memory(devices[0]) / num_threads / max(bytes_of(program) / size, 1))
-    if slice_size is None and size > most >= 1:
-        size = -(-num_runs // -(-num_runs // most))
+    if slice_size is None and bytes_of(program) > memory:
+        size = _even_size(num_runs, size, size * memory // bytes_of(program))
         start, state, program = compile_slices(size)
     num_metrics = len(jax.eval_shape(many.step, state)[1])
     return CompiledGroup(
@@ -233,6 +236,35 @@ def _compile(
         stored_bytes=size_of(state) // (size * len(devices)) + 4 * num_metrics * group.config.num_updates,
         compile_seconds=time.perf_counter() - started,
     )
+
+
+def runs_that_fit(sweep: Sweep, group: Group, ppo: PPO, num_updates: int, memory: int) -> int:
+    """How many runs of a group can train at a time in so many bytes of a device.
+
+    Memory is linear in the number of runs, so two small programs tell it, compiled for the shapes of a state: nothing
+    is compiled or started that does not fit.
+
+    Args:
+        sweep: has the runs.
+        group: of its settings.
+        ppo: of the group, of one run.
+        num_updates: of a call of the program.
+        memory: bytes.
+    """
+    many, sizes = batched(ppo), []
+    for number in (PROBE, 2 * PROBE):
+        arguments = run_arguments(sweep, ppo, [(group.settings[0], 0)] * number)
+        state = jax.eval_shape(partial(_start, many, sweep.seed), *arguments)
+        with reported_failures():
+            sizes.append(bytes_of(compile_training(many, state, num_updates, slice_size=number)))
+    of_a_run = max((sizes[1] - sizes[0]) / PROBE, 1)
+    return max(int((memory - sizes[0]) / of_a_run) + PROBE, 1)
+
+
+def _even_size(num_runs: int, wanted: int, most: int) -> int:
+    """Runs of slices that are about equally large: as many as are wanted, if that is not more than fit."""
+    most = max(most, 1)
+    return wanted if wanted <= most else -(-num_runs // -(-num_runs // most))
 
 
 def _start(ppo: PPO, seed: int, seeds, hyperparams, env_params) -> TrainState:
