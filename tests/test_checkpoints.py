@@ -309,7 +309,7 @@ def test_an_error_in_training_releases_the_folder(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(Program, "__call__", fail)
+    monkeypatch.setattr(Program, "start", fail)
     with pytest.raises(RuntimeError, match="no"):
         fit(*begin(), folder=tmp_path / "run", progress=False)
     assert not (tmp_path / "run" / LOCK).exists()

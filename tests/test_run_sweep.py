@@ -299,7 +299,7 @@ def test_a_damaged_slice_is_named_and_computed_anew(plan, result, tmp_path):
 
 
 def test_an_interrupt_keeps_what_is_done_and_the_next_call_goes_on(plan, result, tmp_path, monkeypatch):
-    real, calls, usual = Program.__call__, [], signal.getsignal(signal.SIGINT)
+    real, calls, usual = Program.start, [], signal.getsignal(signal.SIGINT)
 
     def interrupted(self, *args, **kwargs):
         calls.append(1)
@@ -310,7 +310,7 @@ def test_an_interrupt_keeps_what_is_done_and_the_next_call_goes_on(plan, result,
             time.sleep(0.01)
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(Program, "__call__", interrupted)
+    monkeypatch.setattr(Program, "start", interrupted)
     with pytest.raises(pjp.Interrupted) as error:
         run(plan, tmp_path)
     part = error.value.result

@@ -50,9 +50,13 @@ def show_memory(groups: list[Mapping[str, int]]) -> str:
 
 
 def bytes_of(program: Program) -> int:
-    """Memory of a compiled program on one device: inputs, outputs that do not reuse them, and temporaries."""
+    """Memory of a compiled program on one device: inputs, outputs that do not reuse them, and temporaries.
+
+    A program that is not divided into slices starts its next chunk from a copy of the state.
+    """
     analysis = program.executable.memory_analysis()
     if analysis is None:
         return 0
     held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return held + analysis.temp_size_in_bytes
+    copied = analysis.argument_size_in_bytes if program.num_slices == 1 else 0
+    return held + copied + analysis.temp_size_in_bytes

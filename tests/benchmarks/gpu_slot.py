@@ -142,7 +142,9 @@ def measure(line: Line, out: Path, is_small: bool) -> dict[str, Any]:
     given = jax.block_until_ready(arguments(0))
     device = jax.devices()[0]
     begin = time.perf_counter()
-    options = {"xla_gpu_enable_command_buffer": ONE_GRAPH} if line.one_graph and device.platform == "gpu" else {}
+    options: dict[str, str | bool] = (
+        {"xla_gpu_enable_command_buffer": ONE_GRAPH} if line.one_graph and device.platform == "gpu" else {}
+    )
     executable = jax.jit(train).lower(*given).compile(compiler_options=options)
     compile_seconds = time.perf_counter() - begin
     first, second = (fingerprint(executable(*given)) for _ in range(2))  # warms up, too
@@ -157,7 +159,7 @@ def measure(line: Line, out: Path, is_small: bool) -> dict[str, Any]:
     per_cycle = statistics.median(seconds) / line.cycles
     try:
         counted = work.num_steps, work.num_epochs * work.num_minibatches
-        kernels = count_cycle(read_program(executable.as_text()), line.cycles, *counted)["cycle"]
+        kernels = count_cycle(read_program(str(executable.as_text())), line.cycles, *counted)["cycle"]
     except ValueError:  # the program of a CPU has other loops
         kernels = None
     return {
@@ -199,7 +201,7 @@ def fingerprint(tree: Any) -> str:
 
     found = hashlib.sha256()
     for x in jax.tree.leaves(tree):
-        is_key = jax.dtypes.issubdtype(getattr(x, "dtype", np.dtype("O")), jax.dtypes.prng_key)
+        is_key = jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
         found.update(np.asarray(jax.random.key_data(x) if is_key else x).tobytes())
     return found.hexdigest()
 
