@@ -4,8 +4,9 @@ A CPU is bound by bytes, and likes what stays in its cache. On a GPU every kerne
 does, so a few large ones are faster than many small ones.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import partial, wraps
 from operator import itemgetter
 from typing import Any
 
@@ -71,14 +72,16 @@ def faster_gradient(function: Callable, equal: Callable) -> Callable:
 def one_by_one_on_cpus(function: Callable) -> Callable:
     """A function of arrays that CPUs map over a batch one by one: LAPACK under `vmap` can block a small thread pool."""
 
-    def chosen(*args):
+    @wraps(function)
+    def chosen(*args, **kwargs):
+        args = inspect.signature(function).bind(*args, **kwargs).args
         return jax.lax.platform_dependent(*args, cpu=jax.custom_batching.sequential_vmap(function), default=function)
 
     return chosen
 
 
 def means(terms: Mapping[str, jax.Array], shape: tuple[int, ...]) -> dict[str, jax.Array]:
-    """The mean of each array of a shape; a number is its own mean. Accelerators compute all means at once."""
+    """The mean of each array. Accelerators compute the means of all arrays of this shape at once."""
 
     def one_by_one(terms):
         return {name: jnp.mean(x) for name, x in terms.items()}
@@ -96,4 +99,4 @@ def means(terms: Mapping[str, jax.Array], shape: tuple[int, ...]) -> dict[str, j
     def jvp(primals, tangents):
         return chosen(*primals), one_by_one(*tangents)  # a mean is linear
 
-    return chosen(dict(terms))
+    return chosen({name: x if jnp.shape(x) in ((), shape) else jnp.mean(x) for name, x in terms.items()})

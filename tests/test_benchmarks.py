@@ -52,7 +52,7 @@ def test_bench_takes_every_kind_of_action_observation_and_memory(env):
         (["--num-seeds", "1", "99999999999"], "--num-seeds=99999999999 must be at most"),
         (["--out", "/nowhere/at/all.json"], "out=/nowhere/at/all.json cannot be written: No such file or directory"),
         (["--target-kl", "0.01"], "--target-kl=0.01 and --no-stop-on-kl have no effect"),
-        (["--compile-cache", __file__], f"--compile-cache={__file__} cannot be made: Not a directory"),
+        (["--compile-cache", __file__], f"--compile-cache={__file__} cannot be made and written: Not a directory"),
     ],
 )
 def test_bench_refuses_bad_flags_in_one_sentence(flags, words, capsys):

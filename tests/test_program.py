@@ -3,7 +3,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -121,6 +121,11 @@ def test_compiled_programs_are_kept_for_the_next_process(tmp_path):
     found = [int(start(env=env).stdout) for _ in range(2)]
     (folder,) = (tmp_path / "purejaxppo").iterdir()
     assert found[0] == 0 and found[1] >= 1 and f"jax-{jax.__version__}-cpu" in folder.name
+    next(folder.glob("*-atime")).unlink()  # as a process leaves it that is killed while it writes
+    repaired = start(env=env)
+    assert int(repaired.stdout) == found[1] - 1 and "cache" not in repaired.stderr
+    assert len(list(folder.glob("*-cache"))) == len(list(folder.glob("*-atime"))) == found[1]
+    assert int(start(env=env | {"NPROC": "1"}).stdout) == 0  # other code for another number of threads
     start(env=env | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "other")})  # a folder that JAX has already stays
     assert any((tmp_path / "other").iterdir())
 
@@ -150,6 +155,31 @@ def test_what_comes_too_late_is_refused(use, name, five, monkeypatch):
     with pytest.raises(RuntimeError, match=f"{use.__name__} comes too late: JAX has started to compute"):
         use()
     assert name not in os.environ
+
+
+class Gpu(NamedTuple):
+    platform: str
+
+
+def test_a_gpu_alone_is_asked_for_one_graph(five, monkeypatch):
+    ppo, state, *_ = five
+    asked, lowered = [], jax.stages.Lowered
+    real = lowered.compile
+    monkeypatch.setattr(lowered, "compile", lambda self, options=None: asked.append(options) or real(self))
+    pjp.compile_training(ppo, state, 1, slice_size=5, one_graph=True)
+    monkeypatch.setattr(program, "_devices", lambda state: {Gpu("gpu")})
+    pjp.compile_training(ppo, state, 1, slice_size=5, one_graph=True)
+    assert asked == [None, program.ONE_GRAPH] and "WHILE" in program.ONE_GRAPH["xla_gpu_enable_command_buffer"]
+
+
+def test_a_home_that_is_not_there_is_one_sentence(monkeypatch):
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", unknown)
+    with pytest.raises(ValueError, match="folder=None cannot be made and written: Could not determine home"):
+        pjp.cache_compilation()
 
 
 def test_deterministic_kernels_are_a_flag_of_xla_that_is_recorded_and_added_once():

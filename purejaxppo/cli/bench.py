@@ -14,7 +14,7 @@ from purejaxppo.cli.options import TrainingOptions, check_counts, make, parse, p
 class BenchOptions(TrainingOptions):
     """Measure training on this machine. Flags that are not given come from the preset of the environment."""
 
-    compile_cache: Path | None = Path("off")
+    compile_cache: str | None = "off"
     """Folder that keeps compiled programs for later commands; off by default, so that compiling is measured."""
     num_seeds: tuple[int, ...] = (1, 8, 32)
     """Numbers of agents to measure, each in one program."""

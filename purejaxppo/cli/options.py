@@ -25,7 +25,7 @@ class TrainingOptions:
 
     env: tyro.conf.Positional[str]
     """A name that `purejaxppo envs` lists, or module:name of an environment."""
-    compile_cache: Path | None = None
+    compile_cache: str | None = None
     """Folder that keeps compiled programs for later commands, or off; by default one in the user's cache folder."""
     deterministic: bool = False
     """Have a GPU compute the same bits in every run; without, results agree to rounding. A CPU does so anyway."""
@@ -137,14 +137,17 @@ def make_folder(name: str) -> Path:
     return make_new(Path("runs") / f"{name.replace('/', '-').replace(':', '-')}-{time}")
 
 
-def keep_programs(folder: Path | None = None):
-    """Keeps compiled programs for later commands, by default if it can; not for the folder "off".
+def keep_programs(folder: str | None = None):
+    """Keeps compiled programs for later commands, by default if it can; "off" uses none that are kept, either.
 
-    Raises ValueError if a folder that the caller named cannot be made.
+    Raises ValueError if a folder that the caller named cannot be used.
     """
+    import jax
+
     from purejaxppo.experiment.program import cache_compilation
 
-    if folder == Path("off"):
+    if folder == "off":
+        jax.config.update("jax_enable_compilation_cache", False)
         return
     try:
         cache_compilation(folder)

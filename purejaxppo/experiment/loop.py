@@ -49,17 +49,26 @@ def check_on_interrupt(on_interrupt: str):
 
 
 def chunks(
-    program: Program, state: Any, done: int, last: int, *, stop_every: int | None = None, donate: bool = False
+    program: Program,
+    state: Any,
+    done: int,
+    last: int,
+    interrupt: threading.Event,
+    *,
+    stop_every: int | None = None,
+    donate: bool = False,
 ) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
     """States and metrics [(R,) updates of the chunk, ...] after every chunk.
 
-    A device starts the next chunk, from a copy of the state, before the metrics of the last are read.
+    A device starts the next chunk, from a copy of the state, before the metrics of the last are read. So two states
+    take memory at a time, or three if the caller keeps one.
 
     Args:
         program: trains a chunk.
         state: the state to start from.
         done: the updates that it has done.
         last: the updates to end at.
+        interrupt: once it is set, no further chunk is started ahead.
         stop_every: a chunk also ends where this divides the number of updates.
         donate: whether the memory of `state` may be reused; if not, it stays usable.
     """
@@ -70,7 +79,7 @@ def chunks(
     ahead, started = program.num_slices == 1, None  # several slices use all cores of a CPU
     for length, following in zip_longest(lengths, lengths[1:]):
         state, metrics = started or program.start(state, length, donate=donate)
-        started = program.start(state, following) if following and ahead else None
+        started = program.start(state, following) if following and ahead and not interrupt.is_set() else None
         yield state, program.read(metrics, length)
         donate = True
 

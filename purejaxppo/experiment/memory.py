@@ -52,7 +52,7 @@ def show_memory(groups: list[Mapping[str, int]]) -> str:
 def bytes_of(program: Program) -> int:
     """Memory of a compiled program on one device: inputs, outputs that do not reuse them, and temporaries.
 
-    A program that is not divided into slices starts its next chunk from a copy of the state.
+    A program that is not divided into slices starts its next chunk from a copy of the state (see `chunks`).
     """
     analysis = program.executable.memory_analysis()
     if analysis is None:

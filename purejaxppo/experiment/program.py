@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from filelock import FileLock, Timeout
 
 from purejaxppo.checks import check_whole
 from purejaxppo.config import Config
@@ -304,36 +305,50 @@ def cache_compilation(folder: str | Path | None = None):
     """Keeps compiled programs in a folder, so that a later process with the same programs need not compile them.
 
     By default it is `purejaxppo` in the user's cache folder, unless JAX has one already (JAX_COMPILATION_CACHE_DIR).
-    Each version of JAX, kind of device and kind of processor has a subfolder, so machines may share the folder. A
-    subfolder holds up to `CACHE_BYTES`; what was used longest ago leaves first.
+    Each version of JAX, kind of device, kind of processor and number of CPU threads, which a program is compiled for,
+    has a subfolder, so machines may share the folder. A subfolder holds up to `CACHE_BYTES`; what was used longest ago
+    leaves first.
 
-    Call it before the first program is compiled, and after `use_one_thread`.
+    Call it before the first program is compiled, and after what must come before JAX starts, such as `use_one_thread`.
 
     Raises:
-        ValueError: if the folder cannot be made.
+        ValueError: if the folder cannot be made or written.
     """
     if not isinstance(folder, (str, Path, type(None))):
         raise ValueError(f"folder={quote(folder)} must be a path, such as 'compiled'")
     if folder is None and jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "purejaxppo"
-    kept = (home if folder is None else Path(folder)) / _machine_kind()
     try:
+        if folder is None:
+            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "purejaxppo"
+        kept = Path(folder) / _machine_kind()
         kept.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"folder={folder or home} cannot be made: {error.strerror} (name another folder)") from None
+        with FileLock(kept / ".lockfile", timeout=10):  # JAX's own
+            _remove_halves(kept)
+    except (OSError, RuntimeError, Timeout) as error:  # RuntimeError where the user has no home folder
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"folder={folder} cannot be made and written: {reason} (name another folder)") from None
     jax.config.update("jax_compilation_cache_dir", str(kept))
     jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _machine_kind() -> str:
-    """A name for all machines that can run each other's compiled programs."""
+    """A name for all machines and processes that compile the same programs."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
     features = next((line for line in lines if line.lower().startswith(("flags", "features"))), lines[0])
     processor = f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
-    return f"jax-{jax.__version__}-{jax.devices()[0].device_kind}-{processor}".replace(" ", "-").replace("/", "-")
+    threads = os.environ.get("NPROC") or num_cores()
+    name = f"jax-{jax.__version__}-{jax.devices()[0].device_kind}-{processor}-{threads}-threads"
+    return name.replace(" ", "-").replace("/", "-")
+
+
+def _remove_halves(folder: Path):
+    """Removes programs that a killed process left without the time of their use, on which JAX stumbles."""
+    for path in folder.glob("*-cache"):
+        if not path.with_name(path.name.removesuffix("-cache") + "-atime").exists():
+            path.unlink()
 
 
 def best_slice_size(num_runs: int, num_cores: int, config: Config) -> int:

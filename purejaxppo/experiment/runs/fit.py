@@ -99,7 +99,8 @@ def fit(
     The numbers are those of `ppo.train`, in compiled chunks, and `state` stays usable. A warning names every run that
     turns nan, as does `failed()` of the result.
 
-    An interrupt (Ctrl-C, SIGTERM) ends the call after the current chunk. Everything up to there is kept, then
+    An interrupt (Ctrl-C, SIGTERM) ends the call after the current chunk; one that a device has begun after it runs to
+    its end there. Everything up to there is kept, then
     `Interrupted` is raised, a KeyboardInterrupt with the `result`, so that a loop over calls ends too. With
     `on_interrupt="return"`, which suits a notebook, the call returns this result, whose `interrupted` is true.
 
@@ -268,7 +269,7 @@ def _train(
     latest = dict.fromkeys(shown, np.nan)
     start = time.perf_counter()
     with noted_interrupt() as interrupt:
-        for state, metrics in chunks(program, journal.state, first, last, stop_every=evaluate_every):
+        for state, metrics in chunks(program, journal.state, first, last, interrupt, stop_every=evaluate_every):
             if evaluate_every:
                 due = (journal.num_updates + metrics["learning_rate"].shape[-1]) % evaluate_every == 0
                 healthy = np.isfinite(metrics.get("loss", metrics["learning_rate"]))

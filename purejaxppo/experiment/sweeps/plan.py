@@ -217,8 +217,9 @@ def _compile(
     if slice_size is None and not on_cpu and size > 2 * PROBE:
         size = _even_size(num_runs, size, runs_that_fit(sweep, group, ppo, chunk, memory))
     start, state, program = compile_slices(size)
-    if slice_size is None and bytes_of(program) > memory:
-        size = _even_size(num_runs, size, size * memory // bytes_of(program))
+    fitting = _even_size(num_runs, size, size * memory // max(bytes_of(program), 1))
+    if slice_size is None and fitting < size:
+        size = fitting
         start, state, program = compile_slices(size)
     num_metrics = len(jax.eval_shape(many.step, state)[1])
     return CompiledGroup(

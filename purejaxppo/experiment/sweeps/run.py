@@ -171,18 +171,21 @@ class Session:
             return
         num_runs = len({name for slice_ in wave for name in slice_.runs})
         timer = Timer(self.save_every)
-        for state, new in chunks(compiled.program, first_state, done, config.num_updates, donate=True):
+        for state, new in chunks(compiled.program, first_state, done, config.num_updates, self.interrupt, donate=True):
             metrics.append(new)
+            length = next(iter(new.values())).shape[1]
+            done += length
             with self.lock:
-                steps = next(iter(new.values())).shape[1] * config.steps_per_update * num_runs
+                steps = length * config.steps_per_update * num_runs
                 self.steps += steps
                 self.bar.update(steps)
-            if self.interrupt.is_set():
-                break
-            if timer.is_due():
+            last = done == config.num_updates or self.interrupt.is_set()
+            if last or timer.is_due():
                 metrics = [self.store_wave(compiled, wave, state, metrics)]
                 timer.restart()
-        self.store_wave(compiled, wave, state, metrics)
+            del state  # its memory is free for the chunk after the next one
+            if last:
+                break
 
     def load_wave(self, compiled: CompiledGroup, wave: Sequence[Slice]) -> tuple[Any, list[dict]]:
         """The state of a wave on the devices, stored or new, and its metrics so far; its last slice fills it up."""
