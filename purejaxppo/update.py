@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import chex
 import jax
@@ -91,7 +91,8 @@ def update(
         (_, report), grads = jax.value_and_grad(checked_loss, has_aux=True)(params, minibatch, hyperparams, **random)
         grads, report = mean_over_shards((grads, report), axis_name)
         updates, new_opt_state = transformation.update(grads, opt_state, params)
-        new_vector = ravel_pytree(optax.apply_updates(params, updates))[0]
+        new_vector = cast(jax.Array, optax.apply_updates(vector, ravel_pytree(updates)[0]))
+        new_vector = ravel_pytree(as_params(new_vector))[0]  # rounds each parameter to its own dtype
         if config.stop_on_kl:
             stopped = stopped | (report["approx_kl"] > hyperparams.target_kl)
             new_vector, new_opt_state = jax.tree.map(
