@@ -172,7 +172,16 @@ def test_a_gpu_alone_is_asked_for_one_graph(five, monkeypatch):
     assert asked == [None, program.ONE_GRAPH] and "WHILE" in str(program.ONE_GRAPH)
 
 
-def test_a_home_that_is_not_there_is_one_sentence(monkeypatch):
+@pytest.fixture
+def no_cache():
+    """No folder of compiled programs yet, although another test may have named one."""
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_home_that_is_not_there_is_one_sentence(monkeypatch, no_cache):
     def unknown():
         raise RuntimeError("Could not determine home directory.")
 
