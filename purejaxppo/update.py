@@ -78,6 +78,7 @@ def update(
             remedy = f"a coefficient is given as Hyperparams(extra={{{error}: ...}})"
             raise ValueError(f"loss finds no {error}{place(error)} ({remedy})") from error
 
+    several_dtypes = len({x.dtype for x in jax.tree.leaves(params)}) > 1
     vector, as_params = ravel_pytree(params)  # as one array: each array that a scan carries costs a GPU some kernels
 
     def learn(carry, minibatch):
@@ -92,7 +93,8 @@ def update(
         grads, report = mean_over_shards((grads, report), axis_name)
         updates, new_opt_state = transformation.update(grads, opt_state, params)
         new_vector = cast(jax.Array, optax.apply_updates(vector, ravel_pytree(updates)[0]))
-        new_vector = ravel_pytree(as_params(new_vector))[0]  # rounds each parameter to its own dtype
+        if several_dtypes:  # rounded as parameters of their own dtypes
+            new_vector = ravel_pytree(as_params(new_vector))[0]
         if config.stop_on_kl:
             stopped = stopped | (report["approx_kl"] > hyperparams.target_kl)
             new_vector, new_opt_state = jax.tree.map(
