@@ -30,15 +30,10 @@ if TYPE_CHECKING:  # what LAZY imports when it is first used
     from purejaxppo.experiment.agents.export import export
     from purejaxppo.experiment.agents.load import load, load_agents
     from purejaxppo.experiment.agents.render import record_episode, render
+    from purejaxppo.experiment.jax_setup import cache_compilation, use_deterministic_kernels, use_one_thread
     from purejaxppo.experiment.loop import Interrupted
     from purejaxppo.experiment.presets import a2c, preset
-    from purejaxppo.experiment.program import (
-        cache_compilation,
-        compile_training,
-        first_state,
-        use_deterministic_kernels,
-        use_one_thread,
-    )
+    from purejaxppo.experiment.program import compile_training, first_state
     from purejaxppo.experiment.report import statistics
     from purejaxppo.experiment.report.curve import plot_learning_curve
     from purejaxppo.experiment.report.sweep_plots import plot_curves, plot_heatmap, plot_importance, plot_parallel
@@ -75,7 +70,7 @@ LAZY = {
     "Sweep": "purejaxppo.experiment.sweeps.sweep",
     "SweepResult": "purejaxppo.experiment.sweeps.result",
     "a2c": "purejaxppo.experiment.presets",
-    "cache_compilation": "purejaxppo.experiment.program",
+    "cache_compilation": "purejaxppo.experiment.jax_setup",
     "compile_training": "purejaxppo.experiment.program",
     "evaluate_agents": "purejaxppo.experiment.agents.evaluation",
     "evaluate_in_gymnasium": "purejaxppo.experiment.agents.evaluation",
@@ -99,8 +94,8 @@ LAZY = {
     "sinks": "purejaxppo.experiment.runs",
     "statistics": "purejaxppo.experiment.report",
     "successive_halving": "purejaxppo.experiment.sweeps.halving",
-    "use_deterministic_kernels": "purejaxppo.experiment.program",
-    "use_one_thread": "purejaxppo.experiment.program",
+    "use_deterministic_kernels": "purejaxppo.experiment.jax_setup",
+    "use_one_thread": "purejaxppo.experiment.jax_setup",
 }
 
 

@@ -35,14 +35,14 @@ def value_loss(value: jax.Array, old_value: jax.Array, target: jax.Array, clip: 
         target: of the value.
         clip: how far the clipped value may be from the old one.
     """
-    return 0.5 * squared_error(value, old_value, target, clip).mean()
+    return half_squared_error(value, old_value, target, clip).mean()
 
 
-def squared_error(value: jax.Array, old_value: jax.Array, target: jax.Array, clip: jax.Array | float) -> jax.Array:
-    """The squared errors of `value_loss`, in the shape of its arguments."""
+def half_squared_error(value: jax.Array, old_value: jax.Array, target: jax.Array, clip: jax.Array | float) -> jax.Array:
+    """The terms whose mean is `value_loss`, in the shape of its arguments."""
     chex.assert_equal_shape([value, old_value, target])
     clipped = old_value + jnp.clip(value - old_value, -clip, clip)
-    return jnp.maximum((value - target) ** 2, (clipped - target) ** 2)
+    return 0.5 * jnp.maximum((value - target) ** 2, (clipped - target) ** 2)
 
 
 def approximate_kl(log_ratio: jax.Array) -> jax.Array:
@@ -90,13 +90,12 @@ def ppo_loss(
 
     terms = {
         "policy_loss": surrogate(log_ratio, minibatch.advantage, hyperparams.clip),
-        "value_loss": squared_error(value, minibatch.value, minibatch.target, value_clip),
+        "value_loss": half_squared_error(value, minibatch.value, minibatch.target, value_clip),
         "entropy": distribution.entropy(),
         "approx_kl": kl_terms(log_ratio),
         "clip_fraction": (jnp.abs(jnp.expm1(log_ratio)) > hyperparams.clip).astype(jnp.float32),
     }
     report = means(terms, log_ratio.shape)
-    report["value_loss"] = 0.5 * report["value_loss"]
     loss = (
         report["policy_loss"]
         + hyperparams.value_coefficient * report["value_loss"]

@@ -47,7 +47,7 @@ def map_each(function: Callable, each: Sequence[Any], *shared: Any) -> list[Any]
         results = jax.vmap(function, in_axes=(0, *(None for _ in shared)))(stacked, *shared)
         return [jax.tree.map(itemgetter(i), results) for i in range(len(each))]
 
-    return faster_gradient(one_by_one, batched)(each, *shared)
+    return (faster_gradient(one_by_one, batched) if len(each) > 1 else one_by_one)(each, *shared)
 
 
 def faster_gradient(function: Callable, equal: Callable) -> Callable:

@@ -1,4 +1,4 @@
-"""`Record`, a pytree of named arrays that prints as an outline instead of all its numbers."""
+"""`Record`, a pytree of named arrays that prints as an outline; `Row`, a tree of numbers as one vector per dtype."""
 
 import math
 from typing import Any

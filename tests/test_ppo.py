@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from probes import SMALL, constant_reward, copy_cue, counter, delayed_reward, endless_reward, recall_cue
@@ -273,6 +274,25 @@ def test_parameters_of_16_bits_are_learned_and_kept_in_files(dtype, key):
     found = from_arrays(to_arrays(after), state)
     jax.tree.map(np.testing.assert_array_equal, after.policy, found.policy)
     assert all(x.dtype.kind in "fiub" for x in to_arrays(after).values())
+
+
+def test_parameters_of_several_dtypes_are_rounded_after_every_minibatch(key):
+    """Steps of 0.001 from 1: each is lost to a bfloat16, and none to a float32."""
+
+    class Mixed(nn.Module):
+        @nn.compact
+        def __call__(self, obs):
+            dense = lambda size, dtype: nn.Dense(size, param_dtype=dtype, bias_init=nn.initializers.ones)
+            return Categorical(dense(2, jnp.bfloat16)(obs)), dense(1, jnp.float32)(obs)[..., 0]
+
+    def climb(hyperparams):
+        return optax.stateless(lambda grads, params: jax.tree.map(lambda x: jnp.full_like(x, 1e-3), grads))
+
+    ppo = make_ppo(counter(3), dataclasses.replace(SMALL, num_epochs=20), network=Mixed(), optimizer=climb)
+    params = jax.jit(ppo.step)(jax.jit(ppo.init)(key))[0].policy.params["params"]
+    narrow, wide = params["Dense_0"]["bias"], params["Dense_1"]["bias"]
+    assert narrow.dtype == jnp.bfloat16 and (narrow == 1).all()
+    np.testing.assert_allclose(wide, 1 + 1e-3 * 20 * SMALL.num_minibatches, rtol=1e-5)
 
 
 def test_no_episode_is_no_nan_under_debug_nans(key):

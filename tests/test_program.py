@@ -11,8 +11,9 @@ import pytest
 
 import purejaxppo as pjp
 from probes import SMALL
-from purejaxppo.experiment import program
-from purejaxppo.experiment.program import best_slice_size, num_cores
+from purejaxppo.experiment import jax_setup, program
+from purejaxppo.experiment.jax_setup import num_cores
+from purejaxppo.experiment.program import best_slice_size
 
 pytestmark = pytest.mark.full
 
@@ -27,10 +28,10 @@ def five():
 
 @pytest.mark.parametrize("device, number", [(__file__, 1), ("/nothing", 0)])
 def test_an_nvidia_device_that_jax_does_not_use_is_named_once(device, number, monkeypatch, recwarn):
-    monkeypatch.setattr(program, "NVIDIA_DEVICES", (device,))
-    program.warn_of_idle_gpu.cache_clear()
-    program.warn_of_idle_gpu()
-    program.warn_of_idle_gpu()
+    monkeypatch.setattr(jax_setup, "NVIDIA_DEVICES", (device,))
+    jax_setup.warn_of_idle_gpu.cache_clear()
+    jax_setup.warn_of_idle_gpu()
+    jax_setup.warn_of_idle_gpu()
     assert [str(warning.message).count('"purejaxppo[cuda]"') for warning in recwarn] == [1] * number
 
 
@@ -174,11 +175,13 @@ def test_a_gpu_alone_is_asked_for_one_graph(five, monkeypatch):
 
 @pytest.fixture
 def no_cache():
-    """No folder of compiled programs yet, although another test may have named one."""
-    before = jax.config.values["jax_compilation_cache_dir"]
+    """No folder of compiled programs yet, and JAX would keep them."""
+    before = {name: jax.config.values[name] for name in ("jax_compilation_cache_dir", "jax_enable_compilation_cache")}
     jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_enable_compilation_cache", True)
     yield
-    jax.config.update("jax_compilation_cache_dir", before)
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 def test_a_home_that_is_not_there_is_one_sentence(monkeypatch, no_cache):

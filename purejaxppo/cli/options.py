@@ -65,7 +65,7 @@ def say(*lines: str):
 
 def prepare_jax(arguments: list[str]):
     """Applies the flags that must come before JAX starts, which even looking up an environment does."""
-    from purejaxppo.experiment.program import cores_as_devices, use_deterministic_kernels, use_one_thread
+    from purejaxppo.experiment.jax_setup import cores_as_devices, use_deterministic_kernels, use_one_thread
 
     flags = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
     if "--num-devices" in flags:
@@ -144,7 +144,7 @@ def keep_programs(folder: str | None = None):
     """
     import jax
 
-    from purejaxppo.experiment.program import cache_compilation
+    from purejaxppo.experiment.jax_setup import cache_compilation
 
     if folder == "off":
         jax.config.update("jax_enable_compilation_cache", False)

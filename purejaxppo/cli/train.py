@@ -123,8 +123,8 @@ def resume(arguments: list[str]) -> int:
     prepare_jax(arguments)
     options = tyro.cli(ResumeOptions, args=arguments, prog="purejaxppo resume")
 
+    from purejaxppo.experiment.jax_setup import cores_as_devices
     from purejaxppo.experiment.lock import claim_folder
-    from purejaxppo.experiment.program import cores_as_devices
     from purejaxppo.experiment.runs.launch import read_launch, read_newest_settings
     from purejaxppo.experiment.runs.launch import resume as resume_run
 

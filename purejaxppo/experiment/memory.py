@@ -25,7 +25,8 @@ def memory_of(ppo: PPO, state: Any, total: int) -> dict[str, int]:
     Returns:
         "learned" (policy and optimizer), "environments" (their states, observations and the memories of the network),
         "start states" (those that wait, and those drawn ahead for a rollout), "rollout" (what is kept of T x N steps),
-        and "working memory" for the rest of `total`: activations, minibatches, what drawing a start state takes.
+        and "working memory" for the rest of `total`: activations, minibatches, what drawing a start state takes, and a
+        copy of the state.
     """
     rollout = jax.eval_shape(ppo.collect, state)[1]
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), rollout) if ppo.many else rollout

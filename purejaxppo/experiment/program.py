@@ -1,32 +1,25 @@
 """Compiled training: a run, or a batch of runs in slices that suit the machine, for any number of updates."""
 
-import contextlib
-import functools
-import hashlib
-import os
-import platform
 import time
-import warnings
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from filelock import FileLock, Timeout
 
 from purejaxppo.checks import check_whole
 from purejaxppo.config import Config
 from purejaxppo.evolving import Population
 from purejaxppo.experiment.identity import changed_names, identify_ppo
+from purejaxppo.experiment.jax_setup import num_cores, warn_of_idle_gpu
 from purejaxppo.ppo import PPO, TrainState
 from purejaxppo.record import Row, pack
-from purejaxppo.text import count, quote
+from purejaxppo.text import count
 from purejaxppo.validate import check_is_state, check_one_run, check_type, refuse_difference
 
 # Transitions of a rollout, over all runs of a slice, that fit the cache of a CPU core.
@@ -34,7 +27,6 @@ TRANSITIONS_PER_SLICE = 4096
 # Compiler options for programs that run once or seldom: they compile in a quarter less time and run as fast (measured
 # up to widths of 512). Training keeps the options of `jax.jit`: others change the bits of `ppo.train`.
 SELDOM = {"xla_backend_optimization_level": 1}
-DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 # Loops in CUDA graphs, too: the whole training is then one launch. Off by default until it has run on a GPU: XLA
 # crashed in the second run of such loops until December 2025 (openxla/xla#35760).
 ONE_GRAPH: dict[str, str | bool] = {
@@ -42,9 +34,6 @@ ONE_GRAPH: dict[str, str | bool] = {
         "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
     ),
 }
-CACHE_BYTES = 2 * 2**30  # of compiled programs that are kept; one takes about a megabyte
-# On Linux, in containers, and on Linux under Windows.
-NVIDIA_DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")
 
 
 @dataclass(frozen=True)
@@ -94,7 +83,7 @@ class Program:
                 check_is_state(state)
             refuse_difference("state", state, self.like, "PPO than this program")
         check_whole("length", length, at_most=self.num_updates, of="the num_updates of this program")
-        state = state if donate else copy(state)
+        state = state if donate else copy_state(state)
         run = self.executable if self.num_slices == 1 else self._run_slices
         return run(state, np.int32(length))
 
@@ -238,7 +227,7 @@ def check_training(ppo: Any, state: Any) -> None:
 
 
 @jax.jit
-def copy(state: Any) -> Any:
+def copy_state(state: Any) -> Any:
     """A copy of a state, in memory of its own."""
     return jax.tree.map(jnp.copy, state)
 
@@ -247,108 +236,6 @@ def first_state(ppo: PPO, *args: Any, **kwargs: Any) -> Any:
     """The state that `ppo.init` returns for these arguments; compiles in a quarter less time than `jax.jit`."""
     check_type("ppo", ppo, PPO, "first_state(ppo, key, ...)")
     return jax.jit(ppo.init, compiler_options=SELDOM)(*args, **kwargs)
-
-
-@functools.cache
-def warn_of_idle_gpu():
-    """Warns once if JAX computes on the CPU of a machine with an NVIDIA device and was not asked to."""
-    asked = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
-    if not asked and jax.default_backend() == "cpu" and any(map(os.path.exists, NVIDIA_DEVICES)):
-        warnings.warn('JAX computes on the CPU, but there is an NVIDIA device (pip install "purejaxppo[cuda]" uses it)')
-
-
-def use_deterministic_kernels():
-    """Has GPUs compute the same bits in every run: XLA leaves out kernels that do not, and does not autotune.
-
-    Without it, results on a GPU agree to rounding; a CPU computes the same bits anyway. It adds to the environment
-    variable XLA_FLAGS, which child processes inherit and which the folder of a run records. Raises RuntimeError if JAX
-    has started to compute.
-    """
-    if DETERMINISTIC in os.environ.get("XLA_FLAGS", "").split():
-        return
-    _refuse_once_started("use_deterministic_kernels")
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
-
-
-def use_one_thread():
-    """Limits XLA to one CPU thread, which is faster for one agent with minibatches of less than 512 transitions.
-
-    Handing such small work to other threads costs more than it saves. Everything else gets slower: large minibatches
-    (see `sharded`), many agents (see `compile_training`). It sets the environment variable NPROC=1, which child
-    processes inherit; if the variable is set already, it stays. Raises RuntimeError if JAX has started to compute.
-    """
-    if "NPROC" in os.environ:
-        return
-    _refuse_once_started("use_one_thread")
-    os.environ["NPROC"] = "1"
-
-
-def _refuse_once_started(what: str):
-    num_devices = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        for changed in (num_devices + 1, num_devices):  # and back: JAX refuses changes once it has started
-            jax.config.update("jax_num_cpu_devices", changed)
-    except RuntimeError:
-        raise RuntimeError(f"{what} comes too late: JAX has started to compute (call it first)") from None
-
-
-def cores_as_devices():
-    """Makes every CPU core a device, for `sharded`, unless JAX has started or the number is set already."""
-    told = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    told = told or jax.config.jax_num_cpu_devices >= 0  # pyright: ignore[reportAttributeAccessIssue]
-    if not told:
-        with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", num_cores())
-
-
-def cache_compilation(folder: str | Path | None = None):
-    """Keeps compiled programs in a folder, so that a later process with the same programs need not compile them.
-
-    By default it is `purejaxppo` in the user's cache folder, unless JAX has one already (JAX_COMPILATION_CACHE_DIR).
-    Each version of JAX, kind of device, kind of processor and number of CPU threads, which a program is compiled for,
-    has a subfolder, so machines may share the folder. A subfolder holds up to `CACHE_BYTES`; what was used longest ago
-    leaves first.
-
-    Call it before the first program is compiled, and after what must come before JAX starts, such as `use_one_thread`.
-
-    Raises:
-        ValueError: if the folder cannot be made or written.
-    """
-    if not isinstance(folder, (str, Path, type(None))):
-        raise ValueError(f"folder={quote(folder)} must be a path, such as 'compiled'")
-    if folder is None and jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
-        return
-    try:
-        if folder is None:
-            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "purejaxppo"
-        kept = Path(folder) / _machine_kind()
-        kept.mkdir(parents=True, exist_ok=True)
-        with FileLock(kept / ".lockfile", timeout=10):  # JAX's own
-            _remove_halves(kept)
-    except (OSError, RuntimeError, Timeout) as error:  # RuntimeError where the user has no home folder
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"folder={folder} cannot be made and written: {reason} (name another folder)") from None
-    jax.config.update("jax_compilation_cache_dir", str(kept))
-    jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-def _machine_kind() -> str:
-    """A name for all machines and processes that compile the same programs."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
-    features = next((line for line in lines if line.lower().startswith(("flags", "features"))), lines[0])
-    processor = f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
-    threads = os.environ.get("NPROC") or num_cores()
-    name = f"jax-{jax.__version__}-{jax.devices()[0].device_kind}-{processor}-{threads}-threads"
-    return name.replace(" ", "-").replace("/", "-")
-
-
-def _remove_halves(folder: Path):
-    """Removes programs that a killed process left without the time of their use, on which JAX stumbles."""
-    for path in folder.glob("*-cache"):
-        if not path.with_name(path.name.removesuffix("-cache") + "-atime").exists():
-            path.unlink()
 
 
 def best_slice_size(num_runs: int, num_cores: int, config: Config) -> int:
@@ -386,8 +273,3 @@ def _placed_as(state, shapes):
 def _devices(state: Any) -> set:
     """The devices that hold a state."""
     return state.num_updates.devices() if isinstance(state.num_updates, jax.Array) else {jax.devices()[0]}
-
-
-def num_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -36,7 +36,7 @@ class Machine(TypedDict):
     device: Device
     cpu_cores: int | None
     xla_flags: NotRequired[str]
-    """The environment variable XLA_FLAGS; not in folders of version 0.1.0."""
+    """The environment variable XLA_FLAGS; folders that were written before it was recorded lack it."""
     command: list[str]
     started: str
     """The time in UTC."""

@@ -136,6 +136,7 @@ def measure(line: Line, out: Path, is_small: bool) -> dict[str, Any]:
     """One measurement on the first device of this process."""
     import jax
 
+    jax.config.update("jax_default_matmul_precision", line.precision)  # also of peers, which leave it to JAX
     work = small(WORKS[line.work]) if is_small else WORKS[line.work]
     work = replace(work, total_steps=line.cycles * work.steps_per_update)
     train, arguments = training_of(line, work)
@@ -157,11 +158,9 @@ def measure(line: Line, out: Path, is_small: bool) -> dict[str, Any]:
         jax.block_until_ready(executable(*given))
         seconds.append(time.perf_counter() - begin)
     per_cycle = statistics.median(seconds) / line.cycles
-    try:
-        counted = work.num_steps, work.num_epochs * work.num_minibatches
-        kernels = count_cycle(read_program(str(executable.as_text())), line.cycles, *counted)["cycle"]
-    except ValueError:  # the program of a CPU has other loops
-        kernels = None
+    counted = work.num_steps, work.num_epochs * work.num_minibatches
+    instructions = count_cycle(read_program(str(executable.as_text())), line.cycles, *counted)["cycle"]
+    kernels = instructions if device.platform == "gpu" else None  # on a CPU they are no kernels
     return {
         "device": device.device_kind,
         "compile_seconds": round(compile_seconds, 1),

@@ -276,7 +276,10 @@ def _reason(error: Exception) -> str:
 
 def _warn_of_changes(before: RunSettings, now: RunSettings):
     last, this = before.sessions[-1], now.sessions[-1]
-    old, new = ({**x["versions"], "device": x["device"]["kind"]} for x in (last, this))
+    old, new = (
+        {**x["versions"], "device": x["device"]["kind"], "XLA_FLAGS": x.get("xla_flags") or "none"}
+        for x in (last, this)
+    )
     devices = last.get("num_devices", this.get("num_devices")), this.get("num_devices")
     changed = [f"{name} {old.get(name)} is now {new[name]}" for name in new if old.get(name) != new[name]]
     changed += ["num_devices {} is now {}".format(*devices)] if devices[0] != devices[1] else []

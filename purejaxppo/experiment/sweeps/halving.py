@@ -11,13 +11,13 @@ import numpy as np
 
 from purejaxppo.batched import batched, causes, reported_failures, seed_keys
 from purejaxppo.checks import check_whole
+from purejaxppo.experiment.jax_setup import num_cores
 from purejaxppo.experiment.loop import check_on_interrupt, end, noted_interrupt, step_bar, warn
 from purejaxppo.experiment.program import (
     Program,
     best_slice_size,
     compile_training,
     first_state,
-    num_cores,
 )
 from purejaxppo.experiment.report.failures import describe_failure, join_failures, leaves_of, name_causes
 from purejaxppo.experiment.report.statistics import NO_SCORE, STATISTICS

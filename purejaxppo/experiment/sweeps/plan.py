@@ -14,8 +14,9 @@ from purejaxppo.batched import batched, reported_failures, seed_keys
 from purejaxppo.checks import check_whole
 from purejaxppo.config import Config
 from purejaxppo.experiment.identity import identify_ppo
+from purejaxppo.experiment.jax_setup import num_cores
 from purejaxppo.experiment.memory import bytes_of, memory_of, show_memory
-from purejaxppo.experiment.program import SELDOM, Program, best_slice_size, compile_training, num_cores
+from purejaxppo.experiment.program import SELDOM, Program, best_slice_size, compile_training
 from purejaxppo.experiment.sweeps.columns import env_columns, run_arguments
 from purejaxppo.experiment.sweeps.slices import Slice, check_identities, find_slices
 from purejaxppo.experiment.sweeps.sweep import CONFIG_FIELDS, Group, Sweep, check_sweep, make_group

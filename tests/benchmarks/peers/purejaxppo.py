@@ -7,7 +7,7 @@ import jax
 
 import purejaxppo as pjp
 from program import Program
-from purejaxppo.experiment.program import cores_as_devices
+from purejaxppo.experiment.jax_setup import cores_as_devices
 from works import Work
 
 LARGE_MINIBATCH = 512  # transitions
