@@ -1,8 +1,16 @@
-"""How GPU kernels are counted in the text of a compiled program; compiling one takes an environment of its own."""
+"""How GPU kernels are counted in the text of a compiled program; compiling one takes an environment of its own.
 
+What any JAX can do is to lower a program for a GPU. There the operations count that XLA does not join with each other.
+"""
+
+import jax
 import pytest
 from cost import Cost
 from hlo import Launches, Loop, count_cycle, count_launches, read_program
+
+import purejaxppo as pjp
+
+SEPARATE = {"dot_general", "convolution", "reduce", "gather", "scatter", "sort", "dynamic_update_slice"}
 
 # A training of 10 cycles: 2 rollout steps in an iteration of the rollout's loop, a loop of unknown length, minibatches.
 TRAINING = """HloModule jit_train, is_scheduled=true, entry_computation_layout={(f32[4]{0})->f32[4]{0}}
@@ -175,3 +183,35 @@ def test_a_convolution_has_two_operations_for_each_weight_of_a_feature_and_each_
     inputs = "  %x = f32[2,4,4,7]{3,2,1,0} parameter(6)\n  %y = f32[2,2,7,5]{3,2,1,0} parameter(7)\n  %labels"
     program = read_program(MOVING.replace("  %labels", inputs))
     assert program.own.operations - 2 * 4 * 8 * 2 == 2 * (2 * 3 * 3 * 5) * (2 * 2 * 7)
+
+
+def loops_lowered_for(platform, ppo):
+    """For each loop of a training: the operations of an iteration, without those of inner loops, that take a kernel."""
+    state = jax.eval_shape(ppo.init, jax.random.key(0))
+    module = jax.jit(ppo.train).trace(state).lower(lowering_platforms=(platform,)).compiler_ir("stablehlo")
+    functions = {function.attributes["sym_name"].value: function for function in module.body.operations}
+    loops = []
+
+    def count(operation):
+        inside = [inner for region in operation.regions for block in region for inner in block.operations]
+        return sum(map(count_one, inside))
+
+    def count_one(operation):
+        name = operation.operation.name.removeprefix("stablehlo.")
+        if name == "func.call":
+            return count(functions[operation.attributes["callee"].value])
+        if name == "while":
+            loops.append(count(operation))
+            return 0
+        return 1 if name in SEPARATE else count(operation)
+
+    count(functions["main"])
+    return sorted(loops)
+
+
+def test_a_cycle_lowered_for_a_gpu_stays_within_its_budget():
+    """The loops with the most: 8 steps of the rollout, the cycle itself, a minibatch."""
+    ppo = pjp.make_ppo("CartPole-v1", pjp.Config(num_envs=4, num_steps=128, num_minibatches=4, num_updates=10))
+    *_, minibatch, cycle, rollout = loops_lowered_for("cuda", ppo)
+    assert minibatch <= 34 and cycle <= 47 and rollout / 8 <= 7.75
+    assert loops_lowered_for("cpu", ppo)[-1] == 57  # of a minibatch, whose kernels cost a CPU nothing

@@ -10,7 +10,8 @@ launches in a cycle (CUDA graphs, and kernels outside of them); what a minibatch
 with the time that the published rates of an H100 allow for it (see cost.py); and the memory of the program. For a TPU,
 which runs a program without such launches, it prints the memory, the work that XLA counts with each loop body once, and
 the seconds of CPU that compiling takes. --out saves the same as JSON. A work that does not compile is left out with its
-reason, and the exit status is 1. Flags in XLA_FLAGS take effect. --one-graph asks for the whole training as one CUDA graph.
+reason, and the exit status is 1. Flags in XLA_FLAGS take effect. --one-graph asks for the whole training as one CUDA
+graph.
 
 JAX for the target is installed into FOLDER/accelerators or FOLDER/tpu the first time (Linux, Python 3.12 or newer, 4.8
 and 1.7 GB), the peers beside it, for the same JAX. h100.txtpb describes the GPU to XLA:
@@ -70,6 +71,7 @@ WORKS = {
     "b": of_updates(WIDE),
     # Of the preset it has all settings of the network.
     "c": of_updates(replace(PIXELS, encoder="cnn", num_seeds=300)),
+    "c1": of_updates(replace(PIXELS, encoder="cnn")),
     "d": of_updates(replace(WIDE, env="Pendulum-v1", normalize=True)),
 }
 
