@@ -6,7 +6,19 @@ from purejaxppo.adaptive import adaptive_learning_rate
 from purejaxppo.advantages import Batch, gae
 from purejaxppo.batched import batched, concatenate, runs, with_hyperparams
 from purejaxppo.config import Config, Hyperparams, linear, schedule
-from purejaxppo.envs import Box, Discrete, Env, MultiDiscrete, Step, check_env, check_shapes, make_env, time_limit
+from purejaxppo.envs import (
+    ActionMask,
+    Box,
+    Discrete,
+    Env,
+    MultiDiscrete,
+    Step,
+    check_env,
+    check_shapes,
+    make_env,
+    privileged,
+    time_limit,
+)
 from purejaxppo.evolving import evolving
 from purejaxppo.loss import ppo_loss
 from purejaxppo.networks import (
@@ -50,14 +62,14 @@ if TYPE_CHECKING:  # what LAZY imports when it is first used
 __version__ = "0.1.0"
 
 __all__ = [
-    "Batch", "Box", "Categorical", "Config", "Discrete", "Env", "Hyperparams", "Interrupted", "MultiCategorical",
+    "ActionMask", "Batch", "Box", "Categorical", "Config", "Discrete", "Env", "Hyperparams", "Interrupted", "MultiCategorical",
     "MultiDiscrete", "Network", "Normal", "PPO", "Policy", "Rollout", "Step", "Sweep", "SweepResult", "Table",
     "TanhNormal", "TrainState", "a2c", "adam", "adaptive_learning_rate", "batched", "cache_compilation",
     "check_env", "check_shapes", "choice", "compile_training", "concatenate", "evaluate_agents",
     "evaluate_in_gymnasium", "evolving", "export", "first_state", "fit", "from_linen", "from_nnx", "gae", "grid",
     "integers", "layers", "linear", "load", "load_agents", "log_uniform", "make_env", "make_ppo", "optuna_search",
     "paired", "plan_sweep", "plot_curves", "plot_heatmap", "plot_importance", "plot_learning_curve",
-    "plot_parallel", "ppo_loss", "preset", "record_episode", "render", "resume", "run_sweep", "runs", "sample",
+    "plot_parallel", "ppo_loss", "preset", "privileged", "record_episode", "render", "resume", "run_sweep", "runs", "sample",
     "schedule", "sharded", "sinks", "statistics", "successive_halving", "time_limit", "uniform",
     "use_deterministic_kernels", "use_one_thread",
     "with_hyperparams", "with_step",

@@ -3,14 +3,14 @@
 import difflib
 from typing import Any
 
-from purejaxppo.envs.base import Box, Discrete, Env, MultiDiscrete, Step, time_limit
+from purejaxppo.envs.base import ActionMask, Box, Discrete, Env, MultiDiscrete, Step, privileged, time_limit
 from purejaxppo.envs.check import check_env, check_shapes
 from purejaxppo.envs.from_gymnax import from_gymnax, gymnax_names
 from purejaxppo.text import quote
 
 __all__ = [
-    "Box", "Discrete", "Env", "MultiDiscrete", "Step",
-    "check_env", "check_shapes", "env_names", "from_gymnax", "make_env", "time_limit",
+    "ActionMask", "Box", "Discrete", "Env", "MultiDiscrete", "Step",
+    "check_env", "check_shapes", "env_names", "from_gymnax", "make_env", "privileged", "time_limit",
 ]  # fmt: skip
 
 
