@@ -23,6 +23,7 @@ from purejaxppo.evolving import evolving
 from purejaxppo.loss import ppo_loss
 from purejaxppo.networks import (
     Categorical,
+    JointCategorical,
     MultiCategorical,
     Network,
     Normal,
@@ -62,17 +63,16 @@ if TYPE_CHECKING:  # what LAZY imports when it is first used
 __version__ = "0.1.0"
 
 __all__ = [
-    "ActionMask", "Batch", "Box", "Categorical", "Config", "Discrete", "Env", "Hyperparams", "Interrupted", "MultiCategorical",
-    "MultiDiscrete", "Network", "Normal", "PPO", "Policy", "Rollout", "Step", "Sweep", "SweepResult", "Table",
-    "TanhNormal", "TrainState", "a2c", "adam", "adaptive_learning_rate", "batched", "cache_compilation",
-    "check_env", "check_shapes", "choice", "compile_training", "concatenate", "evaluate_agents",
+    "ActionMask", "Batch", "Box", "Categorical", "Config", "Discrete", "Env", "Hyperparams", "Interrupted",
+    "JointCategorical", "MultiCategorical", "MultiDiscrete", "Network", "Normal", "PPO", "Policy", "Rollout", "Step",
+    "Sweep", "SweepResult", "Table", "TanhNormal", "TrainState", "a2c", "adam", "adaptive_learning_rate", "batched",
+    "cache_compilation", "check_env", "check_shapes", "choice", "compile_training", "concatenate", "evaluate_agents",
     "evaluate_in_gymnasium", "evolving", "export", "first_state", "fit", "from_linen", "from_nnx", "gae", "grid",
     "integers", "layers", "linear", "load", "load_agents", "log_uniform", "make_env", "make_ppo", "optuna_search",
-    "paired", "plan_sweep", "plot_curves", "plot_heatmap", "plot_importance", "plot_learning_curve",
-    "plot_parallel", "ppo_loss", "preset", "privileged", "record_episode", "render", "resume", "run_sweep", "runs", "sample",
+    "paired", "plan_sweep", "plot_curves", "plot_heatmap", "plot_importance", "plot_learning_curve", "plot_parallel",
+    "ppo_loss", "preset", "privileged", "record_episode", "render", "resume", "run_sweep", "runs", "sample",
     "schedule", "sharded", "sinks", "statistics", "successive_halving", "time_limit", "uniform",
-    "use_deterministic_kernels", "use_one_thread",
-    "with_hyperparams", "with_step",
+    "use_deterministic_kernels", "use_one_thread", "with_hyperparams", "with_step",
 ]  # fmt: skip
 
 # The host needs xarray and matplotlib, which `import purejaxppo` should not load. Name -> module; a name that is not in

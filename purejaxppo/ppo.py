@@ -17,6 +17,7 @@ from purejaxppo.config import Config, Hyperparams, as_arrays
 from purejaxppo.envs import make_env
 from purejaxppo.envs.base import Env, action_space, bound_action, observation_space
 from purejaxppo.envs.check import check_shapes, check_squash
+from purejaxppo.envs.roles import with_privileged
 from purejaxppo.evaluate import evaluate
 from purejaxppo.loss import ppo_loss
 from purejaxppo.networks.actor_critic import make_network
@@ -429,7 +430,7 @@ def act(
     network: Network,
     config: Config,
 ) -> tuple[Any, Any]:
-    """The action of a policy for one observation, and the memory after it.
+    """The action of a policy for one observation, which may lack privileged parts, and the memory after it.
 
         >>> action, memory = ppo.act(state.policy, obs)  # the first step of an episode
         >>> action, memory = ppo.act(state.policy, obs, memory=memory)
@@ -449,6 +450,8 @@ def act(
     """
     first = jnp.full((1, 1), memory is None)
     memory = network.initial_memory(1) if memory is None else memory
+    _, like = jax.eval_shape(env.reset, jax.random.key(0), env.params)
+    obs = with_privileged(observation_space(env), obs, like)
     obs = jax.tree.map(lambda x: jnp.asarray(x)[None, None], obs)
     memory, distribution, _ = apply_policy(policy, memory, obs, first, network=network, config=config)
     action = (distribution.mode() if key is None else distribution.sample(key))[0, 0]

@@ -17,7 +17,8 @@ import optax
 from jax.core import Tracer
 
 from purejaxppo.config import Config, Hyperparams, nearest, suggest
-from purejaxppo.envs.base import Env
+from purejaxppo.envs.base import Env, observation_space
+from purejaxppo.envs.roles import without_privileged
 from purejaxppo.networks.network import Network
 from purejaxppo.rollout import Policy, Rollout, first_limits, start_policy
 from purejaxppo.starts import fill_pool
@@ -119,8 +120,9 @@ class Expected:
     def check_act(self, policy: Any, obs: Any, key: Any = None, memory: Any = None, env_params: Any = None) -> None:
         """Refuses arguments of `act`."""
         self.check_policy(policy)
-        expected = self.start[1]
-        given = _shapes(obs)
+        expected, given = self.start[1], _shapes(obs)
+        acted_on = without_privileged(observation_space(self.env), expected)
+        expected = acted_on if given == _shapes(acted_on) else expected
         if given != _shapes(expected):
             tail = {where: shape[1:] for where, shape in given.items()}
             remedy = (

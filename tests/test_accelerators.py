@@ -3,6 +3,8 @@
 What any JAX can do is to lower a program for a GPU. There the operations count that XLA does not join with each other.
 """
 
+from typing import Any
+
 import jax
 import pytest
 from cost import Cost
@@ -188,7 +190,8 @@ def test_a_convolution_has_two_operations_for_each_weight_of_a_feature_and_each_
 def loops_lowered_for(platform, ppo):
     """For each loop of a training: the operations of an iteration, without those of inner loops, that take a kernel."""
     state = jax.eval_shape(ppo.init, jax.random.key(0))
-    module = jax.jit(ppo.train).trace(state).lower(lowering_platforms=(platform,)).compiler_ir("stablehlo")
+    lowered = jax.jit(ppo.train).trace(state).lower(lowering_platforms=(platform,))
+    module: Any = lowered.compiler_ir("stablehlo")
     functions = {function.attributes["sym_name"].value: function for function in module.body.operations}
     loops = []
 

@@ -12,7 +12,7 @@ import purejaxppo
 
 ROOT = Path(purejaxppo.__file__).parent
 CORE = [
-    "text", "checks", "record", "platforms", "config", "envs.base", "envs.check", "envs.import_gymnax",
+    "text", "checks", "record", "platforms", "config", "envs.base", "envs.roles", "envs.check", "envs.import_gymnax",
     "envs.without_reset", "envs.from_gymnax", "envs",
     "collectives", "normalize", "networks.distributions", "networks.orthogonal", "networks.layers",
     "networks.network", "networks.actor_critic", "networks", "starts", "rollout", "advantages", "loss", "summary",

@@ -181,7 +181,7 @@ def _flatten_part(space: Space, x: jax.Array) -> jax.Array:
 
 
 def one_hot_entries(x: jax.Array, sizes: Sequence[int]) -> jax.Array:
-    """Entries [..., K] of integers, the i-th below sizes[i], as the one-hot vectors of all joined, [..., sum(sizes)]."""
+    """Entries [..., K] of integers, the i-th below sizes[i], as one-hot vectors that are joined, [..., sum(sizes)]."""
     entry, choice = np.repeat(np.arange(len(sizes)), sizes), np.concatenate([np.arange(n) for n in sizes])
     return (x[..., entry] == choice.reshape(*(1,) * (x.ndim - 1), -1)).astype(jnp.float32)
 

@@ -15,7 +15,8 @@ from flax import struct
 from jax.core import Tracer
 
 from purejaxppo.checks import check_whole
-from purejaxppo.envs.base import Box, Discrete, Env, MultiDiscrete, Step, action_space, bound_action, observation_space
+from purejaxppo.envs.base import ActionMask, Box, Discrete, Env, MultiDiscrete, Step, action_space, observation_space
+from purejaxppo.envs.roles import allowed_actions, check_roles, random_action
 from purejaxppo.record import size_of
 from purejaxppo.text import quote
 
@@ -81,18 +82,19 @@ def measure_costs(env: Env) -> EnvCosts:
     def reset(keys):
         return jax.vmap(env.reset, in_axes=(0, None))(keys, env.params)
 
-    def step(state, keys):
-        actions = jax.vmap(partial(_random_action, space=space))(keys)
+    def step(start, keys):
+        state, obs = start
+        actions = jax.vmap(partial(_random_action, space, observation_space(env)))(keys, obs)
         result = jax.vmap(env.step, in_axes=(0, 0, 0, None))(keys, state, actions, env.params)
-        return jax.tree.map(lambda new, old: new.astype(old.dtype), result.state, state), result
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), (result.state, result.obs), start), result
 
     start = jax.jit(reset)(keys[0])
-    _, result = jax.eval_shape(step, start[0], keys[0])
-    action = jax.eval_shape(partial(_random_action, space=space), keys[0, 0])
+    _, result = jax.eval_shape(step, start, keys[0])
+    action = jax.eval_shape(partial(random_action, space=space), keys[0, 0])
     kept = result.obs, result.obs, result.reward, result.terminated, result.metrics, result.episode_metrics
     return EnvCosts(
         start_seconds=_seconds(jax.jit(partial(jax.lax.map, reset)), keys) / keys.size,
-        step_seconds=_seconds(jax.jit(partial(jax.lax.scan, step)), start[0], keys) / keys.size,
+        step_seconds=_seconds(jax.jit(partial(jax.lax.scan, step)), start, keys) / keys.size,
         start_bytes=size_of(start) // BATCH,
         transition_bytes=size_of(kept) // BATCH + size_of(action),
     )
@@ -125,7 +127,7 @@ def check_shapes(env: Env) -> list[str]:
     if not (isinstance(start, tuple) and len(start) == 2):
         return [f"reset(key, params) must return the pair (state, obs), not {_kind(start)}."]
     state, obs = start
-    action = jax.eval_shape(partial(_random_action, space=space), key)
+    action = jax.eval_shape(partial(random_action, space=space), key)
     result = _call(
         "step(key, state, action, params)", partial(jax.eval_shape, env.step), key, state, action, env.params
     )
@@ -157,7 +159,7 @@ def _check_batch(env: Env, key: jax.Array, start: Any, result: Any) -> list[str]
     """The leaves that `vmap` does not batch, as those of a simulator with buffers that a whole batch shares."""
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 3))
     many = _call("vmap of reset", partial(jax.eval_shape, jax.vmap(env.reset, (0, None))), keys, env.params)
-    action = jax.eval_shape(jax.vmap(partial(_random_action, space=action_space(env, env.params))), keys)
+    action = jax.eval_shape(jax.vmap(partial(random_action, space=action_space(env, env.params))), keys)
     step = jax.vmap(env.step, (0, 0, 0, None))
     results = _call("vmap of step", partial(jax.eval_shape, step), keys, many[0], action, env.params)
     for what, one, batch in (("reset", start, many), ("step", result, results)):
@@ -187,7 +189,7 @@ def metric_names(env: Env) -> list[str]:
     """The names of the metrics that an environment reports, those of steps first."""
     key = jax.random.key(0)
     state, _ = jax.eval_shape(env.reset, key, env.params)
-    action = jax.eval_shape(partial(_random_action, space=action_space(env, env.params)), key)
+    action = jax.eval_shape(partial(random_action, space=action_space(env, env.params)), key)
     result = jax.eval_shape(env.step, key, state, action, env.params)
     return [*result.metrics, *result.episode_metrics]
 
@@ -204,15 +206,17 @@ def _check_observation_space(env, obs) -> list[str]:
         return [f"observation_space is {spaces!r}, but reset returns {_kind(obs)}; both must have the same structure."]
     problems = []
     for space, x in zip(jax.tree.leaves(spaces), jax.tree.leaves(obs)):
-        if not isinstance(space, (Discrete, MultiDiscrete, Box)):
+        if not isinstance(space, (Discrete, MultiDiscrete, Box, ActionMask)):
             problems.append(f"observation_space holds {space!r}; it must hold Discrete, MultiDiscrete or Box.")
         elif space.shape != x.shape:
             problems.append(f"observation_space is {space!r}, but reset returns an observation of shape {x.shape}.")
         elif isinstance(space, (Discrete, MultiDiscrete)) and not jnp.issubdtype(x.dtype, jnp.integer):
             problems.append(f"observation_space is {space!r}, but reset returns {x.dtype}; it must be an integer.")
+        elif isinstance(space, ActionMask) and x.dtype != jnp.bool_:
+            problems.append(f"observation_space is {space!r}, but reset returns {x.dtype}; it must be a bool.")
         else:
             problems += _check_bounds("observation_space", space)
-    return problems
+    return problems or check_roles(spaces, action_space(env, env.params))
 
 
 def _check_bounds(what: str, space: Any) -> list[str]:
@@ -246,17 +250,19 @@ def _differences(what: str, first, second) -> list[str]:
 def _check_play(env: Env, num_steps: int, seed: int) -> list[str]:
     space = action_space(env, env.params)
 
-    def step(state, key):
+    def step(start, key):
+        state, obs = start
         action_key, step_key = jax.random.split(key)
-        action = _random_action(action_key, space=space)
+        action = _random_action(space, observation_space(env), action_key, obs)
         result = env.step(step_key, state, action, env.params)
         again = env.step(step_key, state, action, env.params)
         same = [jnp.array_equal(a, b, equal_nan=True) for a, b in zip(_numbers(result), _numbers(again))]
         # An Env that resets itself returns a start state where an episode ends.
         done = result.terminated | result.truncated
-        fresh_state, _ = env.reset(step_key, env.params)
-        next_state = jax.tree.map(
-            lambda f, s: jnp.where(done, f, s).astype(jnp.result_type(f)), fresh_state, result.state
+        next_start = jax.tree.map(
+            lambda f, s: jnp.where(done, f, s).astype(jnp.result_type(f)),
+            env.reset(step_key, env.params),
+            (result.state, result.obs),
         )
         # An episode may end on nan, see `Step`.
         fine = lambda x: jnp.isfinite(x) | (done & jnp.isnan(x))
@@ -272,14 +278,15 @@ def _check_play(env: Env, num_steps: int, seed: int) -> list[str]:
             "state": _leaves_of(result.state, result.obs),
             "key": step_key,
         }
-        return next_state, seen
+        return next_start, seen
 
     def play(key):
         reset_key, step_key = jax.random.split(key)
         state, obs = env.reset(reset_key, env.params)
         finite = jnp.array([jnp.isfinite(x).all() for x in _numbers(obs)]).all()
         begun = _leaves_of(state, obs)
-        _, seen = jax.lax.scan(step, jax.tree.map(jnp.asarray, state), jax.random.split(step_key, num_steps))
+        start = jax.tree.map(jnp.asarray, (state, obs))
+        _, seen = jax.lax.scan(step, start, jax.random.split(step_key, num_steps))
         return finite, _largest(obs), begun, seen
 
     what, keys = f"playing {num_steps} random steps under jit and vmap", jax.random.split(jax.random.key(seed), 8)
@@ -360,12 +367,8 @@ def _resets_itself(env: Env, begun: list[jax.Array], seen: dict) -> bool:
     return bool(np.logical_and.reduce(equal).any(-1).all())
 
 
-def _random_action(key, *, space):
-    if isinstance(space, Discrete):
-        return jax.random.randint(key, (), 0, space.n)
-    if isinstance(space, MultiDiscrete):
-        return jax.random.randint(key, space.shape, jnp.zeros(space.shape, jnp.int32), jnp.array(space.sizes))
-    return bound_action(jax.random.normal(key, (int(np.prod(space.shape)),)), space, "clip")
+def _random_action(space, observation_space, key, obs):
+    return random_action(key, space, allowed_actions(observation_space, obs))
 
 
 def _within(spaces, obs, done):
@@ -374,8 +377,8 @@ def _within(spaces, obs, done):
         if isinstance(space, Discrete):
             checks.append((x >= 0) & (x < space.n))
         elif isinstance(space, MultiDiscrete):
-            checks.append(((x >= 0) & (x < jnp.array(space.sizes))).all())
-        else:
+            checks.append(((x >= 0) & (x < jnp.array(space.sizes).reshape(space.shape))).all())
+        elif isinstance(space, Box):
             low, high = (jnp.broadcast_to(jnp.asarray(b, jnp.float32), x.shape) for b in (space.low, space.high))
             checks.append((((x >= low) & (x <= high)) | (done & jnp.isnan(x))).all())
     return jnp.stack(checks).all()

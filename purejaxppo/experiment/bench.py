@@ -15,7 +15,8 @@ from flax import struct
 from purejaxppo.advantages import estimate
 from purejaxppo.batched import batched, runs
 from purejaxppo.config import Hyperparams
-from purejaxppo.envs.base import Box, action_space
+from purejaxppo.envs.base import Box, action_space, observation_space
+from purejaxppo.envs.roles import allowed_actions, random_action
 from purejaxppo.experiment.memory import bytes_of, memory_of, show_memory
 from purejaxppo.experiment.program import compile_training, first_state
 from purejaxppo.ppo import PPO, bind
@@ -163,6 +164,8 @@ def time_stages(ppo: PPO, hyperparams: Hyperparams, *, rounds: int, seconds: flo
 def play(key: jax.Array, actors: Actors, env_params: Any, ppo: PPO) -> tuple[Any, tuple[Any, jax.Array]]:
     """Runs the environment of a rollout alone: T steps of N environments, with actions and start states drawn ahead.
 
+    Under an action mask, actions are drawn in each step.
+
     Args:
         key: of the actions and the environments.
         actors: where the environments stand.
@@ -179,10 +182,14 @@ def play(key: jax.Array, actors: Actors, env_params: Any, ppo: PPO) -> tuple[Any
     if isinstance(space, Box):
         actions = jax.random.normal(act_key, (*shape, int(np.prod(space.shape))))
     else:
-        actions = jax.random.randint(act_key, (*shape, *space.shape), 0, getattr(space, "n", None) or min(space.sizes))
+        actions = jax.vmap(jax.vmap(partial(random_action, space=space)))(jax.random.split(act_key, shape))
     draws = draw_ahead(key, None, env_params, env=env, config=config).replace(action=actions)
 
     def step(actors, draws):
+        allowed = allowed_actions(observation_space(env), actors.obs)
+        if allowed is not None:
+            random = partial(random_action, space=space)
+            draws = draws.replace(action=jax.vmap(lambda key, x: random(key, allowed=x))(draws.env_keys, allowed))
         result = step_envs(draws.env_keys, actors.env_state, draws.action, env_params, env=env, config=config)
         done = result.terminated | result.truncated
         state, obs = begin_where(done, draws.start, (result.state, result.obs))

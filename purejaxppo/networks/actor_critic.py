@@ -1,5 +1,6 @@
 """The package's own network: an actor-critic that `Config` describes."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,9 @@ import numpy as np
 
 from purejaxppo.config import Config
 from purejaxppo.envs.base import Box, Discrete, MultiDiscrete
-from purejaxppo.networks.distributions import Categorical, MultiCategorical, Normal, TanhNormal
-from purejaxppo.networks.layers import CNN, GRU, MLP, Dense, Gaussian, Logits, to_columns
+from purejaxppo.envs.roles import allowed_actions, has_privileged, mask_of, seen_by
+from purejaxppo.networks.distributions import Categorical, JointCategorical, MultiCategorical, Normal, TanhNormal
+from purejaxppo.networks.layers import CNN, GRU, MLP, Dense, Gaussian, Logits, is_grid, to_columns
 from purejaxppo.networks.network import Network, draw_orthogonal
 from purejaxppo.platforms import map_each
 
@@ -19,14 +21,14 @@ from purejaxppo.platforms import map_each
 def make_network(config: Config, observation_space: Any, action_space: Any) -> Network:
     """The network that `config` describes for these spaces.
 
-    Raises ValueError if they do not fit: `cnn` for observations that are not grids.
+    Raises ValueError if they do not fit: `cnn` for observations without a grid, a shared encoder for privileged parts.
     """
     _check_fit(config, observation_space)
     activation = {"tanh": nn.tanh, "relu": nn.relu}[config.activation]
     encoder = {"mlp": MLP, "cnn": CNN}[config.encoder]
     module = ActorCritic(
         observation_space=observation_space,
-        head=make_head(config, action_space),
+        head=make_head(config, action_space, mask_of(observation_space)),
         encoder=lambda: encoder(config.widths, activation, as_columns=True),
         memory=(lambda: GRU(config.gru_width)) if config.gru_width else None,
         share_encoder=config.share_encoder,
@@ -39,10 +41,12 @@ def make_network(config: Config, observation_space: Any, action_space: Any) -> N
     return Network(initial_memory=initial_memory, init=draw_orthogonal(module.init), apply=module.apply)
 
 
-def make_head(config: Config, space: Any) -> Callable:
+def make_head(config: Config, space: Any, mask: Any = None) -> Callable:
     """Makes the module that maps features [T, B, F] to a distribution [T, B] over the actions of a space."""
     if isinstance(space, Discrete):
         return lambda: Logits(space.n, Categorical)
+    if isinstance(space, MultiDiscrete) and mask is not None and mask.shape == space.sizes:
+        return lambda: Logits(math.prod(space.sizes), lambda logits: JointCategorical(logits, space.sizes))
     if isinstance(space, MultiDiscrete):
         return lambda: Logits(sum(space.sizes), lambda logits: MultiCategorical(logits, space.sizes))
     distribution = TanhNormal if config.bound_action == "tanh" else Normal
@@ -51,12 +55,19 @@ def make_head(config: Config, space: Any) -> Callable:
 
 
 def _check_fit(config, observation_space):
-    if config.encoder == "cnn" and not (isinstance(observation_space, Box) and len(observation_space.shape) == 3):
+    if config.share_encoder and has_privileged(observation_space):
         raise ValueError(
-            f"encoder='cnn' reads grids [height, width, channels], not {observation_space!r} (try encoder='mlp')"
+            "share_encoder=True shares what the actor and the critic read, but the observations have privileged parts, "
+            "which only the critic may read (try share_encoder=False)"
         )
-    if config.encoder == "cnn" and min(observation_space.shape[:2]) < 3:
+    parts = jax.tree.leaves(seen_by(observation_space, observation_space, critic=False)[0])
+    if config.encoder != "cnn" or any(map(is_grid, parts)):
+        return
+    if len(parts) == 1 and isinstance(parts[0], Box) and len(parts[0].shape) == 3:
         raise ValueError(f"encoder='cnn' needs grids of 3 x 3 or more, not {observation_space!r} (try encoder='mlp')")
+    raise ValueError(
+        f"encoder='cnn' reads grids [height, width, channels], not {observation_space!r} (try encoder='mlp')"
+    )
 
 
 class ActorCritic(nn.Module):
@@ -73,17 +84,28 @@ class ActorCritic(nn.Module):
         """The memory after observations [T, B, ...], a distribution [T, B] and values [T, B]."""
         trunk = Trunk(self.encoder, self.memory, parent=None)
 
-        def read(own: tuple, obs: Any, first: jax.Array):
-            params, memory = own
-            return trunk.apply({"params": params}, memory, self.observation_space, obs, first)
+        def reader(space: Any):
+            def read(own: tuple, obs: Any, first: jax.Array):
+                params, memory = own
+                return trunk.apply({"params": params}, memory, space, obs, first)
+
+            return read
 
         names = ("actor",) if self.share_encoder else ("actor", "critic")
         memories = memory or ((),) * len(names)
-        start = lambda key, memory: trunk.init(key, memory, self.observation_space, obs, first)["params"]
-        each = [(self.param(name, start, memory), memory) for name, memory in zip(names, memories)]
-        after, features = zip(*map_each(read, each, obs, first))
+        seen = [seen_by(self.observation_space, obs, critic=name == "critic") for name in names]
+        start = lambda key, memory, seen: trunk.init(key, memory, *seen, first)["params"]
+        each = [(self.param(*args), args[-2]) for args in zip(names, [start] * len(names), memories, seen)]
+        if has_privileged(self.observation_space):
+            read = [reader(space)(own, obs, first) for own, (space, obs) in zip(each, seen)]
+        else:
+            read = map_each(reader(seen[0][0]), each, seen[0][1], first)
+        after, features = zip(*read)
         value = Dense(1, 1.0, name="value")(to_columns(features[-1])).values.reshape(first.shape)
-        return after if memory else memory, self.head()(features[0]), value
+        distribution, allowed = self.head()(features[0]), allowed_actions(self.observation_space, obs)
+        if allowed is not None:
+            distribution = distribution.masked(allowed)
+        return after if memory else memory, distribution, value
 
 
 class Trunk(nn.Module):

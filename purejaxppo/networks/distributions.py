@@ -45,7 +45,11 @@ class Categorical(Drawn):
 
     def from_noise(self, noise: jax.Array) -> jax.Array:
         """The choice with the largest sum of logit and noise (Gumbel, 1954), [...] int32."""
-        return Categorical(self.logits + noise).mode()
+        return self.replace(logits=self.logits + noise).mode()
+
+    def masked(self, allowed: jax.Array) -> "Categorical":
+        """The same distribution over the choices that are allowed, [..., K] bool; over all choices where none is."""
+        return self.replace(logits=_mask(self.logits, allowed))
 
     def mode(self) -> jax.Array:
         """The most likely index, [...] int32."""
@@ -80,9 +84,11 @@ class MultiCategorical(Categorical):
 
     sizes: tuple[int, ...] = struct.field(pytree_node=False)
 
-    def from_noise(self, noise: jax.Array) -> jax.Array:
-        """In each entry the choice with the largest sum of logit and noise, [..., len(sizes)] int32."""
-        return MultiCategorical(self.logits + noise, self.sizes).mode()
+    def masked(self, allowed: jax.Array) -> "MultiCategorical":
+        """The same distribution over the choices that are allowed, [..., sum(sizes)] bool, for each entry by itself."""
+        ends = np.cumsum(self.sizes)[:-1]
+        pairs = zip(jnp.split(self.logits, ends, axis=-1), jnp.split(allowed, ends, axis=-1))
+        return self.replace(logits=jnp.concatenate([_mask(logits, choices) for logits, choices in pairs], axis=-1))
 
     def mode(self) -> jax.Array:
         """The most likely indices, [..., len(sizes)] int32."""
@@ -105,6 +111,35 @@ class MultiCategorical(Categorical):
 
     def _choices(self) -> list[Categorical]:
         return [Categorical(x) for x in jnp.split(self.logits, np.cumsum(self.sizes)[:-1], axis=-1)]
+
+
+class JointCategorical(Categorical):
+    """One of all combinations of choices, the i-th among `sizes[i]`; `logits` [..., prod(sizes)]
+    in C order.
+
+    Where a mask allows combinations, choices depend on each other.
+    """
+
+    sizes: tuple[int, ...] = struct.field(pytree_node=False)
+
+    def masked(self, allowed: jax.Array) -> "JointCategorical":
+        """The same distribution over the combinations that are allowed, [..., *sizes] bool; over all where none is."""
+        return self.replace(logits=_mask(self.logits, allowed.reshape(self.logits.shape)))
+
+    def mode(self) -> jax.Array:
+        """The most likely combination, [..., len(sizes)] int32."""
+        return jnp.stack(jnp.unravel_index(super().mode(), self.sizes), axis=-1).astype(jnp.int32)
+
+    def log_prob(self, action: jax.Array) -> jax.Array:
+        """Log probability [...] of combinations [..., len(sizes)]."""
+        strides = np.cumprod([1, *self.sizes[:0:-1]])[::-1]
+        index: Any = sum(action[..., i] * int(stride) for i, stride in enumerate(strides))
+        return super().log_prob(index)
+
+
+def _mask(logits: jax.Array, allowed: jax.Array) -> jax.Array:
+    """Logits [..., K], -inf for those that are not allowed, unless none is."""
+    return jnp.where(allowed | ~allowed.any(-1, keepdims=True), logits, -jnp.inf)
 
 
 class Normal(Drawn):

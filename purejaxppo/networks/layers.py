@@ -12,9 +12,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
-from purejaxppo.envs.base import flatten_observation, read_box
+from purejaxppo.envs.base import Box, MultiDiscrete, flatten_observation, one_hot_entries, read_box
 from purejaxppo.networks.orthogonal import orthogonal
 from purejaxppo.platforms import faster_gradient
 
@@ -92,21 +93,56 @@ class MLP(nn.Module):
 
 
 class CNN(nn.Module):
-    """A 3 x 3 convolution of 16 channels, as in MinAtar (Young and Tian, 2019), then dense layers."""
+    """A 3 x 3 convolution of 16 channels over every grid, as in MinAtar (Young and Tian, 2019), then dense layers.
+
+    The other parts of a dictionary join the features of the grids.
+    """
 
     widths: tuple[int, ...]
     activation: Callable = nn.relu
     as_columns: bool = False
 
     @nn.compact
-    def __call__(self, space: Any, obs: jax.Array):
-        """Features [..., width] of grids [..., height, width, channels]."""
-        grids = read_box(space, obs).reshape(-1, *obs.shape[-3:])
-        kernel: Any = self.param("kernel", orthogonal(2**0.5), (3, 3, grids.shape[-1], 16))
-        bias = self.param("bias", nn.initializers.zeros, (16,), jnp.float32)
-        x = self.activation(convolve(grids, kernel) + bias[None, None, None])
-        features = Columns(x.reshape(x.shape[0], -1).T, obs.shape[:-3])
+    def __call__(self, space: Any, obs: Any):
+        """Features [..., width] of observations [..., *shape] of a space that holds a grid."""
+        spaces, parts = jax.tree.leaves(space), jax.tree.leaves(obs)
+        shape = parts[0].shape[: parts[0].ndim - len(spaces[0].shape)]
+        grids = [read_grid(part, x) for part, x in zip(spaces, parts) if is_grid(part)]
+        columns = [self._convolve(grid, f"_{i}" if i else "") for i, grid in enumerate(grids)]
+        others = [(part, x) for part, x in zip(spaces, parts) if not is_grid(part)]
+        if others:
+            columns.append(to_columns(flatten_observation(*map(list, zip(*others)))).values)
+        features = Columns(columns[0] if len(columns) == 1 else jnp.concatenate(columns), shape)
         return _hidden_layers(features, self.widths, self.activation, self.as_columns)
+
+    def _convolve(self, grids: jax.Array, suffix: str) -> jax.Array:
+        """Features [F, M] of grids [..., height, width, channels]."""
+        grids = grids.reshape(-1, *grids.shape[-3:])
+        kernel: Any = self.param(f"kernel{suffix}", orthogonal(2**0.5), (3, 3, grids.shape[-1], 16))
+        bias = self.param(f"bias{suffix}", nn.initializers.zeros, (16,), jnp.float32)
+        x = self.activation(convolve(grids, kernel) + bias[None, None, None])
+        return x.reshape(x.shape[0], -1).T
+
+
+def is_grid(space: Any) -> bool:
+    """Whether a space is of grids [height, width, channels] of at least 3 x 3.
+
+    Of integers it is also one if it is [height, width], and if each channel has the same choices everywhere.
+    """
+    if len(space.shape) not in (2, 3) or min(space.shape[:2]) < 3:
+        return False
+    if isinstance(space, MultiDiscrete):
+        cells = np.reshape(space.sizes, (*space.shape[:2], -1))
+        return bool((cells == cells[:1, :1]).all())
+    return isinstance(space, Box) and len(space.shape) == 3
+
+
+def read_grid(space: Any, x: jax.Array) -> jax.Array:
+    """Grids [..., height, width, channels] as float32; integers are one-hot."""
+    if isinstance(space, MultiDiscrete):
+        cells = x.reshape(*x.shape[: x.ndim - len(space.shape)], *space.shape[:2], -1)
+        return one_hot_entries(cells, space.sizes[: cells.shape[-1]])
+    return read_box(space, x)
 
 
 def _hidden_layers(features: Any, widths: tuple[int, ...], activation: Callable, as_columns: bool):
@@ -128,8 +164,9 @@ def convolve(grids: jax.Array, kernel: jax.Array) -> jax.Array:
         shifted = [grids[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
         return jnp.concatenate(shifted, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
 
-    # XLA's gradient of a convolution is several times slower than that of a product on a CPU.
-    return jax.lax.platform_dependent(grids, kernel, cpu=product, default=convolution)
+    # XLA's gradient of a convolution is several times slower than that of a product on a CPU. For a TPU, XLA compiles
+    # large convolutions for minutes.
+    return jax.lax.platform_dependent(grids, kernel, cpu=product, tpu=product, default=convolution)
 
 
 class GRU(nn.Module):

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 KEPT_BITS = {"exact": 23, "TF32": 10, "bfloat16": 7}
-UPDATES = {"CartPole-v1": 1.0, "Pendulum-v1": 1.0, "Breakout-MinAtar": 0.25}  # of the preset's
+UPDATES: dict[str, float] = {"CartPole-v1": 1.0, "Pendulum-v1": 1.0, "Breakout-MinAtar": 0.25}  # of the preset's
 
 
 def main():
@@ -31,7 +31,8 @@ def main():
     parser.add_argument("--train", nargs=2, metavar=("PRECISION", "ENV"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.train:  # this is a process that the one below started
-        print("ANSWER " + json.dumps(train(*options.train, options.num_seeds, options.scale)))
+        precision, env = options.train
+        print("ANSWER " + json.dumps(train(precision, env, options.num_seeds, options.scale)))
         return
     found = {}
     for env in options.works:
@@ -69,9 +70,9 @@ def round_factors(bits: int):
     from jax.interpreters import mlir
 
     def rounded(context: Any, left: Any, right: Any, **settings: Any):
-        kept = {"exponent_bits": mlir.ir.IntegerAttr.get(mlir.ir.IntegerType.get_signless(32), 8)}
-        kept["mantissa_bits"] = mlir.ir.IntegerAttr.get(mlir.ir.IntegerType.get_signless(32), bits)
-        left, right = (hlo.reduce_precision(factor, **kept) for factor in (left, right))
+        number = mlir.ir.IntegerType.get_signless(32)
+        exponent, mantissa = (mlir.ir.IntegerAttr.get(number, kept) for kept in (8, bits))
+        left, right = (hlo.reduce_precision(factor, exponent, mantissa) for factor in (left, right))
         return lax._dot_general_lower(context, left, right, **settings)
 
     mlir.register_lowering(lax.dot_general_p, rounded, platform="cpu")

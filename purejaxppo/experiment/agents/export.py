@@ -11,6 +11,7 @@ import numpy as np
 from flax.errors import FlaxError
 
 from purejaxppo.envs.base import Box, Discrete, action_space, bound_action, image_scale, observation_space
+from purejaxppo.envs.roles import with_privileged, without_privileged
 from purejaxppo.experiment.agents.load import check_agent
 from purejaxppo.experiment.files import check_file, to_arrays
 from purejaxppo.networks.actor_critic import make_network
@@ -32,9 +33,10 @@ def export(
     """Writes a policy that takes the most probable action, and returns the Python code that uses the file.
 
     A `.stablehlo` file is a function from observations [B, ...], for any B, to actions [B, ...] within their bounds,
-    which `jax.export` reads. For a recurrent network it maps (observations, memory [B, ...], first [B]) to (actions,
-    memory); where `first` is set an episode begins and the memory is reset. An `.npz` file holds arrays for NumPy; it
-    supports an `mlp` without memory, a Box as observation, and a Discrete or Box action.
+    which `jax.export` reads. It respects action masks and does without privileged parts. For a recurrent network it
+    maps (observations, memory [B, ...], first [B]) to (actions, memory); where `first` is set an episode begins and the
+    memory is reset. An `.npz` file holds arrays for NumPy; it supports an `mlp` without memory, a Box as observation,
+    and a Discrete or Box action.
 
     Args:
         ppo: of one agent.
@@ -73,6 +75,7 @@ def _as_stablehlo(ppo: PPO, policy: Policy, env_params, platforms) -> bytes:
     space, bound = action_space(ppo.env, env_params), ppo.config.bound_action
 
     def act(obs, memory, first):
+        obs = jax.vmap(lambda x: with_privileged(observation_space(ppo.env), x, like))(obs)
         memory, distribution, _ = apply_policy(
             policy, memory, add_time(obs), first[None], network=ppo.network, config=ppo.config
         )
@@ -82,7 +85,8 @@ def _as_stablehlo(ppo: PPO, policy: Policy, env_params, platforms) -> bytes:
         return act(obs, (), jnp.zeros(jax.tree.leaves(obs)[0].shape[0], bool))[0]
 
     (batch,) = jax.export.symbolic_shape("b")
-    _, obs = jax.eval_shape(ppo.env.reset, jax.random.key(0), env_params)
+    _, like = jax.eval_shape(ppo.env.reset, jax.random.key(0), env_params)
+    obs = without_privileged(observation_space(ppo.env), like)
     memory = jax.eval_shape(lambda: ppo.network.initial_memory(1))
     obs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch, *x.shape), x.dtype), obs)
     memory = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype), memory)
@@ -167,6 +171,7 @@ def _is_of_config(ppo: PPO, policy: Policy) -> bool:
 def _shapes(ppo: PPO) -> str:
     """Shapes of inputs and outputs, for readers."""
     obs = jax.eval_shape(ppo.env.reset, jax.random.key(0), ppo.env.params)[1]
+    obs = without_privileged(observation_space(ppo.env), obs)
     shape = ", ".join(["batch", *map(str, obs.shape)]) if hasattr(obs, "shape") else "batch, ..."
     action = action_space(ppo.env, ppo.env.params).shape
     return f"obs [{shape}] -> actions [{', '.join(['batch', *map(str, action)])}]"
