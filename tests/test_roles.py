@@ -1,6 +1,7 @@
 """Roles of observations: no action that is masked is ever taken, and only the critic reads what is privileged."""
 
 import itertools
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -14,7 +15,7 @@ from probes import SMALL
 from purejaxppo.envs.base import flatten_observation
 from purejaxppo.envs.roles import random_action
 
-CONFIG = pjp.Config(**vars(SMALL) | {"num_epochs": 1, "num_minibatches": 1})
+CONFIG = replace(SMALL, num_epochs=1, num_minibatches=1)
 
 
 def masked(action_space=pjp.Discrete(3), shape=(3,), lost=False):
@@ -128,7 +129,7 @@ def test_a_joint_mask_renormalises_the_distribution_over_combinations():
 
 
 def test_masks_and_discrete_parts_are_never_normalised(env, key):
-    config = pjp.Config(**vars(CONFIG) | {"normalize_observation": True})
+    config = replace(CONFIG, normalize_observation=True)
     state, _ = jax.jit(pjp.make_ppo(env, config).step)(pjp.make_ppo(env, config).init(key))
     assert state.policy.observation["mask"] is None and state.policy.observation["x"] is not None
 
@@ -163,7 +164,7 @@ def blind_cartpole():
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_only_the_critic_reads_what_is_privileged(normalize, key):
-    ppo = pjp.make_ppo(blind_cartpole(), pjp.Config(**vars(CONFIG) | {"normalize_observation": normalize}))
+    ppo = pjp.make_ppo(blind_cartpole(), replace(CONFIG, normalize_observation=normalize))
     state, _ = jax.jit(ppo.step)(ppo.init(key))
     obs = {"position": jnp.ones((1, 1, 2)), "velocity": jnp.ones((1, 1, 2))}
     other = obs | {"velocity": jnp.full((1, 1, 2), -3.0)}
@@ -232,7 +233,7 @@ def test_the_cnn_reads_the_grids_of_a_dictionary_and_joins_the_rest(key):
     step = lambda key, state, action, params: pjp.Step(0, observe(key), 1.0, jnp.bool_(True), jnp.bool_(False))
     spaces = {"board": pjp.MultiDiscrete(np.full((4, 4), 3)), "speed": pjp.Box(shape=(2,))}
     env = pjp.Env(lambda key, params: (0, observe(key)), step, (), pjp.Discrete(2), spaces)
-    ppo = pjp.make_ppo(env, pjp.Config(**vars(CONFIG) | {"encoder": "cnn"}))
+    ppo = pjp.make_ppo(env, replace(CONFIG, encoder="cnn"))
     state, metrics = jax.jit(ppo.train)(ppo.init(key))
     kernels = {name: x.shape for name, x in state.policy.params["params"]["actor"]["CNN_0"].items() if "ker" in name}
     assert kernels == {"kernel": (3, 3, 3, 16)} and np.isfinite(metrics["loss"]).all()
