@@ -210,7 +210,7 @@ def test_roles_that_do_not_fit_are_refused(spaces, actions, fault):
             for name, space in spaces.items()
         }
 
-    step = lambda key, state, action, params: pjp.Step(0, observe(), 1.0, jnp.bool_(True), jnp.bool_(False))
+    step = lambda key, state, action, params: pjp.Step(0, observe(), jnp.float32(1), jnp.bool_(True), jnp.bool_(False))
     env = pjp.Env(lambda key, params: (0, observe()), step, (), actions, spaces)
     with pytest.raises(ValueError, match=fault):
         pjp.make_ppo(env, CONFIG)
@@ -230,7 +230,9 @@ def test_the_cnn_reads_the_grids_of_a_dictionary_and_joins_the_rest(key):
     def observe(key):
         return {"board": jax.random.randint(key, (4, 4), 0, 3).astype(jnp.uint8), "speed": jnp.ones(2)}
 
-    step = lambda key, state, action, params: pjp.Step(0, observe(key), 1.0, jnp.bool_(True), jnp.bool_(False))
+    step = lambda key, state, action, params: pjp.Step(
+        0, observe(key), jnp.float32(1), jnp.bool_(True), jnp.bool_(False)
+    )
     spaces = {"board": pjp.MultiDiscrete(np.full((4, 4), 3)), "speed": pjp.Box(shape=(2,))}
     env = pjp.Env(lambda key, params: (0, observe(key)), step, (), pjp.Discrete(2), spaces)
     ppo = pjp.make_ppo(env, replace(CONFIG, encoder="cnn"))

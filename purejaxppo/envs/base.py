@@ -79,7 +79,8 @@ class Discrete:
 class MultiDiscrete:
     """Arrays of integers: an entry where `sizes` holds n is one of 0 .. n - 1.
 
-    A vector of choices has sizes [K]; a grid of categories, such as a board, has sizes [height, width, K].
+    A vector of choices has sizes [K]; a grid of categories, such as a board, has sizes [height, width] or
+    [height, width, K].
     """
 
     privileged = False
@@ -174,16 +175,20 @@ def flatten_observation(space: Any, obs: Any) -> jax.Array:
 def _flatten_part(space: Space, x: jax.Array) -> jax.Array:
     if isinstance(space, Discrete):
         return jax.nn.one_hot(x, space.n, dtype=jnp.float32)
-    flat = x.reshape(*x.shape[: x.ndim - len(space.shape)], -1)
-    if isinstance(space, MultiDiscrete):
-        return one_hot_entries(flat, space.sizes)
-    return read_box(space, x).reshape(flat.shape)
+    read = read_categories(space, x) if isinstance(space, MultiDiscrete) else read_box(space, x)
+    return read.reshape(*x.shape[: x.ndim - len(space.shape)], -1)
 
 
-def one_hot_entries(x: jax.Array, sizes: Sequence[int]) -> jax.Array:
-    """Entries [..., K] of integers, the i-th below sizes[i], as one-hot vectors that are joined, [..., sum(sizes)]."""
-    entry, choice = np.repeat(np.arange(len(sizes)), sizes), np.concatenate([np.arange(n) for n in sizes])
-    return (x[..., entry] == choice.reshape(*(1,) * (x.ndim - 1), -1)).astype(jnp.float32)
+def read_categories(space: MultiDiscrete, x: jax.Array) -> jax.Array:
+    """Integers [..., *shape] of a MultiDiscrete space as one-hot vectors of float32.
+
+    The result is [..., C] for a vector, whose entries are joined, and [..., height, width, C] for a grid.
+    """
+    sizes: np.ndarray = np.asarray(space.sizes).reshape(space.shape)
+    if sizes.ndim == 2:
+        sizes, x = sizes[..., None], x[..., None]
+    channels = sizes.reshape(-1, x.shape[-1]).max(0)  # of a grid: the most in any of its cells
+    return jnp.concatenate([jax.nn.one_hot(x[..., i], n, dtype=jnp.float32) for i, n in enumerate(channels)], axis=-1)
 
 
 def bound_action(action: jax.Array, space: Space, how: str) -> jax.Array:

@@ -12,10 +12,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
-from purejaxppo.envs.base import Box, MultiDiscrete, flatten_observation, one_hot_entries, read_box
+from purejaxppo.envs.base import Box, MultiDiscrete, flatten_observation, read_box, read_categories
 from purejaxppo.networks.orthogonal import orthogonal
 from purejaxppo.platforms import faster_gradient
 
@@ -125,24 +124,14 @@ class CNN(nn.Module):
 
 
 def is_grid(space: Any) -> bool:
-    """Whether a space is of grids [height, width, channels] of at least 3 x 3.
-
-    Of integers it is also one if it is [height, width], and if each channel has the same choices everywhere.
-    """
-    if len(space.shape) not in (2, 3) or min(space.shape[:2]) < 3:
-        return False
-    if isinstance(space, MultiDiscrete):
-        cells = np.reshape(space.sizes, (*space.shape[:2], -1))
-        return bool((cells == cells[:1, :1]).all())
-    return isinstance(space, Box) and len(space.shape) == 3
+    """Whether a space is of grids [height, width, channels], or of integers [height, width], of 3 x 3 or more."""
+    axes = {Box: (3,), MultiDiscrete: (2, 3)}.get(type(space), ())
+    return len(space.shape) in axes and min(space.shape[:2]) >= 3
 
 
 def read_grid(space: Any, x: jax.Array) -> jax.Array:
     """Grids [..., height, width, channels] as float32; integers are one-hot."""
-    if isinstance(space, MultiDiscrete):
-        cells = x.reshape(*x.shape[: x.ndim - len(space.shape)], *space.shape[:2], -1)
-        return one_hot_entries(cells, space.sizes[: cells.shape[-1]])
-    return read_box(space, x)
+    return read_categories(space, x) if isinstance(space, MultiDiscrete) else read_box(space, x)
 
 
 def _hidden_layers(features: Any, widths: tuple[int, ...], activation: Callable, as_columns: bool):
