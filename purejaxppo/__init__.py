@@ -6,7 +6,21 @@ from purejaxppo.adaptive import adaptive_learning_rate
 from purejaxppo.advantages import Batch, gae
 from purejaxppo.batched import batched, concatenate, runs, with_hyperparams
 from purejaxppo.config import Config, Hyperparams, linear, schedule
-from purejaxppo.envs import Box, Discrete, Env, MultiDiscrete, Step, check_env, check_shapes, make_env, time_limit
+from purejaxppo.envs import (
+    Box,
+    Discrete,
+    Env,
+    MultiDiscrete,
+    Step,
+    action_repeat,
+    check_env,
+    check_shapes,
+    frame_stack,
+    make_env,
+    randomize,
+    sticky_actions,
+    time_limit,
+)
 from purejaxppo.evolving import evolving
 from purejaxppo.loss import ppo_loss
 from purejaxppo.networks import (
@@ -52,14 +66,14 @@ __version__ = "0.1.0"
 __all__ = [
     "Batch", "Box", "Categorical", "Config", "Discrete", "Env", "Hyperparams", "Interrupted", "MultiCategorical",
     "MultiDiscrete", "Network", "Normal", "PPO", "Policy", "Rollout", "Step", "Sweep", "SweepResult", "Table",
-    "TanhNormal", "TrainState", "a2c", "adam", "adaptive_learning_rate", "batched", "cache_compilation",
-    "check_env", "check_shapes", "choice", "compile_training", "concatenate", "evaluate_agents",
-    "evaluate_in_gymnasium", "evolving", "export", "first_state", "fit", "from_linen", "from_nnx", "gae", "grid",
-    "integers", "layers", "linear", "load", "load_agents", "log_uniform", "make_env", "make_ppo", "optuna_search",
-    "paired", "plan_sweep", "plot_curves", "plot_heatmap", "plot_importance", "plot_learning_curve",
-    "plot_parallel", "ppo_loss", "preset", "record_episode", "render", "resume", "run_sweep", "runs", "sample",
-    "schedule", "sharded", "sinks", "statistics", "successive_halving", "time_limit", "uniform",
-    "use_deterministic_kernels", "use_one_thread",
+    "TanhNormal", "TrainState", "a2c", "action_repeat", "adam", "adaptive_learning_rate", "batched",
+    "cache_compilation", "check_env", "check_shapes", "choice", "compile_training", "concatenate",
+    "evaluate_agents", "evaluate_in_gymnasium", "evolving", "export", "first_state", "fit", "frame_stack",
+    "from_linen", "from_nnx", "gae", "grid", "integers", "layers", "linear", "load", "load_agents", "log_uniform",
+    "make_env", "make_ppo", "optuna_search", "paired", "plan_sweep", "plot_curves", "plot_heatmap",
+    "plot_importance", "plot_learning_curve", "plot_parallel", "ppo_loss", "preset", "randomize", "record_episode",
+    "render", "resume", "run_sweep", "runs", "sample", "schedule", "sharded", "sinks", "statistics",
+    "sticky_actions", "successive_halving", "time_limit", "uniform", "use_deterministic_kernels", "use_one_thread",
     "with_hyperparams", "with_step",
 ]  # fmt: skip
 
