@@ -15,7 +15,7 @@ ROOT = Path(purejaxppo.__file__).parent
 CORE = [
     "text", "checks", "record", "platforms", "config", "envs.base", "envs.check", "envs.import_gymnax",
     "envs.without_reset", "envs.from_gymnax", "envs.wrappers", "envs.suite", "envs.from_brax", "envs.from_craftax",
-    "envs",
+    "envs.from_jumanji", "envs.from_navix", "envs.from_pgx", "envs.from_playground", "envs.from_xland", "envs",
     "collectives", "normalize", "networks.distributions", "networks.orthogonal", "networks.layers",
     "networks.network", "networks.actor_critic", "networks", "starts", "rollout", "advantages", "loss", "summary",
     "validate", "update", "evaluate", "ppo", "adaptive", "sharded", "table", "batched", "evolving",

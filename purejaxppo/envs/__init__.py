@@ -84,6 +84,6 @@ def make_env(env: Any, **options: Any) -> Env:
 
 def _nearest(name: str, known: list[str], otherwise: str = "") -> str:
     """The remedy of a message about a name that is not known."""
-    lower = {x.lower(): x for x in known}
-    near = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.5)
+    lower = {x.rpartition("/")[2].lower(): x for x in known}
+    near = difflib.get_close_matches(name.rpartition("/")[2].lower(), lower, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(lower[x] for x in near)}?" if near else otherwise or f"known: {', '.join(known)}"
