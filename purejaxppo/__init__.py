@@ -7,6 +7,7 @@ from purejaxppo.advantages import Batch, gae
 from purejaxppo.batched import batched, concatenate, runs, with_hyperparams
 from purejaxppo.config import Config, Hyperparams, linear, schedule
 from purejaxppo.envs import (
+    ActionMask,
     Box,
     Discrete,
     Env,
@@ -17,6 +18,7 @@ from purejaxppo.envs import (
     check_shapes,
     frame_stack,
     make_env,
+    privileged,
     randomize,
     sticky_actions,
     time_limit,
@@ -64,17 +66,17 @@ if TYPE_CHECKING:  # what LAZY imports when it is first used
 __version__ = "0.1.0"
 
 __all__ = [
-    "Batch", "Box", "Categorical", "Config", "Discrete", "Env", "Hyperparams", "Interrupted", "MultiCategorical",
-    "MultiDiscrete", "Network", "Normal", "PPO", "Policy", "Rollout", "Step", "Sweep", "SweepResult", "Table",
-    "TanhNormal", "TrainState", "a2c", "action_repeat", "adam", "adaptive_learning_rate", "batched",
-    "cache_compilation", "check_env", "check_shapes", "choice", "compile_training", "concatenate",
+    "ActionMask", "Batch", "Box", "Categorical", "Config", "Discrete", "Env", "Hyperparams", "Interrupted",
+    "MultiCategorical", "MultiDiscrete", "Network", "Normal", "PPO", "Policy", "Rollout", "Step", "Sweep",
+    "SweepResult", "Table", "TanhNormal", "TrainState", "a2c", "action_repeat", "adam", "adaptive_learning_rate",
+    "batched", "cache_compilation", "check_env", "check_shapes", "choice", "compile_training", "concatenate",
     "evaluate_agents", "evaluate_in_gymnasium", "evolving", "export", "first_state", "fit", "frame_stack",
     "from_linen", "from_nnx", "gae", "grid", "integers", "layers", "linear", "load", "load_agents", "log_uniform",
     "make_env", "make_ppo", "optuna_search", "paired", "plan_sweep", "plot_curves", "plot_heatmap",
-    "plot_importance", "plot_learning_curve", "plot_parallel", "ppo_loss", "preset", "randomize", "record_episode",
-    "render", "resume", "run_sweep", "runs", "sample", "schedule", "sharded", "sinks", "statistics",
-    "sticky_actions", "successive_halving", "time_limit", "uniform", "use_deterministic_kernels", "use_one_thread",
-    "with_hyperparams", "with_step",
+    "plot_importance", "plot_learning_curve", "plot_parallel", "ppo_loss", "preset", "privileged", "randomize",
+    "record_episode", "render", "resume", "run_sweep", "runs", "sample", "schedule", "sharded", "sinks",
+    "statistics", "sticky_actions", "successive_halving", "time_limit", "uniform", "use_deterministic_kernels",
+    "use_one_thread", "with_hyperparams", "with_step",
 ]  # fmt: skip
 
 # The host needs xarray and matplotlib, which `import purejaxppo` should not load. Name -> module; a name that is not in

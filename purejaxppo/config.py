@@ -85,8 +85,10 @@ class Config:
     stagger: int = 0
     """Number of steps within which first episodes are truncated at evenly spread times, where 0 means not at all."""
 
-    matmul_precision: Literal["highest", "high", "default"] = "highest"
-    """Precision of float32 matrix products: full, three low-precision passes, or the fastest (TF32 on recent GPUs)."""
+    matmul_precision: Literal["highest", "high", "default", "bfloat16"] = "highest"
+    """Precision of float32 matrix products on accelerators. "highest" is full float32; "high" is TF32 on recent NVIDIA
+    GPUs and three bfloat16 passes on TPUs; "default" is TF32 and one pass; "bfloat16" rounds factors to bfloat16 and
+    sums in float32. A CPU always computes in float32."""
 
     def __post_init__(self) -> None:
         def keep(name: str, value: Any) -> None:

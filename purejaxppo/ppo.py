@@ -211,7 +211,7 @@ def bind(precision: str, function: Callable, check: Callable | None = None, **st
     def bound(*args, **kwargs):
         if check is not None:
             check(**signature.bind(*args, **kwargs).arguments)
-        with jax.default_matmul_precision(precision):
+        with jax.default_matmul_precision({"bfloat16": "BF16_BF16_F32"}.get(precision, precision)):  # names of JAX
             return function(*args, **static, **kwargs)
 
     vars(bound)["__signature__"] = signature

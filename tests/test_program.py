@@ -100,12 +100,20 @@ def test_slices_fill_the_cores_and_fit_their_caches(num_runs, num_cores, sizes, 
     assert best_slice_size(num_runs, num_cores, pjp.Config(**sizes)) == expected
 
 
-@pytest.mark.parametrize("precision", ["highest", "high", "default"])
-def test_every_product_of_a_cycle_has_the_precision_of_the_config(precision, key):
+@pytest.mark.parametrize(
+    ("precision", "of_jax"),
+    [
+        ("highest", "(Precision.HIGHEST, Precision.HIGHEST)"),
+        ("high", "(Precision.HIGH, Precision.HIGH)"),
+        ("default", "(Precision.DEFAULT, Precision.DEFAULT)"),
+        ("bfloat16", "BF16_BF16_F32"),
+    ],
+)
+def test_every_product_of_a_cycle_has_the_precision_of_the_config(precision, of_jax, key):
     ppo = pjp.make_ppo("CartPole-v1", pjp.Config(**vars(SMALL) | {"matmul_precision": precision}))
     program = str(jax.make_jaxpr(ppo.step)(ppo.init(key)))
     products = program.count("dot_general[")
-    found = program.count(f"precision=(Precision.{precision.upper()}, Precision.{precision.upper()})")
+    found = program.count(f"precision={of_jax}")
     assert products > 6 and found == products
 
 

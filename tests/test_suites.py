@@ -2,6 +2,7 @@
 
 import sys
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +10,20 @@ import numpy as np
 import pytest
 
 import purejaxppo as pjp
-from purejaxppo import Box, Discrete, Env, Step
+from purejaxppo import Box, Discrete, Env
 from purejaxppo.cli.main import main
 from purejaxppo.envs import SUITES, env_names, suite
 from purejaxppo.experiment.identity import identify, identify_ppo
 from purejaxppo.experiment.presets import PRESETS, find_preset, preset
 
+Step: Any = pjp.Step  # without its types: those of suites vary
+api: Any = pjp
 TINY = pjp.Config(num_envs=4, num_steps=8, num_updates=1, num_epochs=1, widths=(8,))
 
 
 def made_up_suite():
     """An adapter whose environment draws from the key in its state, into which its step also writes."""
-    adapter: types.Any = types.ModuleType("purejaxppo.envs.from_fake")
+    adapter: Any = types.ModuleType("purejaxppo.envs.from_fake")
 
     def make(name, length=5, **options):
         if options:
@@ -87,7 +90,7 @@ def test_states_are_not_written_into(fake):
 
 def test_parameters_of_a_suite_are_traced(fake):
     env, key = pjp.make_env("fake/walk"), jax.random.key(1)
-    play = jax.jit(lambda gravity: first_step(env, key, params={"gravity": gravity})[1].obs[1])
+    play: Any = jax.jit(lambda gravity: first_step(env, key, params={"gravity": gravity})[1].obs[1])
     assert (play(1.0), play(2.0)) == (1, 2) and play._cache_size() == 1
 
 
@@ -105,7 +108,7 @@ def test_names_of_suites_are_trained_saved_loaded_and_resumed(fake, tmp_path, mo
     sizes = ["--num-envs", "4", "--num-steps", "8", "--num-updates", "2", "--widths", "8", "--compile-cache", "off"]
     assert main(["train", "fake/walk", *sizes]) == 0
     (folder,) = (tmp_path / "runs").iterdir()
-    assert folder.name.startswith("fake-walk-") and pjp.load(folder).settings.env == "fake/walk"
+    assert folder.name.startswith("fake-walk-") and api.load(folder).settings.env == "fake/walk"
     assert main(["resume", str(folder), "--total-steps", "96"]) == 0
     assert pjp.load_agents(folder).title == "fake/walk"
     assert "3 updates" in capsys.readouterr().out
@@ -115,7 +118,7 @@ def test_names_of_suites_are_trained_saved_loaded_and_resumed(fake, tmp_path, mo
 def test_names_of_suites_are_swept(fake, tmp_path):
     sweep = pjp.Sweep("fake/walk", pjp.grid(env=["fake/run"]), num_seeds=1, config=TINY)
     pjp.run_sweep(sweep, tmp_path / "sweep", progress=False)
-    assert pjp.load(tmp_path / "sweep").sweep.env == "fake/walk"
+    assert api.load(tmp_path / "sweep").sweep.env == "fake/walk"
 
 
 @pytest.mark.parametrize(

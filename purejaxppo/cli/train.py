@@ -76,6 +76,8 @@ class ResumeOptions:
     """Limit XLA to one CPU thread (see `train`)."""
     deterministic: bool = False
     """Have a GPU compute the same bits in every run (see `train`)."""
+    compile_cache: str | None = None
+    """Folder that keeps compiled programs, or off (see `train`)."""
     env: str | None = None
     """The environment again, if it was given as module:name."""
     allow_changed: tuple[str, ...] = ()
@@ -139,7 +141,7 @@ def resume(arguments: list[str]) -> int:
             raise ValueError(
                 f"total_steps={options.total_steps} must be at least the {settings.config.total_steps} of the run"
             )
-    keep_programs()
+    keep_programs(options.compile_cache)
     given = options.plugged.given() | ({"env": options.env} if options.env else {})
     check_given(given, launch.plugged, options.folder)
 

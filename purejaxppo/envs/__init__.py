@@ -3,7 +3,7 @@
 import difflib
 from typing import Any
 
-from purejaxppo.envs.base import Box, Discrete, Env, MultiDiscrete, Step
+from purejaxppo.envs.base import ActionMask, Box, Discrete, Env, MultiDiscrete, Step, privileged
 from purejaxppo.envs.check import check_env, check_shapes
 from purejaxppo.envs.from_gymnax import from_gymnax, gymnax_names
 from purejaxppo.envs.suite import SUITES, from_suite, suite_names
@@ -11,9 +11,9 @@ from purejaxppo.envs.wrappers import action_repeat, frame_stack, randomize, stic
 from purejaxppo.text import quote
 
 __all__ = [
-    "Box", "Discrete", "Env", "MultiDiscrete", "SUITES", "Step",
-    "action_repeat", "check_env", "check_shapes", "env_names", "frame_stack", "from_gymnax", "is_env_name",
-    "make_env", "randomize", "sticky_actions", "time_limit",
+    "ActionMask", "Box", "Discrete", "Env", "MultiDiscrete", "SUITES", "Step",
+    "action_repeat", "check_env", "check_shapes", "env_names", "frame_stack", "from_gymnax", "is_env_name", "make_env",
+    "privileged", "randomize", "sticky_actions", "time_limit",
 ]  # fmt: skip
 
 

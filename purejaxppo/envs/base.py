@@ -1,5 +1,6 @@
 """Environments as pairs of pure functions, and the spaces of their actions and observations."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -35,7 +36,8 @@ class Env(NamedTuple):
     step: Callable  # key, state, action, params -> Step
     params: Any  # pytree of numbers, traced; () for none
     action_space: Any  # a space, or params -> space if its bounds depend on the parameters
-    observation_space: Any = None  # a space or a dictionary of spaces; None: unbounded boxes shaped like `reset`'s
+    observation_space: Any = None  # a space or a dictionary of spaces, some of which may have a role (`ActionMask`,
+    # `privileged`); None: unbounded boxes shaped like `reset`'s
     name: str = "environment"
 
     def __repr__(self) -> str:
@@ -64,6 +66,8 @@ def image_scale(space: "Box", dtype: Any) -> float:
 class Discrete:
     """The integers 0 .. n - 1."""
 
+    privileged = False
+
     def __init__(self, n: int):
         self.n, self.shape = check_whole("n", n), ()
 
@@ -72,20 +76,49 @@ class Discrete:
 
 
 class MultiDiscrete:
-    """Vectors whose entry i is one of the integers 0 .. sizes[i] - 1."""
+    """Arrays of integers: an entry where `sizes` holds n is one of 0 .. n - 1.
+
+    A vector of choices has sizes [K]; a grid of categories, such as a board, has sizes [height, width, K].
+    """
+
+    privileged = False
 
     def __init__(self, sizes: Any):
-        self.sizes = tuple(check_whole("sizes", n) for n in np.asarray(sizes).reshape(-1))
+        shaped = np.atleast_1d(np.asarray(sizes))
+        self.sizes = tuple(check_whole("sizes", n) for n in shaped.reshape(-1))  # of the entries one after the other
         if not self.sizes:
             raise ValueError("sizes=[] of a MultiDiscrete space must hold a number of choices for each entry")
-        self.shape = (len(self.sizes),)
+        self.shape = shaped.shape
 
     def __repr__(self) -> str:
-        return f"MultiDiscrete({list(self.sizes)})"
+        if len(self.shape) == 1:
+            return f"MultiDiscrete({list(self.sizes)})"
+        return f"MultiDiscrete(<{' x '.join(map(str, self.shape))} sizes of up to {max(self.sizes)}>)"
+
+
+class ActionMask:
+    """Arrays of bool that say which actions are allowed, as a part of a dictionary of observations.
+
+    Its shape is (n,) for actions of `Discrete(n)`. For those of `MultiDiscrete(sizes)` it is (sum(sizes),), which
+    allows the choices of each entry whatever the others are, or `sizes`, which allows combinations. Where nothing is
+    allowed, as on a lost board, everything is.
+    """
+
+    privileged = False
+
+    def __init__(self, shape: Sequence[int]):
+        if np.ndim(shape) != 1 or not len(shape):
+            raise ValueError(f"shape={quote(shape)} of an ActionMask must be a sequence of whole numbers, such as (4,)")
+        self.shape = tuple(check_whole("shape", size) for size in shape)
+
+    def __repr__(self) -> str:
+        return f"ActionMask({self.shape})"
 
 
 class Box:
     """Arrays of one shape between `low` and `high`, which are numbers or arrays, perhaps infinite or traced."""
+
+    privileged = False
 
     def __init__(self, low: Any = -np.inf, high: Any = np.inf, shape: Sequence[int] = (), dtype: Any = jnp.float32):
         if np.ndim(shape) != 1:
@@ -98,6 +131,20 @@ class Box:
 
 
 Space = Discrete | MultiDiscrete | Box
+
+
+def privileged(space: Any) -> Any:
+    """A space of observations, or a dictionary of them, that only the critic reads; acting does without it.
+
+    >>> spaces = {"joints": pjp.Box(shape=(12,)), "terrain": pjp.privileged(pjp.Box(shape=(40,)))}
+    """
+
+    def mark(part: Space) -> Space:
+        part = copy.copy(part)
+        part.privileged = True
+        return part
+
+    return jax.tree.map(mark, space)
 
 
 def action_space(env: Env, params: Any) -> Space:
@@ -126,11 +173,16 @@ def flatten_observation(space: Any, obs: Any) -> jax.Array:
 def _flatten_part(space: Space, x: jax.Array) -> jax.Array:
     if isinstance(space, Discrete):
         return jax.nn.one_hot(x, space.n, dtype=jnp.float32)
+    flat = x.reshape(*x.shape[: x.ndim - len(space.shape)], -1)
     if isinstance(space, MultiDiscrete):
-        return jnp.concatenate(
-            [jax.nn.one_hot(x[..., i], n, dtype=jnp.float32) for i, n in enumerate(space.sizes)], axis=-1
-        )
-    return read_box(space, x).reshape(x.shape[: x.ndim - len(space.shape)] + (-1,))
+        return one_hot_entries(flat, space.sizes)
+    return read_box(space, x).reshape(flat.shape)
+
+
+def one_hot_entries(x: jax.Array, sizes: Sequence[int]) -> jax.Array:
+    """Entries [..., K] of integers, the i-th below sizes[i], as the one-hot vectors of all joined, [..., sum(sizes)]."""
+    entry, choice = np.repeat(np.arange(len(sizes)), sizes), np.concatenate([np.arange(n) for n in sizes])
+    return (x[..., entry] == choice.reshape(*(1,) * (x.ndim - 1), -1)).astype(jnp.float32)
 
 
 def bound_action(action: jax.Array, space: Space, how: str) -> jax.Array:

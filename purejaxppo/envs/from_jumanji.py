@@ -41,26 +41,25 @@ def make(name: str, **options: Any) -> Env:
     space = jax.tree.map(lambda spec: _part(spec)[0], shown)
     chosen = task.action_spec
     sizes = tuple((np.broadcast_to(chosen.maximum, chosen.shape) + 1).ravel().tolist())
-    # Where a mask is over combinations of choices, an action is one combination.
-    joint = len(sizes) > 1 and "action_mask" in space and space["action_mask"].shape == sizes
+    if "action_mask" in space:  # over combinations of choices, or else over the choices of each entry
+        shape = space["action_mask"].shape
+        space["action_mask"] = ActionMask(shape if shape == sizes else (math.prod(shape),))
 
     def show(timestep):
-        obs = jax.tree.map(lambda spec, x: _part(spec)[1](x), shown, _as_dict(timestep.observation))
-        return obs | {"action_mask": obs["action_mask"].reshape(-1)} if joint else obs
+        convert = lambda spec, space, x: _part(spec)[1](x).reshape(space.shape)
+        return jax.tree.map(convert, shown, space, _as_dict(timestep.observation))
 
     def reset(key, params):
         state, timestep = task.reset(key)
         return state, show(timestep)
 
     def step(key, state, action, params):
-        action = jnp.stack(jnp.unravel_index(action, sizes)) if joint else action
         state, timestep = task.step(state, action)
-        terminated, truncated = (timestep.last() & end for end in (timestep.discount == 0, timestep.discount != 0))
+        terminated = timestep.last() & (timestep.discount == 0)
+        truncated = timestep.last() & ~terminated
         return Step(state, show(timestep), timestep.reward, terminated, truncated, {}, timestep.extras)
 
-    actions = MultiDiscrete(sizes) if chosen.shape and not joint else Discrete(math.prod(sizes))
-    if "action_mask" in space:
-        space["action_mask"] = ActionMask(actions)
+    actions = MultiDiscrete(sizes) if chosen.shape else Discrete(sizes[0])
     return time_limit(Env(reset, step, (), actions, space), max_steps)
 
 

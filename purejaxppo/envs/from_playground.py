@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from mujoco_playground import dm_control_suite, registry
 from mujoco_playground._src import mjx_env
 
-from purejaxppo.envs.base import Box, Env, Privileged, Step
+from purejaxppo.envs.base import Box, Env, Step, privileged
 from purejaxppo.envs.suite import read_path, while_set
 from purejaxppo.envs.wrappers import action_repeat, time_limit
 
@@ -74,5 +74,5 @@ def _observation_space(task: Any) -> Any:
     obs = jax.eval_shape(task.reset, jax.random.key(0)).obs
     space = jax.tree.map(lambda x: Box(shape=x.shape, dtype=x.dtype), obs)
     if isinstance(space, dict) and "privileged_state" in space:
-        space["privileged_state"] = Privileged(space["privileged_state"])
+        space["privileged_state"] = privileged(space["privileged_state"])
     return space

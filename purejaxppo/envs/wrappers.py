@@ -11,14 +11,15 @@ from flax import struct
 
 from purejaxppo.checks import check_number, check_whole
 from purejaxppo.envs.base import (
+    ActionMask,
     Box,
     Discrete,
     Env,
     MultiDiscrete,
-    Space,
     action_space,
     bound_action,
     observation_space,
+    privileged,
 )
 from purejaxppo.text import quote
 
@@ -71,36 +72,44 @@ def frame_stack(env: Env, num_frames: int) -> Env:
     check_is_env(env)
     num_frames, spaces = check_whole("num_frames", num_frames), observation_space(env)
 
+    def repeat(space, x):
+        return x if isinstance(space, ActionMask) else _join([x] * num_frames)
+
+    def push(space, frames, x):
+        return x if isinstance(space, ActionMask) else _join([frames[..., np.prod(x.shape[-1:], dtype=int) :], x])
+
     def reset(key, params):
         state, obs = env.reset(key, params)
-        obs = jax.tree.map(lambda space, x: _join([x] * num_frames), spaces, obs)
+        obs = jax.tree.map(repeat, spaces, obs)
         return Stacked(state=state, obs=obs), obs
 
     def step(key, stacked, action, params):
         result = env.step(key, stacked.state, action, params)
-        obs = jax.tree.map(_push, stacked.obs, result.obs)
+        obs = jax.tree.map(push, spaces, stacked.obs, result.obs)
         return result._replace(state=Stacked(state=result.state, obs=obs), obs=obs)
 
     space = jax.tree.map(partial(_stacked_space, num_frames=num_frames), spaces)
     return env._replace(reset=reset, step=step, observation_space=space)
 
 
-def _join(frames: list[jax.Array]) -> jax.Array:
+def _join(frames: list[Any]) -> jax.Array:
     return jnp.concatenate([jnp.atleast_1d(x) for x in frames], axis=-1)
 
 
-def _push(frames: jax.Array, new: jax.Array) -> jax.Array:
-    new = jnp.atleast_1d(new)
-    return jnp.concatenate([frames[..., new.shape[-1] :], new], axis=-1)
+def _stacked_space(space: Any, num_frames: int) -> Any:
+    def join(x):
+        return np.concatenate([np.atleast_1d(np.broadcast_to(x, space.shape))] * num_frames, axis=-1)
 
-
-def _stacked_space(space: Space, num_frames: int) -> Space:
+    if isinstance(space, ActionMask):
+        return space
     if isinstance(space, Discrete):
-        return MultiDiscrete([space.n] * num_frames)
-    if isinstance(space, MultiDiscrete):
-        return MultiDiscrete(space.sizes * num_frames)
-    low, high = (_join([jnp.broadcast_to(bound, space.shape)] * num_frames) for bound in (space.low, space.high))
-    return Box(np.asarray(low), np.asarray(high), low.shape, space.dtype)
+        stacked = MultiDiscrete(join(space.n))
+    elif isinstance(space, MultiDiscrete):
+        stacked = MultiDiscrete(join(np.reshape(space.sizes, space.shape)))
+    else:
+        low = join(space.low)
+        stacked = Box(low, join(space.high), low.shape, space.dtype)
+    return privileged(stacked) if space.privileged else stacked
 
 
 def action_repeat(env: Env, num_repeats: int) -> Env:
@@ -108,9 +117,10 @@ def action_repeat(env: Env, num_repeats: int) -> Env:
 
     A step reports the mean of the metrics of its steps, and the last `episode_metrics`.
 
-    Raises ValueError unless `env` is an `Env` and `num_repeats` a whole number from 1.
+    Raises ValueError unless `env` is an `Env` without action masks and `num_repeats` a whole number from 1.
     """
     check_is_env(env)
+    check_has_no_mask("action_repeat", env)
     num_repeats = check_whole("num_repeats", num_repeats)
 
     def step(key, state, action, params):
@@ -146,9 +156,10 @@ def sticky_actions(env: Env, probability: float) -> Env:
 
     The first action of an episode is always the one given.
 
-    Raises ValueError unless `env` is an `Env` and `probability` a number in [0, 1].
+    Raises ValueError unless `env` is an `Env` without action masks and `probability` a number in [0, 1].
     """
     check_is_env(env)
+    check_has_no_mask("sticky_actions", env)
     check_number("probability", probability, 0, 1)
 
     def reset(key, params):
@@ -216,3 +227,9 @@ def check_is_env(env: Any) -> None:
     """Raises ValueError unless `env` is an `Env`."""
     if not isinstance(env, Env):
         raise ValueError(f"env={quote(env)} must be an Env (make_env makes one of a name, or of gymnax)")
+
+
+def check_has_no_mask(wrapper: str, env: Env) -> None:
+    """Raises ValueError if actions of an environment are masked, so that one may not be allowed a step later."""
+    if any(isinstance(space, ActionMask) for space in jax.tree.leaves(observation_space(env))):
+        raise ValueError(f"env={quote(env.name)} masks actions, so {wrapper} might take one that is not allowed")

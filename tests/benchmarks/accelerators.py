@@ -6,10 +6,12 @@
 
 Nothing here runs on an accelerator. Compiles the training of the package in --checkout and of the peers, one process
 per work, and prints the kernels of a rollout step, of a minibatch, of the rest, and of a whole cycle; what the host
-launches in a cycle (CUDA graphs, and kernels outside of them); and the memory of the program. For a TPU, which runs a
-program without such launches, it prints the memory, the work that XLA counts with each loop body once, and the seconds
-of CPU that compiling takes. --out saves the same as JSON. A work that does not compile is left out with its reason, and
-the exit status is 1. Flags in XLA_FLAGS take effect. --one-graph asks for the whole training as one CUDA graph.
+launches in a cycle (CUDA graphs, and kernels outside of them); what a minibatch and a cycle move and compute at least,
+with the time that the published rates of an H100 allow for it (see cost.py); and the memory of the program. For a TPU,
+which runs a program without such launches, it prints the memory, the work that XLA counts with each loop body once, and
+the seconds of CPU that compiling takes. --out saves the same as JSON. A work that does not compile is left out with its
+reason, and the exit status is 1. Flags in XLA_FLAGS take effect. --one-graph asks for the whole training as one CUDA
+graph.
 
 JAX for the target is installed into FOLDER/accelerators or FOLDER/tpu the first time (Linux, Python 3.12 or newer, 4.8
 and 1.7 GB), the peers beside it, for the same JAX. h100.txtpb describes the GPU to XLA:
@@ -69,6 +71,7 @@ WORKS = {
     "b": of_updates(WIDE),
     # Of the preset it has all settings of the network.
     "c": of_updates(replace(PIXELS, encoder="cnn", num_seeds=300)),
+    "c1": of_updates(replace(PIXELS, encoder="cnn")),
     "d": of_updates(replace(WIDE, env="Pendulum-v1", normalize=True)),
 }
 
@@ -194,7 +197,7 @@ def compile_for_tpu(peer: str, work: Work, _: bool) -> dict:
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
     compiled, seconds = compile_training(peer, work, topology.devices[0], "tpu", {})
     cost = compiled.cost_analysis() or {}
-    return {"flops": cost.get("flops"), "bytes_accessed": cost.get("bytes accessed"), **seconds}
+    return {"operations": cost.get("flops"), "bytes": cost.get("bytes accessed"), **seconds}
 
 
 def compile_training(peer: str, work: Work, device: Any, platform: str, options: dict) -> tuple[Any, dict]:
@@ -262,8 +265,10 @@ COLUMNS = {
     "h100": {
         "rollout_step": "rollout step", "minibatch": "minibatch", "rest": "rest", "cycle": "cycle",
         "graph_launches": "graphs", "plain_launches": "other launches", "unknown_loops": "unknown loops",
+        "minibatch_bytes": "minibatch bytes", "bytes": "cycle bytes", "operations": "operations",
+        "seconds_at_published_rates": "s at rates",
     },
-    "v5e": {"flops": "flops", "bytes_accessed": "bytes accessed", "compile_cpu_seconds": "CPU seconds"},
+    "v5e": {"operations": "operations", "bytes": "bytes", "compile_cpu_seconds": "CPU seconds"},
 }  # fmt: skip
 
 
@@ -287,6 +292,7 @@ def table(rows: dict, target: str) -> str:
     if target == "h100":
         lines.append("graphs, other launches: what the host launches in a cycle; both 0 if all of it is in one graph")
         lines.append("unknown loops: the compiler does not know their trip counts; one iteration of each is counted")
+        lines.append("s at rates: seconds of a cycle at 3.35 TB/s and 67 TFLOP/s in float32, without launches")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Counts kernels in the text of a compiled program (optimised HLO), with the loops that repeat them.
+"""Counts kernels in the text of a compiled program (optimised HLO) and what they cost, with the loops around them.
 
 Every instruction that computes or copies counts as one kernel: a fusion, a copy, a sort, a call of a library. What a
 fusion holds is part of its kernel. Two kinds may take several launches: a call of a library, and a sort of rows of
@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from itertools import combinations, takewhile
 from typing import Any, NamedTuple
 
+from cost import Computation, Cost, Instruction, cost_of
+
 # `%name (parameters) -> type {` opens a computation; ENTRY marks the one that the program starts with.
 COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
 # `  %name = type opcode(operands), attributes`: inside a type no blank is followed by a word and a parenthesis.
-INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?[\w.-]+ = .*? ([a-z][\w-]*)\((.*)")
+INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)")
 # The computations that an instruction runs: `body=%name` or `branch_computations={%name, %name}`.
 CALLED = re.compile(
     r"(body|condition|calls|to_apply|true_computation|false_computation|branch_computations)=(\{[^}]*\}|%?[\w.-]+)"
@@ -30,16 +32,21 @@ class Loop(NamedTuple):
     """A loop of a program; a program is a loop of one iteration."""
 
     trip_count: int | None  # None where the compiler does not know it; one iteration is counted then
-    own_kernels: int  # of one iteration, without the loops in it
+    own: Cost  # of one iteration, without the loops in it
     loops: tuple["Loop", ...]  # the loops in it, in the order in which they run
 
     @property
-    def kernels_per_iteration(self) -> int:
-        return self.own_kernels + sum(loop.kernels for loop in self.loops)
+    def iteration(self) -> Cost:
+        """The cost of one iteration."""
+        cost = self.own
+        for loop in self.loops:
+            cost = cost.plus(loop.total)
+        return cost
 
     @property
-    def kernels(self) -> int:
-        return self.kernels_per_iteration * (1 if self.trip_count is None else self.trip_count)
+    def total(self) -> Cost:
+        """The cost of all iterations."""
+        return Cost().plus(self.iteration, 1 if self.trip_count is None else self.trip_count)
 
     @property
     def unknown_loops(self) -> int:
@@ -55,41 +62,41 @@ def read_program(text: str) -> Loop:
             instructions = computations[header["name"]] = []
             entry = header["name"] if header["entry"] else entry
         elif instruction := INSTRUCTION.match(line):
-            instructions.append(instruction.groups())
+            instructions.append(Instruction(*instruction.groups()))
     return read_loop(1, [entry], computations)
 
 
-def read_loop(trip_count: int | None, names: list[str], computations: dict) -> Loop:
+def read_loop(trip_count: int | None, names: list[str], computations: dict[str, Computation]) -> Loop:
     """A loop whose iteration runs the named computations one after the other."""
-    own_kernels, loops = 0, []
-    for opcode, attributes in [instruction for name in names for instruction in computations[name]]:
-        called = {key: re.findall(r"[\w.-]+", value) for key, value in CALLED.findall(attributes)}
-        if opcode == "while":
-            known = TRIP_COUNT.search(attributes)
+    own, loops = Cost(), []
+    for instruction, within in [(each, computations[name]) for name in names for each in computations[name]]:
+        called = {key: re.findall(r"[\w.-]+", value) for key, value in CALLED.findall(instruction.text)}
+        if instruction.opcode == "while":
+            known = TRIP_COUNT.search(instruction.text)
             # Where the trip count is known the condition is never evaluated.
             repeated = called["body"] if known else called["body"] + called["condition"]
             loops.append(read_loop(int(known[1]) if known else None, repeated, computations))
-        elif opcode in ("call", "call-start", "async-start", "conditional"):
+        elif instruction.opcode in ("call", "call-start", "async-start", "conditional"):
             # A call runs one computation. Of the branches of a conditional the one with the most kernels counts.
             branches = [read_loop(1, [name], computations) for names in called.values() for name in names]
-            inside = max(branches, key=lambda branch: branch.kernels)
-            own_kernels += inside.own_kernels
+            inside = max(branches, key=lambda branch: branch.total.kernels)
+            own = own.plus(inside.own)
             loops.extend(inside.loops)
-        elif opcode not in FREE and not opcode.endswith("-done"):  # the kernel of a pair is its `-start`
-            own_kernels += 1
-    return Loop(trip_count, own_kernels, tuple(loops))
+        elif instruction.opcode not in FREE and not instruction.opcode.endswith("-done"):
+            own = own.plus(cost_of(instruction, within, computations))  # the kernel of a pair is its `-start`
+    return Loop(trip_count, own, tuple(loops))
 
 
 def count_cycle(program: Loop, num_updates: int, num_steps: int, num_minibatches: int) -> dict:
     """Kernels of one cycle of `train`, of one of its rollout steps, of one of its minibatches (of all epochs together
-    there are `num_minibatches`), and of all the rest.
+    there are `num_minibatches`), and of all the rest; the bytes of a minibatch, and the cost of the cycle.
 
     The loops are found by how often they run in a cycle. An unrolled loop does several steps in an iteration, so its
     iterations divide their number. Of the loops that fit, the rollout and the minibatches are the two, in this order,
     that run the most kernels.
     """
     cycles = [loop for loop in program.loops if loop.trip_count == num_updates]
-    cycle = max(cycles, key=lambda loop: loop.kernels, default=Loop(1, 0, ()))
+    cycle = max(cycles, key=lambda loop: loop.total.kernels, default=Loop(1, Cost(), ()))
     known = list(loops_within(cycle))
     pairs = [
         (rollout, minibatches)
@@ -102,13 +109,18 @@ def count_cycle(program: Loop, num_updates: int, num_steps: int, num_minibatches
             f"found no loop of {num_updates} updates that holds a loop of {num_steps} steps "
             f"and then one of {num_minibatches} minibatches"
         )
-    rollout, minibatches = max(pairs, key=lambda pair: (sum(x.kernels for x in pair), sum(x.times for x in pair)))
+    rollout, minibatches = max(pairs, key=lambda pair: (sum(x.cost.kernels for x in pair), sum(x.times for x in pair)))
+    whole = cycle.iteration
     return {
-        "rollout_step": rollout.kernels / num_steps,
-        "minibatch": minibatches.kernels / num_minibatches,
-        "rest": cycle.kernels_per_iteration - rollout.kernels - minibatches.kernels,
-        "cycle": cycle.kernels_per_iteration,
+        "rollout_step": rollout.cost.kernels / num_steps,
+        "minibatch": minibatches.cost.kernels / num_minibatches,
+        "rest": whole.kernels - rollout.cost.kernels - minibatches.cost.kernels,
+        "cycle": whole.kernels,
         "unknown_loops": cycle.unknown_loops,
+        "minibatch_bytes": minibatches.cost.bytes / num_minibatches,
+        "bytes": whole.bytes,
+        "operations": whole.operations,
+        "seconds_at_published_rates": whole.seconds,
     }
 
 
@@ -117,7 +129,7 @@ class Place(NamedTuple):
 
     path: tuple[int, ...]  # which loop of the cycle, which loop of that one, ...
     times: int  # iterations in a cycle, those of the loops around it multiplied in
-    kernels: int  # of all of them
+    cost: Cost  # of all of them
 
 
 def loops_within(loop: Loop, path: tuple[int, ...] = (), times: int = 1) -> Iterator[Place]:
@@ -125,7 +137,7 @@ def loops_within(loop: Loop, path: tuple[int, ...] = (), times: int = 1) -> Iter
     for i, inner in enumerate(loop.loops):
         if inner.trip_count:
             number = times * inner.trip_count
-            yield Place((*path, i), number, number * inner.kernels_per_iteration)
+            yield Place((*path, i), number, Cost().plus(inner.iteration, number))
             yield from loops_within(inner, (*path, i), number)
 
 

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -143,28 +144,44 @@ class Session:
             size = compiled.num_devices
             waves += [together[i : i + size] for i in range(0, len(together), size)]
         self.claims.expect(pending)
-        with ThreadPoolExecutor(compiled.num_threads) as pool:
-            list(pool.map(partial(self.run_wave, compiled), waves))
+        run_wave = partial(self.run_wave, compiled, threading.Semaphore(compiled.num_threads))
+        with ThreadPoolExecutor(compiled.num_threads + 1) as pool:  # one more begins its wave while another stores one
+            list(pool.map(run_wave, waves))
             left = [[slice_ for slice_ in wave if slice_.name in self.claims.left] for wave in waves]
-            list(pool.map(partial(self.run_wave, compiled), filter(None, left)))  # their writer may have been killed
+            list(pool.map(run_wave, filter(None, left)))  # their writer may have been killed
 
-    def run_wave(self, compiled: CompiledGroup, wave: Sequence[Slice]):
-        """Trains one slice on every device, but those that another call trains or has finished."""
-        if self.interrupt.is_set():
-            return
+    def run_wave(self, compiled: CompiledGroup, devices: threading.Semaphore, wave: Sequence[Slice]):
+        """Trains one slice on every device, but those that another call trains or has finished.
+
+        Args:
+            compiled: the group.
+            devices: held while the wave is on the devices.
+            wave: the slices.
+        """
         try:
-            with self.claims.claim(wave) as claimed:
-                for done in sorted({slice_.num_updates for slice_ in claimed}):
-                    if done < compiled.group.config.num_updates:
-                        self.train_wave(compiled, [slice_ for slice_ in claimed if slice_.num_updates == done])
+            with ExitStack() as held:
+                held.enter_context(devices)
+                if self.interrupt.is_set():
+                    return
+                with self.claims.claim(wave) as claimed:
+                    for done in sorted({slice_.num_updates for slice_ in claimed}):
+                        if done < compiled.group.config.num_updates:
+                            together = [slice_ for slice_ in claimed if slice_.num_updates == done]
+                            self.train_wave(compiled, together, held)
         except LockLost as error:
             warnings.warn(f"{error}; this call leaves its slices to that process")
         except BaseException:
             self.interrupt.set()  # so that the other threads store what they have and stop
             raise
 
-    def train_wave(self, compiled: CompiledGroup, wave: Sequence[Slice]):
-        """Trains slices to the end, or until an interrupt or an error elsewhere."""
+    def train_wave(self, compiled: CompiledGroup, wave: Sequence[Slice], held: ExitStack):
+        """Trains slices to the end, or until an interrupt or an error elsewhere; then it leaves the devices to others.
+
+        Args:
+            compiled: the group.
+            wave: the slices.
+            held: the devices.
+        """
         done, config = wave[0].num_updates, compiled.group.config
         first_state, metrics = self.load_wave(compiled, wave)
         if self.interrupt.is_set():
@@ -179,13 +196,16 @@ class Session:
                 steps = length * config.steps_per_update * num_runs
                 self.steps += steps
                 self.bar.update(steps)
-            last = done == config.num_updates or self.interrupt.is_set()
-            if last or timer.is_due():
-                metrics = [self.store_wave(compiled, wave, state, metrics)]
-                timer.restart()
-            del state  # its memory is free for the chunk after the next one
-            if last:
+            if done == config.num_updates or self.interrupt.is_set():
                 break
+            if timer.is_due():
+                metrics = [self.store_wave(compiled, wave, to_arrays(state), metrics)]
+                timer.restart()
+            state = None  # its memory is free for the chunk after the next one
+        arrays = to_arrays(state)
+        del state
+        held.close()
+        self.store_wave(compiled, wave, arrays, metrics)
 
     def load_wave(self, compiled: CompiledGroup, wave: Sequence[Slice]) -> tuple[Any, list[dict]]:
         """The state of a wave on the devices, stored or new, and its metrics so far; its last slice fills it up."""
@@ -199,19 +219,18 @@ class Session:
         state = jax.device_put(from_arrays(arrays, compiled.like), shardings)
         return state, [{n: np.concatenate([slice_.metrics[n] for slice_ in filled]) for n in wave[0].metrics}]
 
-    def store_wave(self, compiled: CompiledGroup, wave: Sequence[Slice], state: Any, metrics: list[dict]) -> dict:
+    def store_wave(self, compiled: CompiledGroup, wave: Sequence[Slice], arrays: dict, metrics: list[dict]) -> dict:
         """Stores every slice of a wave as it is now.
 
         Args:
             compiled: the group.
             wave: the slices.
-            state: of the wave.
+            arrays: the state of the wave, see `to_arrays`.
             metrics: of its chunks so far.
 
         Returns:
             The metrics of all chunks as one.
         """
-        arrays = to_arrays(state)
         joined = {name: np.concatenate([chunk[name] for chunk in metrics], axis=1) for name in metrics[0]}
         for i, slice_ in enumerate(wave):
             rows = slice(i * compiled.slice_size, (i + 1) * compiled.slice_size)
