@@ -2,8 +2,8 @@
 
     python tests/matrix.py [--suite SUITE ...] [--out tests/matrix-py311.json] [--limit SECONDS]
 
-Each environment has a process of its own. The file is the table; a run leaves out what is in it already, so it may be
-interrupted. Several runs must not write one file at the same time.
+Each environment has a process of its own. The file is the table; a run leaves out what is in it already and did not
+fail, so it may be interrupted. Several runs must not write one file at the same time.
 """
 
 import argparse
@@ -16,13 +16,12 @@ import sys
 import time
 from pathlib import Path
 
-DISTRIBUTIONS = {"xland": "xminigrid"}
 SUITES = ("pgx", "xland", "navix", "jumanji", "brax", "playground", "craftax")  # the fastest first
 DOWNLOADS = "downloads", "no goal", "mujoco_menagerie", "Menagerie"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Check and train every environment of every suite.")
     parser.add_argument("--suite", nargs="+", default=SUITES, choices=SUITES)
     default = Path(__file__).parent / f"matrix-py{sys.version_info.major}{sys.version_info.minor}.json"
     parser.add_argument("--out", type=Path, default=default)
@@ -35,7 +34,7 @@ def main():
     table = json.loads(options.out.read_text()) if options.out.exists() else {}
     for suite in options.suite:
         for env in list_names(suite):
-            if env not in table:
+            if env not in table or "error" in table[env]:
                 table[env] = run_one(env, options.limit)
                 options.out.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n")
                 show(env, table[env])
@@ -74,7 +73,7 @@ def check_one(name):
     from purejaxppo.envs.base import action_space, observation_space
 
     suite = name.partition("/")[0]
-    version = importlib.metadata.version(DISTRIBUTIONS.get(suite, suite))
+    version = importlib.metadata.version("xminigrid" if suite == "xland" else suite)
     try:
         env = pjp.make_env(name)
     except ValueError as error:

@@ -27,10 +27,7 @@ def names() -> list[str]:
 
 
 def make(name: str, **options: Any) -> Env:
-    """An environment of Jumanji with its own options; the end of its time is a truncation, and its clock is not shown.
-
-    Raises ValueError for Sokoban without a generator, since that of Jumanji downloads levels.
-    """
+    """An environment of Jumanji with its own options; its time limit is a truncation, and its clock is not shown."""
     if name.startswith("Sokoban") and "generator" not in options:
         raise ValueError(f"env='jumanji/{name}' downloads its levels: allow it in Python by generator={SOKOBAN}")
     task = jumanji.make(name, **options)

@@ -1,7 +1,9 @@
 """What the adapters of suites share: names, packages that are imported late, and states that fit an `Env`."""
 
 import importlib
+import importlib.metadata
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -85,6 +87,13 @@ def install_command(suite: str) -> str:
 def is_installed(suite: str) -> bool:
     """Whether the package of a suite is installed; does not import it."""
     return importlib.util.find_spec(SUITES[suite]) is not None
+
+
+def suite_versions() -> dict[str, str]:
+    """The versions of the suites that are imported, and of MuJoCo if it is, by the names of their distributions."""
+    packages = {suite: package for suite, package in SUITES.items() if suite != "xland"}
+    packages |= {"xminigrid": "xminigrid", "mujoco": "mujoco", "mujoco-mjx": "mujoco.mjx"}
+    return {name: importlib.metadata.version(name) for name, package in packages.items() if package in sys.modules}
 
 
 def with_keys(state: Any, key: jax.Array) -> Any:
