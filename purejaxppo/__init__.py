@@ -13,10 +13,14 @@ from purejaxppo.envs import (
     Env,
     MultiDiscrete,
     Step,
+    action_repeat,
     check_env,
     check_shapes,
+    frame_stack,
     make_env,
     privileged,
+    randomize,
+    sticky_actions,
     time_limit,
 )
 from purejaxppo.evolving import evolving
@@ -65,13 +69,14 @@ __version__ = "0.1.0"
 __all__ = [
     "ActionMask", "Batch", "Box", "Categorical", "Config", "Discrete", "Env", "Hyperparams", "Interrupted",
     "JointCategorical", "MultiCategorical", "MultiDiscrete", "Network", "Normal", "PPO", "Policy", "Rollout", "Step",
-    "Sweep", "SweepResult", "Table", "TanhNormal", "TrainState", "a2c", "adam", "adaptive_learning_rate", "batched",
-    "cache_compilation", "check_env", "check_shapes", "choice", "compile_training", "concatenate", "evaluate_agents",
-    "evaluate_in_gymnasium", "evolving", "export", "first_state", "fit", "from_linen", "from_nnx", "gae", "grid",
-    "integers", "layers", "linear", "load", "load_agents", "log_uniform", "make_env", "make_ppo", "optuna_search",
-    "paired", "plan_sweep", "plot_curves", "plot_heatmap", "plot_importance", "plot_learning_curve", "plot_parallel",
-    "ppo_loss", "preset", "privileged", "record_episode", "render", "resume", "run_sweep", "runs", "sample",
-    "schedule", "sharded", "sinks", "statistics", "successive_halving", "time_limit", "uniform",
+    "Sweep", "SweepResult", "Table", "TanhNormal", "TrainState", "a2c", "action_repeat", "adam",
+    "adaptive_learning_rate", "batched", "cache_compilation", "check_env", "check_shapes", "choice",
+    "compile_training", "concatenate", "evaluate_agents", "evaluate_in_gymnasium", "evolving", "export",
+    "first_state", "fit", "frame_stack", "from_linen", "from_nnx", "gae", "grid", "integers", "layers", "linear",
+    "load", "load_agents", "log_uniform", "make_env", "make_ppo", "optuna_search", "paired", "plan_sweep",
+    "plot_curves", "plot_heatmap", "plot_importance", "plot_learning_curve", "plot_parallel", "ppo_loss", "preset",
+    "privileged", "randomize", "record_episode", "render", "resume", "run_sweep", "runs", "sample", "schedule",
+    "sharded", "sinks", "statistics", "sticky_actions", "successive_halving", "time_limit", "uniform",
     "use_deterministic_kernels", "use_one_thread", "with_hyperparams", "with_step",
 ]  # fmt: skip
 

@@ -162,7 +162,8 @@ def test_a_folder_without_a_run_cannot_be_loaded(tmp_path):
 
 def test_envs_lists_every_environment_with_its_preset(capsys):
     status, printed, _ = run(capsys, "envs")
-    assert status == 0 and len(printed.splitlines()) == 26
+    environments, suites = printed.split("other suites")
+    assert status == 0 and len(environments.splitlines()) == 26 and len(suites.splitlines()) == 8
     assert "Breakout-MinAtar" in printed and "MNISTBandit" not in printed
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 import purejaxppo
+from purejaxppo.envs import SUITES
 
 ROOT = Path(purejaxppo.__file__).parent
 CORE = [
     "text", "checks", "record", "platforms", "config", "envs.base", "envs.roles", "envs.check", "envs.import_gymnax",
-    "envs.without_reset", "envs.from_gymnax", "envs",
+    "envs.without_reset", "envs.from_gymnax", "envs.wrappers", "envs.suite", "envs.from_brax", "envs.from_craftax",
+    "envs.from_jumanji", "envs.from_navix", "envs.from_pgx", "envs.from_playground", "envs.from_xland", "envs",
     "collectives", "normalize", "networks.distributions", "networks.orthogonal", "networks.layers",
     "networks.network", "networks.actor_critic", "networks", "starts", "rollout", "advantages", "loss", "summary",
     "validate", "update", "evaluate", "ppo", "adaptive", "sharded", "table", "batched", "evolving",
@@ -73,7 +75,7 @@ def test_no_module_imports_itself_in_a_circle():
 
 @pytest.mark.full
 def test_importing_brings_no_suite_and_no_host_library():
-    heavy = ["gymnax", "gymnasium", "matplotlib", "xarray", "pandas", "tqdm", "tyro"]
+    heavy = ["gymnax", "gymnasium", "matplotlib", "xarray", "pandas", "tqdm", "tyro", *SUITES.values()]
     program = f"import sys, purejaxppo; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -64,20 +64,32 @@ def bench(arguments: list[str]) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class EnvsOptions:
+    """List the environments of a suite: steps of the preset, and where it differs from the defaults."""
+
+    suite: tyro.conf.Positional[str] = "gymnax"
+    """The suite: gymnax, brax, craftax, jumanji, navix, pgx, playground or xland."""
+
+
 def envs(arguments: list[str]) -> int:
-    """Lists every environment with its preset."""
-    tyro.cli(_print_envs, args=arguments, prog="purejaxppo envs")
-    return 0
+    """Lists every environment of a suite with its preset, and which suites there are."""
+    options = tyro.cli(EnvsOptions, args=arguments, prog="purejaxppo envs")
 
-
-def _print_envs():
-    """List the environments: steps of the preset, and where it differs from the defaults."""
     from purejaxppo.envs import env_names
-    from purejaxppo.experiment.presets import changed_settings, preset
+    from purejaxppo.envs.suite import SUITES, install_command, is_installed
+    from purejaxppo.experiment.presets import PRESETS, changed_settings, preset
 
-    width = max(map(len, env_names()))
-    say(f"{'environment':{width}}  {'steps':>10}  preset, if different from the defaults")
-    for name in env_names():
+    names = env_names(options.suite)
+    width = max(map(len, names))
+    say(f"{'environment':{width}}  {'steps':>13}  preset, if different from the defaults")
+    for name in names:
         config, hyperparams = preset(name)
         changed = ", ".join(f"{key}={value}" for key, value in changed_settings(config, hyperparams).items())
-        say(f"{name:{width}}  {config.total_steps:>10,}  {changed}")
+        untried = "" if options.suite == "gymnax" or name in PRESETS else "untried: "
+        say(f"{name:{width}}  {config.total_steps:>13,}  {untried}{changed}")
+    if options.suite == "gymnax":
+        say("other suites (purejaxppo envs SUITE lists one):")
+        for suite in SUITES:
+            say(f"  {suite:10}  {'installed' if is_installed(suite) else install_command(suite)}")
+    return 0

@@ -36,7 +36,7 @@ USAGE = """usage: purejaxppo COMMAND ...
   purejaxppo export FOLDER       write an agent as one file that acts without this package
   purejaxppo show FOLDER         print what a run or a sweep is and what made it
   purejaxppo bench ENV [flags]   measure compile time, steps per second, memory, and the time of each stage
-  purejaxppo envs                list the environments with their presets
+  purejaxppo envs [SUITE]        list the environments with their presets, and the suites
   purejaxppo COMMAND --help      all flags of a command
 
 exit status: 0, or 2 for bad input, 3 if results could not be written, 4 if every agent turned nan, 130 after an

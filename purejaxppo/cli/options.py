@@ -80,7 +80,7 @@ def prepare_jax(arguments: list[str]):
 
 def parse(kind: type[Options], command: str, arguments: list[str]) -> Options:
     """The options of a command, on top of the preset of its environment, which is the first argument."""
-    from purejaxppo.envs import env_names, make_env
+    from purejaxppo.envs import check_name
     from purejaxppo.experiment.presets import preset
 
     env, asks_help = arguments[0] if arguments else "-", {"--help", "-h"} & set(arguments)
@@ -90,8 +90,8 @@ def parse(kind: type[Options], command: str, arguments: list[str]) -> Options:
                 f"name an environment first: purejaxppo {command} ENV [flags] (`purejaxppo envs` lists them)"
             )
         env = "CartPole-v1"
-    elif ":" not in env and env not in env_names():
-        make_env(env)  # raises
+    elif ":" not in env:
+        check_name(env)
     default = kind(env) if ":" in env else kind(env, **preset(env)._asdict())
     options, unknown = tyro.cli(
         kind, args=arguments, default=default, prog=f"purejaxppo {command}", return_unknown_args=True

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from purejaxppo.checks import check_whole
 from purejaxppo.text import count, quote, shorten
@@ -205,34 +204,3 @@ def bound_action(action: jax.Array, space: Space, how: str) -> jax.Array:
         action = low + (high - low) * (jnp.tanh(action) + 1) / 2
     action = jnp.clip(action, low, high)
     return (jnp.round(action) if jnp.issubdtype(space.dtype, jnp.integer) else action).astype(space.dtype)
-
-
-class Timed(struct.PyTreeNode):
-    """The state of an environment under `time_limit`."""
-
-    state: Any
-    time: jax.Array  # [] int32, steps taken
-
-
-def time_limit(env: Env, max_steps: int) -> Env:
-    """`env` with every episode truncated after `max_steps` steps, unless it ends before.
-
-    Raises ValueError unless `env` is an `Env` and `max_steps` a whole number from 1.
-    """
-    if not isinstance(env, Env):
-        raise ValueError(f"env={quote(env)} must be an Env (make_env makes one of a name, or of gymnax)")
-    max_steps = check_whole("max_steps", max_steps)
-
-    def reset(key, params):
-        state, obs = env.reset(key, params)
-        return Timed(state=state, time=jnp.int32(0)), obs
-
-    def step(key, timed, action, params):
-        result = env.step(key, timed.state, action, params)
-        time = timed.time + 1
-        return result._replace(
-            state=Timed(state=result.state, time=time),
-            truncated=jnp.logical_or(result.truncated, time >= max_steps),
-        )
-
-    return env._replace(reset=reset, step=step)

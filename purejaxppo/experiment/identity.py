@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from purejaxppo.config import Hyperparams, suggest
-from purejaxppo.envs import env_names, make_env
+from purejaxppo.envs import make_env
 from purejaxppo.envs.base import Env, action_space, observation_space
 from purejaxppo.networks.actor_critic import make_network
 from purejaxppo.networks.network import Network
@@ -69,7 +69,7 @@ def identify_ppo(ppo: PPO, hyperparams: Hyperparams = Hyperparams()) -> dict[str
     if network == identify(_network_of_config(ppo)):
         network = DEFAULTS["network"]
     env = identify(ppo.env)
-    if ppo.env.name in env_names() and env == identify(make_env(ppo.env.name)):
+    if env == _identity_of_name(ppo.env.name):
         env = ppo.env.name
     found = {"env": env, "network": network, "loss": identify(ppo.loss), "optimizer": identify(ppo.optimizer)}
     if ppo.changes:
@@ -149,6 +149,14 @@ def _network_of_config(ppo: PPO) -> Network | None:
     try:
         return make_network(ppo.config, observation_space(ppo.env), action_space(ppo.env, ppo.env.params))
     except ValueError:  # the config describes no network for these observations
+        return None
+
+
+def _identity_of_name(env: str) -> str | None:
+    """The identity of what `make_env` makes of a name; None if it knows none."""
+    try:
+        return identify(make_env(env))
+    except ValueError:
         return None
 
 
@@ -314,11 +322,11 @@ def _of_array(value: Any) -> str:
 
 
 def _state(value: Any) -> dict[str, Any]:
-    """What an instance holds; of a dataclass the fields that differ from their defaults."""
+    """What an instance holds; of a dataclass the fields that are compared and differ from their defaults."""
     kind = type(value)
     if dataclasses.is_dataclass(value):
         ignored = ("parent", "name") if isinstance(value, nn.Module) else ()
-        kept = [f for f in dataclasses.fields(value) if f.name not in ignored]
+        kept = [f for f in dataclasses.fields(value) if f.compare and f.name not in ignored]
         return {f.name: x for f in kept if (x := getattr(value, f.name, None)) is not f.default}
     slotted = [base for base in kind.__mro__ if "__slots__" in vars(base)]
     slots = {name for base in slotted for name, x in vars(base).items() if _is_slot(x)}

@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import fields
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from purejaxppo.config import Config, Hyperparams
 from purejaxppo.envs import check_name
+from purejaxppo.experiment.suite_presets import PUBLISHED, TRIED
 from purejaxppo.text import quote
 
 
@@ -22,13 +24,25 @@ DEFAULTS = Preset(Config(), Hyperparams())
 def preset(env: str) -> Preset:
     """The preset of an environment by name, or the defaults if it has none.
 
+    Most environments of suites have settings that their suite publishes, which are not tried with this package
+    (`purejaxppo envs SUITE` says which).
+
     Raises ValueError for a name that no environment has, with the nearest known names.
     """
     if not isinstance(env, str):
         raise ValueError(f"env={quote(env)} must be the name of an environment, such as 'CartPole-v1'")
     if env not in PRESETS:
         check_name(env)
-    return PRESETS.get(env, DEFAULTS)
+    return find_preset(env)
+
+
+def find_preset(env: str) -> Preset:
+    """As `preset`, but the defaults also for a name that no environment has."""
+    matching = [settings for pattern, settings in PUBLISHED.items() if fnmatchcase(env, pattern)]
+    if env in PRESETS or not matching:
+        return PRESETS.get(env, DEFAULTS)
+    total_steps, config, hyperparams = matching[-1]
+    return _preset(total_steps, dict(config), **hyperparams)
 
 
 def a2c(**config: Any) -> Preset:
@@ -124,4 +138,5 @@ PRESETS = {
     "FrozenLake-misc": _preset(
         300_000, {"num_envs": 16, "num_steps": 64}, learning_rate=1e-3, entropy_coefficient=0.02
     ),
+    **{name: _preset(steps, dict(config), **hyperparams) for name, (steps, config, hyperparams) in TRIED.items()},
 }  # fmt: skip

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 import purejaxppo
+from purejaxppo.envs.suite import suite_versions
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "gymnax", "numpy")
 
@@ -30,7 +31,7 @@ class Machine(TypedDict):
     """What made a result: one process."""
 
     versions: dict[str, str]
-    """Of purejaxppo, Python and `PACKAGES`."""
+    """Of purejaxppo, Python, `PACKAGES`, and the suites of environments in use."""
     code: str | None
     """See `code_version`."""
     device: Device
@@ -50,6 +51,7 @@ def describe_machine() -> Machine:
             "purejaxppo": purejaxppo.__version__,
             "python": platform.python_version(),
             **{package: importlib.metadata.version(package) for package in PACKAGES},
+            **suite_versions(),
         },
         "code": code_version(),
         "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},

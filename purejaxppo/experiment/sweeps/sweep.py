@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple, TypedDict
 
 from purejaxppo.checks import check_whole
 from purejaxppo.config import EXTRA, Config, Hyperparams, spec_of, suggest
-from purejaxppo.envs import env_names
-from purejaxppo.experiment.presets import DEFAULTS, PRESETS
+from purejaxppo.envs import is_env_name
+from purejaxppo.experiment.presets import DEFAULTS, find_preset
 from purejaxppo.experiment.records import as_record, complete_hyperparams
 from purejaxppo.ppo import PPO, make_ppo, with_step
 from purejaxppo.table import PLUGGED, Named, Table, named, paired
@@ -99,7 +99,7 @@ class Sweep:
         object.__setattr__(self, "num_seeds", int(self.num_seeds))
         object.__setattr__(self, "seed", int(self.seed))
         if self.config is None or self.hyperparams is None:
-            default = DEFAULTS if isinstance(self.env, Named) else PRESETS.get(str(self.env), DEFAULTS)
+            default = DEFAULTS if isinstance(self.env, Named) else find_preset(str(self.env))
             object.__setattr__(self, "config", self.config or default.config)
             object.__setattr__(self, "hyperparams", self.hyperparams or default.hyperparams)
         check_config(self.config)
@@ -259,7 +259,7 @@ def make_group(group: Group, make: Callable = make_ppo, *, loaded: bool = False)
     """
     values = {}
     for field, name in (("env", group.env), *group.plugged):
-        known = field == "env" and (name in env_names() or not loaded or make is not make_ppo)
+        known = field == "env" and (is_env_name(name) or not loaded or make is not make_ppo)
         bare = not isinstance(name, Named) and not known
         if bare and not (loaded and field in ("loss", "optimizer", "step")):
             remedy = f"values={{{field!r}: {{{name!r}: ...}}}}" if loaded else f"{field}={{{name!r}: ...}}"

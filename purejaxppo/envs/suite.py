@@ -1,0 +1,158 @@
+"""What the adapters of suites share: names, packages that are imported late, and states that fit an `Env`."""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from purejaxppo.envs.base import Env, Step
+from purejaxppo.text import quote
+
+# Suite -> the package that it is imported as; its adapter is the module from_SUITE here, its extra is called like it.
+SUITES = {
+    "brax": "brax", "craftax": "craftax", "jumanji": "jumanji", "navix": "navix", "pgx": "pgx",
+    "playground": "mujoco_playground", "xland": "xminigrid",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Adapted:
+    """The functions of a suite's environment as those of an `Env`; its name and options say what it is."""
+
+    name: str
+    options: Mapping[str, Any]
+    env: Env = field(compare=False)  # as the adapter makes it
+
+    def reset(self, key: jax.Array, params: Any) -> tuple[Any, Any]:
+        """The state and the observation in which an episode begins."""
+        return in_32_bits(self.env.reset(key, params))
+
+    def step(self, key: jax.Array, state: Any, action: jax.Array, params: Any) -> Step:
+        """One step, whose randomness comes from `key` alone."""
+        state_key, step_key = jax.random.split(key)
+        result = self.env.step(step_key, with_keys(state, state_key), action, params)
+        return in_32_bits(
+            result._replace(
+                reward=jnp.asarray(result.reward, jnp.float32),
+                terminated=jnp.asarray(result.terminated, bool),
+                truncated=jnp.asarray(result.truncated, bool),
+                metrics=_as_metrics(result.metrics),
+                episode_metrics=_as_metrics(result.episode_metrics),
+            )
+        )
+
+
+def from_suite(env: str, options: Mapping[str, Any]) -> Env:
+    """The environment `env`, SUITE/NAME, of a suite; `options` are those of its adapter.
+
+    Raises ValueError if the suite cannot make it.
+    """
+    suite, _, name = env.partition("/")
+    try:
+        made = import_adapter(suite).make(name, **options)
+    except ValueError:
+        raise
+    except Exception as error:  # of any kind: the suite decides
+        raise ValueError(f"env={quote(env)} cannot be made: {type(error).__name__}: {_first_line(error)}") from error
+    adapted = Adapted(env, dict(options), made)
+    return made._replace(reset=adapted.reset, step=adapted.step, params=in_32_bits(made.params), name=env)
+
+
+def suite_names(suite: str) -> list[str]:
+    """The names of a suite's environments, each as SUITE/NAME. Raises ValueError if the suite is not installed."""
+    return [f"{suite}/{name}" for name in import_adapter(suite).names()]
+
+
+def import_adapter(suite: str) -> ModuleType:
+    """The adapter of a suite. Raises ValueError, with the command that installs it, if it cannot be imported."""
+    try:
+        return importlib.import_module(f"purejaxppo.envs.from_{suite}")
+    except ImportError as error:
+        fault = f"cannot be imported: {_first_line(error)}" if is_installed(suite) else "is not installed"
+        raise ValueError(f"{suite} {fault} ({install_command(suite)})") from error
+
+
+def install_command(suite: str) -> str:
+    """The command that installs a suite beside this package."""
+    return f'pip install "purejaxppo[{suite}]"'
+
+
+def is_installed(suite: str) -> bool:
+    """Whether the package of a suite is installed; does not import it."""
+    return importlib.util.find_spec(SUITES[suite]) is not None
+
+
+def suite_versions() -> dict[str, str]:
+    """The versions of the suites that are imported, and of MuJoCo if it is, by the names of their distributions."""
+    packages = {suite: package for suite, package in SUITES.items() if suite != "xland"}
+    packages |= {"xminigrid": "xminigrid", "mujoco": "mujoco", "mujoco-mjx": "mujoco.mjx"}
+    return {name: importlib.metadata.version(name) for name, package in packages.items() if package in sys.modules}
+
+
+def with_keys(state: Any, key: jax.Array) -> Any:
+    """`state` in new containers, with a key drawn from `key` in place of each random key.
+
+    Suites draw from keys in their states, which environments that began alike would share for ever, and some write into
+    the dictionaries of the state that they are given.
+    """
+
+    def renew(position: int, x: Any) -> Any:
+        return jax.random.split(jax.random.fold_in(key, position), x.shape) if _is_key(x) else x
+
+    leaves, structure = jax.tree.flatten(state)
+    return jax.tree.unflatten(structure, [renew(i, x) for i, x in enumerate(leaves)])
+
+
+def in_32_bits(tree: Any) -> Any:
+    """Every leaf as an array of a fixed dtype of at most 32 bits.
+
+    A Python number in a state would change its dtype after a step, and in double precision mode the width of some
+    leaves varies.
+    """
+    narrow = {jnp.dtype("float64"): jnp.float32, jnp.dtype("int64"): jnp.int32}
+    return jax.tree.map(lambda x: jnp.asarray(x, narrow.get(jnp.result_type(x), jnp.result_type(x))), tree)
+
+
+def shape_of_start(reset: Callable, params: Any = ()) -> Any:
+    """Shape and dtype of the observation in which an episode begins."""
+    return jax.eval_shape(reset, jax.random.key(0), params)[1]
+
+
+def while_set(owner: Any, attribute: str, value: Any, function: Callable) -> Any:
+    """The result of `function()`, which is called while an attribute of `owner` is `value`.
+
+    Simulators read their physics from themselves: while they are traced, it is that of the parameters.
+    """
+    before = getattr(owner, attribute)
+    setattr(owner, attribute, value)
+    try:
+        return function()
+    finally:
+        setattr(owner, attribute, before)
+
+
+def read_path(tree: Any, path: str) -> Any:
+    """What `tree` holds at a path of attributes such as opt.gravity."""
+    for name in path.split("."):
+        tree = getattr(tree, name)
+    return tree
+
+
+def _as_metrics(metrics: Mapping[str, Any]) -> dict[str, jax.Array]:
+    numbers = {name: jnp.asarray(x, jnp.float32) for name, x in metrics.items() if jnp.ndim(x) == 0}
+    return {name.replace("/", "_"): x for name, x in numbers.items()}
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,318 @@
+"""Environments of suites by name: with a suite made up here, and with each suite that is installed."""
+
+import sys
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import purejaxppo as pjp
+from purejaxppo import Box, Discrete, Env
+from purejaxppo.cli.main import main
+from purejaxppo.envs import SUITES, env_names, suite
+from purejaxppo.experiment.identity import identify, identify_ppo
+from purejaxppo.experiment.presets import PRESETS, find_preset, preset
+
+Step: Any = pjp.Step  # without its types: those of suites vary
+api: Any = pjp
+TINY = pjp.Config(num_envs=4, num_steps=8, num_updates=1, num_epochs=1, widths=(8,))
+
+
+def made_up_suite():
+    """An adapter whose environment draws from the key in its state, into which its step also writes."""
+    adapter: Any = types.ModuleType("purejaxppo.envs.from_fake")
+
+    def make(name, length=5, **options):
+        if options:
+            raise RuntimeError("no such option\n(a second line)")
+
+        def reset(key, params):
+            return {"key": key, "info": {"noise": 0.0}, "time": 0}, jnp.zeros(2)
+
+        def step(key, state, action, params):
+            state["info"]["noise"] = jax.random.normal(state["key"])
+            state["key"], state["time"] = jax.random.split(state["key"])[0], state["time"] + 1
+            obs = jnp.array([state["info"]["noise"], params["gravity"]])
+            end = state["time"] >= length
+            return Step(state, obs, 1, end * 1.0, False, {"reward/alive": 1, "vector": jnp.zeros(2)})
+
+        return Env(reset, step, {"gravity": 9.81}, Discrete(2), Box(shape=(2,)))
+
+    adapter.names, adapter.make = lambda: ["walk", "run"], make
+    return adapter
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setitem(SUITES, "fake", "wave")  # a module that exists and is not imported
+    monkeypatch.setitem(SUITES, "missing", "a_package_that_is_not_there")
+    monkeypatch.setitem(SUITES, "broken", "wave")
+    monkeypatch.setitem(sys.modules, "purejaxppo.envs.from_fake", made_up_suite())
+    monkeypatch.setitem(sys.modules, "purejaxppo.envs.from_broken", None)
+
+
+def test_a_suite_fits_the_interface_whatever_its_types_are(fake):
+    env = pjp.make_env("fake/walk")
+    assert env.name == "fake/walk" and env_names("fake") == ["fake/walk", "fake/run"]
+    assert pjp.check_env(env) == []
+    _, result = first_step(env, jax.random.key(1))
+    assert result.metrics == {"reward_alive": 1.0}
+    assert not any(getattr(x, "weak_type", False) for x in jax.tree.leaves(result))
+
+
+def first_step(env, key, state_key=None, params=None):
+    params = env.params if params is None else params
+    state, _ = env.reset(jax.random.key(0), params)
+    state = suite.with_keys(state, state_key) if state_key is not None else state
+    return state, env.step(key, state, jnp.int32(1), params)
+
+
+def test_the_randomness_of_a_step_comes_from_its_key_alone(fake):
+    env, key = pjp.make_env("fake/walk"), jax.random.key(1)
+    noise = [first_step(env, key, jax.random.key(i))[1].obs[0] for i in range(2)]
+    assert noise[0] == noise[1] != first_step(env, jax.random.key(2))[1].obs[0]
+
+
+def test_different_keys_in_one_state_get_different_keys():
+    keys = {"a": jax.random.key(0), "b": jax.random.split(jax.random.key(0), 3), "c": jnp.arange(2)}
+    renewed = suite.with_keys(keys, jax.random.key(5))
+    data = np.concatenate([jax.random.key_data(renewed["a"])[None], jax.random.key_data(renewed["b"])])
+    assert len(np.unique(data, axis=0)) == 4 and renewed["c"] is keys["c"]
+
+
+def test_states_are_not_written_into(fake):
+    state, _ = first_step(pjp.make_env("fake/walk"), jax.random.key(1))
+    assert state["time"] == 0 and state["info"]["noise"] == 0
+
+
+def test_parameters_of_a_suite_are_traced(fake):
+    env, key = pjp.make_env("fake/walk"), jax.random.key(1)
+    play: Any = jax.jit(lambda gravity: first_step(env, key, params={"gravity": gravity})[1].obs[1])
+    assert (play(1.0), play(2.0)) == (1, 2) and play._cache_size() == 1
+
+
+def test_an_environment_of_a_suite_is_identified_by_its_name_and_options(fake):
+    envs = [pjp.make_env("fake/walk", **options) for options in ({}, {"length": 5}, {"length": 9}, {"length": 9})]
+    named, changed = (identify_ppo(pjp.make_ppo(env, TINY))["env"] for env in (envs[0], envs[2]))
+    assert named == "fake/walk" and changed != named
+    assert identify(envs[2]) == identify(envs[3]) == changed
+    assert identify(pjp.time_limit(envs[2], 3)) != changed
+
+
+@pytest.mark.full
+def test_names_of_suites_are_trained_saved_loaded_and_resumed(fake, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sizes = ["--num-envs", "4", "--num-steps", "8", "--num-updates", "2", "--widths", "8", "--compile-cache", "off"]
+    assert main(["train", "fake/walk", *sizes]) == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("fake-walk-") and api.load(folder).settings.env == "fake/walk"
+    assert main(["resume", str(folder), "--total-steps", "96"]) == 0
+    assert pjp.load_agents(folder).title == "fake/walk"
+    assert "3 updates" in capsys.readouterr().out
+
+
+@pytest.mark.full
+def test_names_of_suites_are_swept(fake, tmp_path):
+    sweep = pjp.Sweep("fake/walk", pjp.grid(env=["fake/run"]), num_seeds=1, config=TINY)
+    pjp.run_sweep(sweep, tmp_path / "sweep", progress=False)
+    assert api.load(tmp_path / "sweep").sweep.env == "fake/walk"
+
+
+@pytest.mark.parametrize(
+    "name, sentence",
+    [
+        ("fake/wlk", r"env='fake/wlk' is not a known environment \(did you mean fake/walk\?\)"),
+        ("fake/zzzzzz", r"env='fake/zzzzzz' is not a known environment \(`purejaxppo envs fake` lists them\)"),
+        ("fkae/walk", r"'fkae/walk' is not a known environment, and fkae is no suite \(did you mean fake\?\)"),
+        ("ALE/Pong-v5", r"env='ALE/Pong-v5' is not a known environment, and ALE is no suite \(did you mean fake\?\)"),
+        ("zzz/Pong-v5", r"zzz is no suite \(known: brax, craftax, jumanji, navix, pgx, playground, xland, fake"),
+        (
+            "missing/ant",
+            r"env='missing/ant' cannot be made: missing is not installed \(pip install \"pure.*\[missing\]\"",
+        ),
+        ("broken/ant", r"broken cannot be imported: import of purejaxppo.envs.from_broken halted.* \(pip install"),
+    ],
+)
+def test_a_wrong_name_is_answered_in_one_sentence(fake, capsys, name, sentence):
+    for call in (pjp.make_env, preset, pjp.make_ppo):
+        with pytest.raises(ValueError, match=sentence):
+            call(name)
+    assert main(["train", name]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_an_error_of_a_suite_is_one_sentence(fake):
+    with pytest.raises(ValueError, match="env='fake/walk' cannot be made: RuntimeError: no such option$"):
+        pjp.make_env("fake/walk", color="red")
+    with pytest.raises(
+        ValueError, match="backend is an option of suites such as brax/ant; env='CartPole-v1' takes none"
+    ):
+        pjp.make_env("CartPole-v1", backend="mjx")
+
+
+def test_envs_lists_the_environments_of_a_suite_and_which_presets_are_untried(fake, monkeypatch, capsys):
+    assert main(["envs", "fake"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "environment",
+        "fake/walk",
+        "fake/run",
+    ]
+    assert main(["envs", "fkae"]) == 2
+    assert "'fkae' is not a known suite (did you mean fake?)" in capsys.readouterr().err
+
+
+def test_every_suite_has_presets_that_fit_together():
+    for name in SUITES:
+        assert find_preset(f"{name}/any").config.num_envs > 4
+    assert find_preset("playground/Go1Getup").config.widths == (512, 256, 128)
+    assert find_preset("xland/MiniGrid-DoorKey-5x5").config.gru_width == 0
+    assert {name.partition("/")[0] for name in PRESETS if "/" in name} == set(SUITES)
+
+
+# One cheap environment of each suite, with a limit of three steps.
+LIMITED = {
+    "brax/inverted_pendulum": lambda: pjp.make_env("brax/inverted_pendulum", max_steps=3),
+    "playground/CartpoleBalance": lambda: pjp.make_env("playground/CartpoleBalance", max_steps=3),
+    "craftax/Craftax-Classic-Symbolic-v1": lambda: limited_craftax(),
+    "navix/Navix-DoorKey-16x16-v0": lambda: pjp.make_env("navix/Navix-DoorKey-16x16-v0", max_steps=3),
+    "xland/MiniGrid-DoorKey-16x16": lambda: pjp.make_env("xland/MiniGrid-DoorKey-16x16", max_steps=3),
+    "jumanji/Maze-v0": lambda: pjp.make_env("jumanji/Maze-v0", time_limit=3),
+    "pgx/2048": lambda: pjp.time_limit(pjp.make_env("pgx/2048"), 3),
+}
+
+
+def limited_craftax():
+    env = pjp.make_env("craftax/Craftax-Classic-Symbolic-v1", static={"map_size": (16, 16)})
+    return env._replace(params=env.params.replace(max_timesteps=jnp.int32(3)))
+
+
+@pytest.fixture(params=LIMITED)
+def limited(request):
+    if not suite.is_installed(request.param.partition("/")[0]):
+        pytest.skip("not installed")
+    with jax.numpy_rank_promotion("allow"):  # that of the suites
+        yield LIMITED[request.param]()
+
+
+@pytest.mark.slow
+def test_a_time_limit_of_a_suite_is_a_truncation(limited):
+    @jax.jit
+    def play(key):
+        def step(start, key):
+            result = limited.step(key, start[0], quiet_action(limited, start[1]), limited.params)
+            return (result.state, result.obs), (result.terminated, result.truncated)
+
+        return jax.lax.scan(step, limited.reset(key, limited.params), jax.random.split(key, 3))[1]
+
+    terminated, truncated = play(jax.random.key(0))
+    assert terminated.tolist() == [False] * 3 and truncated.tolist() == [False, False, True]
+
+
+def quiet_action(env, obs):
+    """No force, or the first action that is allowed."""
+    if isinstance(env.action_space, Box):
+        return jnp.zeros(env.action_space.shape)
+    return jnp.argmax(obs["action_mask"]) if isinstance(obs, dict) else jnp.int32(0)
+
+
+@pytest.mark.slow
+def test_episodes_begin_in_as_many_different_states_as_there_are_resets(limited):
+    config = pjp.Config(num_envs=16, num_steps=3, num_updates=1, num_epochs=1, num_minibatches=1, widths=(8,))
+    ppo = pjp.make_ppo(limited, config)
+    direct, _ = jax.jit(jax.vmap(limited.reset, (0, None)))(jax.random.split(jax.random.key(1), 16), limited.params)
+    state, metrics = jax.jit(ppo.step)(jax.jit(ppo.init)(jax.random.key(0)))
+    assert metrics["num_episodes"] == 16 and np.isfinite(metrics["loss"])
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.policy))
+    assert abs(num_different(state.actors.env_state) - num_different(direct)) <= 2
+    assert num_different(direct) > 13
+
+
+def num_different(states):
+    """The number of states [N, ...] that differ in more than their random keys."""
+    leaves = [x for x in jax.tree.leaves(states) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    return len(np.unique(np.concatenate([np.asarray(x, float).reshape(len(x), -1) for x in leaves], 1), axis=0))
+
+
+@pytest.mark.slow
+def test_a_suite_draws_from_the_key_of_the_step_and_writes_into_no_state(limited):
+    def step(key, state_key):
+        state, obs = limited.reset(jax.random.key(0), limited.params)
+        state = suite.with_keys(state, state_key)
+        before = jax.tree.leaves(state)
+        result = limited.step(key, state, quiet_action(limited, obs), limited.params)
+        after = jax.tree.leaves(state)
+        assert len(before) == len(after) and all(a is b for a, b in zip(before, after))
+        return result.obs, result.reward, jax.tree.map(numbers, result.state)
+
+    keys = jax.random.split(jax.random.key(3), 3)
+    one, two = (jax.jit(step)(keys[0], key) for key in keys[1:])
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def numbers(x):
+    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+
+def needs(name):
+    return pytest.mark.skipif(not suite.is_installed(name), reason="not installed")
+
+
+@pytest.mark.slow
+@needs("jumanji")
+def test_snake_terminates_at_a_wall_and_its_mask_says_so():
+    env = pjp.make_env("jumanji/Snake-v1")
+    state, obs = env.reset(jax.random.key(0), ())
+    for _ in range(12):
+        allowed = obs["action_mask"][0]
+        result = env.step(jax.random.key(0), state, jnp.int32(0), ())
+        state, obs = result.state, result.obs
+        assert bool(result.terminated) != bool(allowed) and not result.truncated
+        if result.terminated:
+            return
+    pytest.fail("the snake never met a wall")
+
+
+@pytest.mark.slow
+@needs("craftax")
+def test_craftax_terminates_at_death_before_its_time():
+    env = pjp.make_env("craftax/Craftax-Classic-Symbolic-v1", static={"map_size": (16, 16)})
+    state, _ = env.reset(jax.random.key(0), env.params)
+    result = jax.jit(env.step)(jax.random.key(0), state.replace(player_health=jnp.int32(0)), 0, env.params)
+    assert result.terminated and not result.truncated and result.episode_metrics["achievements"] == 0
+
+
+@pytest.mark.slow
+@needs("brax")
+def test_the_physics_of_brax_is_a_parameter():
+    env = pjp.make_env("brax/inverted_pendulum", traced=("gravity",))
+    step = jax.jit(env.step)
+    state, obs = env.reset(jax.random.key(0), env.params)
+    moon = {"gravity": env.params["gravity"] / 6}
+    here, there = (step(jax.random.key(0), state, jnp.zeros(1), params).obs - obs for params in (env.params, moon))
+    assert abs(here[3]) > 3 * abs(there[3]) > 0  # the angular velocity that the fall has gained
+
+
+@pytest.mark.slow
+@needs("xland")
+def test_an_xland_without_goal_is_refused_and_a_ruleset_is_a_parameter():
+    with pytest.raises(ValueError, match="has no goal, since its ruleset is empty: give one"):
+        pjp.make_env("xland/XLand-MiniGrid-R1-9x9")
+
+
+@pytest.mark.slow
+@needs("playground")
+def test_playground_refuses_warp_and_names_what_it_would_download():
+    with pytest.raises(ValueError, match="impl='warp' is not supported, whose buffers"):
+        pjp.make_env("playground/CheetahRun", impl="warp")
+    with pytest.raises(ValueError, match="needs the models of MuJoCo Menagerie, 550 MB"):
+        pjp.make_env("playground/Go1JoystickFlatTerrain")
+
+
+@pytest.mark.slow
+@needs("jumanji")
+def test_sokoban_names_what_it_would_download():
+    with pytest.raises(ValueError, match="downloads its levels: allow it in Python by generator="):
+        pjp.make_env("jumanji/Sokoban-v0")

@@ -1,0 +1,146 @@
+"""Wrappers of any environment, against what can be written down or played by hand."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import purejaxppo as pjp
+from purejaxppo import Box, Discrete, Env, MultiDiscrete, Step
+
+api: Any = pjp  # without its types, which refuse wrong arguments
+
+
+def counter(length, terminate=True):
+    """Shows its time as a Box and a Discrete; the reward is time times action; ends after `length` steps."""
+
+    def show(time):
+        return {"clock": jnp.array([[1.0, -1.0]]) * time, "code": jnp.minimum(time, 9)}
+
+    def step(key, time, action, params):
+        time, end = time + 1, time + 1 >= length
+        flags = (end, jnp.bool_(False)) if terminate else (jnp.bool_(False), end)
+        reward = (time * action).astype(jnp.float32)
+        return Step(time, show(time), reward, *flags, {"time": time * 1.0}, {"last": time * 1.0})
+
+    spaces = {"clock": Box(-9, np.array([[9.0, 0.0]]), (1, 2)), "code": Discrete(10)}
+    return Env(lambda key, params: (jnp.int32(0), show(0)), step, (), Discrete(3), spaces, "counter")
+
+
+def play(env, actions, key=jax.random.key(0)):
+    """The results of steps with these actions from a start, and its observation."""
+    state, obs = env.reset(key, env.params)
+    results, step = [], jax.jit(env.step)
+    for i, action in enumerate(actions):
+        results.append(step(jax.random.fold_in(key, i), state, jnp.asarray(action), env.params))
+        state = results[-1].state
+    return obs, results
+
+
+def test_stacked_frames_are_the_last_ones_with_the_newest_last():
+    env = pjp.frame_stack(counter(9), 3)
+    obs, results = play(env, [0, 0, 0, 0])
+    assert obs["clock"].tolist() == [[0, 0, 0, 0, 0, 0]] and obs["code"].tolist() == [0, 0, 0]
+    assert results[1].obs["clock"].tolist() == [[0, 0, 1, -1, 2, -2]]
+    assert results[3].obs["code"].tolist() == [2, 3, 4]
+    assert pjp.check_shapes(env) == []
+
+
+def test_stacked_frames_have_the_bounds_of_each():
+    clock, code = pjp.frame_stack(counter(9), 2).observation_space.values()
+    assert (clock.shape, clock.low.tolist(), clock.high.tolist()) == ((1, 4), [[-9] * 4], [[9, 0, 9, 0]])
+    assert isinstance(code, MultiDiscrete) and np.array_equal(code.sizes, [10, 10])
+
+
+@pytest.mark.parametrize("terminate", [True, False])
+def test_a_repeated_action_sums_rewards_until_the_episode_ends(terminate):
+    env = pjp.action_repeat(counter(5, terminate), 3)
+    _, (first, last) = play(env, [2, 1])
+    assert (first.state, first.reward, first.metrics["time"]) == (3, 2 + 4 + 6, 2)
+    assert (last.state, last.reward, last.metrics["time"]) == (5, 4 + 5, 4.5)
+    assert last.episode_metrics["last"] == 5 and last.obs["code"] == 5
+    assert (last.terminated, last.truncated) == (terminate, not terminate)
+    assert pjp.check_shapes(env) == []
+
+
+def test_a_repeated_action_takes_the_steps_of_the_environment_itself():
+    env, key = pjp.make_env("Breakout-MinAtar"), jax.random.key(1)
+    _, (result,) = play(pjp.action_repeat(env, 2), [1], key)
+    state, _ = env.reset(key, env.params)
+    keys = jax.random.split(jax.random.fold_in(key, 0), 2)
+    first = env.step(keys[0], state, jnp.int32(1), env.params)
+    second = env.step(keys[1], first.state, jnp.int32(1), env.params)
+    assert result.reward == first.reward + second.reward
+    jax.tree.map(np.testing.assert_array_equal, (result.state, result.obs), (second.state, second.obs))
+
+
+def test_sticky_actions_repeat_the_last_one_with_their_probability():
+    actions = np.arange(300) % 3
+
+    def taken(probability):
+        _, results = play(pjp.sticky_actions(counter(10**6), probability), actions)
+        return np.array([r.reward / (i + 1) for i, r in enumerate(results)])
+
+    np.testing.assert_array_equal(taken(0.0), actions)
+    np.testing.assert_array_equal(taken(1.0), 0)  # the first of all
+    fourth = taken(0.25)
+    stuck = fourth[1:] != actions[1:]
+    # Where it sticks, the action is the last one taken, whichever that was.
+    assert (fourth[1:][stuck] == fourth[:-1][stuck]).all()
+    # It is that of k steps before with probability 0.75 * 0.25**k, and equals the given one at every third k.
+    assert abs(stuck.mean() - (1 - 0.75 / (1 - 0.25**3))) < 4 * np.sqrt(0.25 * 0.75 / 300)
+
+
+def test_sticky_actions_of_a_box_stick_within_its_bounds():
+    env = pjp.sticky_actions(pjp.make_env("Pendulum-v1"), 1.0)
+    _, results = play(env, [[1.5], [-1.0]])
+    assert results[1].state.action.tolist() == [1.5]
+    assert pjp.check_shapes(pjp.sticky_actions(pjp.make_env("Pendulum-v1"), 0.5)) == []
+
+
+def draw_length(key, params):
+    return params.replace(length=params.length * jax.random.uniform(key, minval=0.5, maxval=1.5))
+
+
+def test_randomized_parameters_are_drawn_for_each_episode_and_stay_within_it(key):
+    env = pjp.randomize(pjp.make_env("CartPole-v1"), draw_length)
+    states, _ = jax.vmap(env.reset, (0, None))(jax.random.split(key, 100), env.params)
+    lengths = np.asarray(states.params.length)
+    assert len(np.unique(lengths)) == 100 and 0.25 <= lengths.min() and lengths.max() <= 0.75
+    assert abs(lengths.mean() - 0.5) < 0.06 and states.params.gravity.tolist() == [np.float32(9.8)] * 100
+    _, results = play(env, [0, 1, 0], key)
+    assert len({float(r.state.params.length) for r in results}) == 1
+    assert pjp.check_shapes(env) == []
+
+
+def test_a_randomized_environment_steps_with_the_parameters_of_its_episode(key):
+    env, plain = pjp.randomize(pjp.make_env("CartPole-v1"), draw_length), pjp.make_env("CartPole-v1")
+    state, _ = env.reset(key, env.params)
+    ours = env.step(key, state, jnp.int32(1), env.params)
+    theirs = plain.step(key, state.state, jnp.int32(1), state.params)
+    np.testing.assert_array_equal(ours.obs, theirs.obs)
+    assert not np.array_equal(ours.obs, plain.step(key, state.state, jnp.int32(1), plain.params).obs)
+
+
+def test_episodes_of_one_run_have_different_parameters():
+    env = pjp.randomize(pjp.make_env("CartPole-v1"), draw_length)
+    ppo = pjp.make_ppo(env, pjp.Config(num_envs=16, num_steps=64, num_updates=1))
+    state, metrics = jax.jit(ppo.step)(jax.jit(ppo.init)(jax.random.key(0)))
+    assert metrics["num_episodes"] > 16 and len(np.unique(state.actors.env_state.params.length)) == 16
+
+
+@pytest.mark.parametrize(
+    "wrap, sentence",
+    [
+        (lambda: api.frame_stack(counter(3), 0), "num_frames=0 must be at least 1"),
+        (lambda: api.frame_stack("CartPole-v1", 4), "env='CartPole-v1' must be an Env"),
+        (lambda: api.action_repeat(counter(3), 1.5), "num_repeats=1.5 must be a whole number"),
+        (lambda: api.sticky_actions(counter(3), 1.5), r"probability=1.5 must be a number in \[0, 1\]"),
+        (lambda: api.randomize(counter(3), lambda key, params: 1.0), "sample_params=.* must return"),
+    ],
+)
+def test_what_cannot_be_wrapped_is_refused_in_one_sentence(wrap, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        wrap()
