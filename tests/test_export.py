@@ -101,8 +101,8 @@ def test_a_grid_goes_through_a_convolution_of_any_batch(tmp_path):
     "env, config, name, words",
     [
         ("CartPole-v1", {}, "policy.onnx", "must end in .stablehlo or .npz"),
-        ("CartPole-v1", GRU, "policy.npz", "only an mlp without memory over a Box"),
-        ("Breakout-MinAtar", {"encoder": "cnn"}, "policy.npz", "only an mlp without memory over a Box"),
+        ("CartPole-v1", GRU, "policy.npz", "only an mlp without memory over one Box"),
+        ("Breakout-MinAtar", {"encoder": "cnn"}, "policy.npz", "only an mlp without memory over one Box"),
     ],
 )
 def test_what_cannot_be_written_is_refused(env, config, name, words, tmp_path):

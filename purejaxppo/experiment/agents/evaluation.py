@@ -1,5 +1,6 @@
 """Evaluation of trained agents, in their own environment or in Gymnasium's of the same name."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,7 +10,8 @@ import xarray
 
 from purejaxppo.batched import batched, seed_keys
 from purejaxppo.checks import check_whole
-from purejaxppo.envs.base import Box, action_space, observation_space
+from purejaxppo.envs.base import ActionMask, Box, action_space, observation_space
+from purejaxppo.envs.roles import without_privileged
 from purejaxppo.experiment.agents.load import Agents
 from purejaxppo.experiment.report.metrics import mean_interval
 from purejaxppo.validate import check_type
@@ -79,7 +81,8 @@ def evaluate_in_gymnasium(
     _check_spaces(agents, envs, env_id)
     act = jax.jit(jax.vmap(agents.ppo.act, in_axes=(None, 0, None if greedy else 0, 0)))
     begin = jax.jit(jax.vmap(agents.ppo.act, in_axes=(None, 0, None if greedy else 0)))
-    played = [_play(envs, act, begin, agents.policy(i), i, greedy, seed, max_steps) for i in range(agents.num)]
+    space = observation_space(agents.ppo.env)
+    played = [_play(envs, act, begin, agents.policy(i), i, greedy, seed, max_steps, space) for i in range(agents.num)]
     envs.close()
     return _label(agents, *map(np.stack, zip(*played)))
 
@@ -90,7 +93,7 @@ def mean_return(played: xarray.Dataset) -> tuple[float, float, float]:
     return mean_interval(returns.mean("episode") if returns.sizes["seed"] > 1 else returns)
 
 
-def _play(envs, act, begin, policy, agent: int, greedy: bool, seed: int, max_steps: int):
+def _play(envs, act, begin, policy, agent: int, greedy: bool, seed: int, max_steps: int, space: Any):
     """Return, length and `finished` of the first episode of every environment, [E] each."""
     num = envs.num_envs
     key = jax.random.fold_in(jax.random.key(seed), agent)
@@ -99,7 +102,7 @@ def _play(envs, act, begin, policy, agent: int, greedy: bool, seed: int, max_ste
     memory, step = None, 0
     while running.any() and step < max_steps:
         keys = None if greedy else jax.random.split(jax.random.fold_in(key, step), num)
-        seen = _from_zero(envs.single_observation_space, obs)
+        seen = _as_ours(space, envs.single_observation_space, obs)
         action, memory = begin(policy, seen, keys) if step == 0 else act(policy, seen, keys, memory)
         obs, reward, terminated, truncated, _ = envs.step(np.asarray(action) + _start(envs.single_action_space))
         ended = terminated | truncated
@@ -115,17 +118,20 @@ def _start(space: Any) -> Any:
     return getattr(space, "start", 0)
 
 
-def _from_zero(space: Any, obs: Any) -> Any:
-    """An observation of Gymnasium with every discrete part counted from 0."""
-    if hasattr(space, "spaces"):
-        return {name: _from_zero(part, obs[name]) for name, part in space.spaces.items()}
-    return obs - _start(space) if hasattr(space, "start") else obs
+def _as_ours(space: Any, theirs: Any, obs: Any) -> Any:
+    """What acting needs of an observation of Gymnasium: every discrete part counted from 0, and masks as bools."""
+    if isinstance(space, Mapping):
+        needed = without_privileged(space, space)
+        return {name: _as_ours(part, theirs[name], obs[name]) for name, part in needed.items()}
+    if isinstance(space, ActionMask):
+        return obs != 0
+    return obs - _start(theirs) if hasattr(theirs, "start") else obs
 
 
 def _check_spaces(agents: Agents, envs, env_id: str):
     obs, action = envs.single_observation_space, envs.single_action_space
     ours = observation_space(agents.ppo.env), action_space(agents.ppo.env, agents.ppo.env.params)
-    if getattr(ours[0], "shape", None) != obs.shape or _choices(ours[0]) != _choices(obs):
+    if not _is_shown(ours[0], obs):
         raise ValueError(f"{env_id} has the observations {obs} in Gymnasium, but the agents take {ours[0]!r}")
     same = not isinstance(ours[1], Box) and (ours[1].shape, _choices(ours[1])) == (action.shape, _choices(action))
     if isinstance(ours[1], Box) and hasattr(action, "low"):
@@ -133,6 +139,15 @@ def _check_spaces(agents: Agents, envs, env_id: str):
         same = ours[1].shape == action.shape and np.allclose(bounds, [action.low, action.high])
     if not same:
         raise ValueError(f"{env_id} has the actions {action} in Gymnasium, but the agents act in {ours[1]!r}")
+
+
+def _is_shown(space: Any, theirs: Any) -> bool:
+    """Whether Gymnasium shows all that acting needs of an observation."""
+    if isinstance(space, Mapping):
+        needed, parts = without_privileged(space, space), getattr(theirs, "spaces", {})
+        return needed.keys() <= parts.keys() and all(_is_shown(part, parts[name]) for name, part in needed.items())
+    same = isinstance(space, ActionMask) or _choices(space) == _choices(theirs)
+    return getattr(space, "shape", None) == theirs.shape and same
 
 
 def _choices(space: Any) -> list[int]:

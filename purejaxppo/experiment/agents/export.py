@@ -10,10 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax.errors import FlaxError
 
-from purejaxppo.envs.base import Box, Discrete, action_space, bound_action, image_scale, observation_space
-from purejaxppo.envs.roles import with_privileged, without_privileged
+from purejaxppo.envs.base import (
+    ActionMask,
+    Box,
+    Discrete,
+    action_space,
+    bound_action,
+    image_scale,
+    observation_space,
+)
+from purejaxppo.envs.roles import allowed_actions, seen_by, with_privileged, without_privileged
 from purejaxppo.experiment.agents.load import check_agent
-from purejaxppo.experiment.files import check_file, to_arrays
+from purejaxppo.experiment.files import check_file, name_leaf, to_arrays
 from purejaxppo.networks.actor_critic import make_network
 from purejaxppo.ppo import PPO, bind
 from purejaxppo.rollout import Policy, add_time, apply_policy
@@ -33,10 +41,10 @@ def export(
     """Writes a policy that takes the most probable action, and returns the Python code that uses the file.
 
     A `.stablehlo` file is a function from observations [B, ...], for any B, to actions [B, ...] within their bounds,
-    which `jax.export` reads. It respects action masks and does without privileged parts. For a recurrent network it
-    maps (observations, memory [B, ...], first [B]) to (actions, memory); where `first` is set an episode begins and the
-    memory is reset. An `.npz` file holds arrays for NumPy; it supports an `mlp` without memory, a Box as observation,
-    and a Discrete or Box action.
+    which `jax.export` reads. For a recurrent network it maps (observations, memory [B, ...], first [B]) to (actions,
+    memory); where `first` is set an episode begins and the memory is reset. An `.npz` file holds arrays for NumPy; it
+    supports an `mlp` without memory that reads one Box, beside an action mask perhaps, and a Discrete or Box action.
+    Both respect a mask, and take observations without their privileged parts.
 
     Args:
         ppo: of one agent.
@@ -73,9 +81,10 @@ def _as_stablehlo(ppo: PPO, policy: Policy, env_params, platforms) -> bytes:
     import jax.export
 
     space, bound = action_space(ppo.env, env_params), ppo.config.bound_action
+    spaces, like = observation_space(ppo.env), _observation(ppo)
 
     def act(obs, memory, first):
-        obs = jax.vmap(lambda x: with_privileged(observation_space(ppo.env), x, like))(obs)
+        obs = jax.vmap(lambda x: with_privileged(spaces, x, like))(obs)
         memory, distribution, _ = apply_policy(
             policy, memory, add_time(obs), first[None], network=ppo.network, config=ppo.config
         )
@@ -85,8 +94,7 @@ def _as_stablehlo(ppo: PPO, policy: Policy, env_params, platforms) -> bytes:
         return act(obs, (), jnp.zeros(jax.tree.leaves(obs)[0].shape[0], bool))[0]
 
     (batch,) = jax.export.symbolic_shape("b")
-    _, like = jax.eval_shape(ppo.env.reset, jax.random.key(0), env_params)
-    obs = without_privileged(observation_space(ppo.env), like)
+    obs = without_privileged(spaces, like)
     memory = jax.eval_shape(lambda: ppo.network.initial_memory(1))
     obs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch, *x.shape), x.dtype), obs)
     memory = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype), memory)
@@ -104,11 +112,14 @@ def _as_numpy(ppo: PPO, policy: Policy, env_params, path: Path) -> tuple[dict[st
     heads = {Discrete: "params/params/Logits_0/logits/{}", Box: "params/params/Gaussian_0/loc/{}"}
     head = heads.get(type(space), "")
     names = [trunk.format(i, kind) for i in range(len(config.widths)) for kind in ("weight", "bias")]
-    known = isinstance(observation_space(ppo.env), Box) and head and not config.gru_width
+    spaces = observation_space(ppo.env)
+    places = jax.tree_util.tree_map_with_path(lambda path, _: name_leaf(path), spaces)
+    (read, place), mask = seen_by(spaces, places, critic=False), allowed_actions(spaces, places)
+    known = isinstance(read, Box) and head and not config.gru_width
     known = known and {*names, head.format("weight")} <= found.keys() and _is_of_config(ppo, policy)
     if not known:
         raise ValueError(
-            f"path={path} can hold only an mlp without memory over a Box, not this network (try .stablehlo)"
+            f"path={path} can hold only an mlp without memory over one Box, not this network (try .stablehlo)"
         )
     arrays = {}
     for i in range(len(config.widths) + 1):
@@ -121,14 +132,15 @@ def _as_numpy(ppo: PPO, policy: Policy, env_params, path: Path) -> tuple[dict[st
         "",
         "",
         f"def act(obs):  # {_shapes(ppo)}",
-        "    x = np.asarray(obs, np.float32)",
+        f"    x = np.asarray({_taken_from(place)}, np.float32)",
     ]
-    scale = image_scale(observation_space(ppo.env), _obs_dtype(ppo))
+    scale = image_scale(read, seen_by(spaces, _observation(ppo), critic=False)[1].dtype)
     if scale != 1:
         lines.append(f"    x = x / np.float32({scale})")
-    if "observation/mean" in found:
-        deviation = np.sqrt(found["observation/variance"] + np.float32(1e-8))
-        arrays |= {"mean": found["observation/mean"], "deviation": deviation}
+    moments = f"observation/{place}" if place else "observation"
+    if f"{moments}/mean" in found:
+        deviation = np.sqrt(found[f"{moments}/variance"] + np.float32(1e-8))
+        arrays |= {"mean": found[f"{moments}/mean"], "deviation": deviation}
         limit = config.observation_clip
         lines.append(f"    x = np.clip((x - policy['mean']) / policy['deviation'], -{limit}, {limit})")
     last = len(config.widths)
@@ -140,6 +152,11 @@ def _as_numpy(ppo: PPO, policy: Policy, env_params, path: Path) -> tuple[dict[st
         f"        x = {hidden}",
         f"    x = x @ policy['weight_{last}'].T + policy['bias_{last}']",
     ]
+    if mask is not None:
+        lines += [
+            f"    mask = np.asarray({_taken_from(mask)}, bool)",
+            "    x = np.where(mask | ~mask.any(-1, keepdims=True), x, -np.inf)",
+        ]
     if isinstance(space, Discrete):
         return arrays, "\n".join([*lines, "    return x.argmax(-1)"])
     bounds = {
@@ -151,15 +168,25 @@ def _as_numpy(ppo: PPO, policy: Policy, env_params, path: Path) -> tuple[dict[st
     return arrays | bounds, "\n".join([*lines, "    return np.clip(x, low, high)"])
 
 
-def _obs_dtype(ppo: PPO) -> Any:
-    """Of an observation that is one array."""
-    return jax.eval_shape(ppo.env.reset, jax.random.key(0), ppo.env.params)[1].dtype
+def _taken_from(place: Any) -> str:
+    """The code that takes a part of an observation by its path."""
+    return "obs" + "".join(f"[{name!r}]" for name in place.split("/") if name)
+
+
+def _observation(ppo: PPO) -> Any:
+    """The shapes of one observation."""
+    return jax.eval_shape(ppo.env.reset, jax.random.key(0), ppo.env.params)[1]
 
 
 def _is_of_config(ppo: PPO, policy: Policy) -> bool:
     """Whether the network is the one of the config, and not a custom one with weights of the same names."""
     space = observation_space(ppo.env)
-    obs = jax.random.normal(jax.random.key(0), (1, 8, *space.shape))
+
+    def draw(part):
+        x = jax.random.normal(jax.random.key(0), (1, 8, *part.shape))
+        return x > 0 if isinstance(part, ActionMask) else x if isinstance(part, Box) else x.astype(jnp.int32)
+
+    obs = jax.tree.map(draw, space)
     try:
         network = make_network(ppo.config, space, action_space(ppo.env, ppo.env.params))
         ours, theirs = (n.apply(policy.params, (), obs, jnp.ones((1, 8), bool))[1:] for n in (network, ppo.network))
@@ -170,8 +197,10 @@ def _is_of_config(ppo: PPO, policy: Policy) -> bool:
 
 def _shapes(ppo: PPO) -> str:
     """Shapes of inputs and outputs, for readers."""
-    obs = jax.eval_shape(ppo.env.reset, jax.random.key(0), ppo.env.params)[1]
-    obs = without_privileged(observation_space(ppo.env), obs)
-    shape = ", ".join(["batch", *map(str, obs.shape)]) if hasattr(obs, "shape") else "batch, ..."
-    action = action_space(ppo.env, ppo.env.params).shape
-    return f"obs [{shape}] -> actions [{', '.join(['batch', *map(str, action)])}]"
+    parts = jax.tree_util.tree_leaves_with_path(without_privileged(observation_space(ppo.env), _observation(ppo)))
+    inputs = [f"obs{jax.tree_util.keystr(path)} {_batch(x.shape)}" for path, x in parts]
+    return f"{', '.join(inputs)} -> actions {_batch(action_space(ppo.env, ppo.env.params).shape)}"
+
+
+def _batch(shape: Sequence[int]) -> str:
+    return f"[{', '.join(['batch', *map(str, shape)])}]"

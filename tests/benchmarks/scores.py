@@ -1,0 +1,85 @@
+"""Trains presets with several seeds each and evaluates what they learned; the data is kept beside this file.
+
+    python tests/benchmarks/scores.py [--only brax/reacher navix/Navix-Empty-5x5-v0] [--num-seeds 5] [--again]
+                                      [--out tests/benchmarks/scores.json]
+
+Every seed trains in one batch and plays 128 fresh episodes, once sampled and once greedy. The file is written after
+every environment, and environments in it are left out unless --again is given, so a run can be interrupted. Prints
+means over seeds with 95 % intervals, and the worst seed. Environments of suites need their suite.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import purejaxppo as pjp
+from purejaxppo.experiment.provenance import describe_machine
+from purejaxppo.experiment.report.metrics import learning_curve, mean_interval
+from purejaxppo.experiment.suite_presets import TRIED
+
+FIRST_SEED = 1000  # presets were tuned on others
+NUM_POINTS = 50  # of a learning curve
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=list(TRIED))
+    parser.add_argument("--num-seeds", type=int, default=5)
+    parser.add_argument("--again", action="store_true", help="environments that are in the file already, too")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "scores.json")
+    options = parser.parse_args()
+    kept = json.loads(options.out.read_text()) if options.out.exists() else {}
+    for env in options.only:
+        if options.again or env not in kept:
+            kept[env] = score(env, options.num_seeds)
+            options.out.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
+            print(describe(env, kept[env]), flush=True)
+    print("\n".join(describe(env, kept[env]) for env in options.only))
+
+
+def score(env: str, num_seeds: int) -> dict:
+    """The returns of every seed of a preset: of the last 100 training episodes, and of 128 fresh ones."""
+    config, hyperparams = pjp.preset(env)
+    ppo = pjp.batched(pjp.make_ppo(env, config))
+    keys = jax.vmap(jax.random.key)(FIRST_SEED + np.arange(num_seeds))
+    start = time.perf_counter()
+    state = pjp.first_state(ppo, keys, hyperparams)
+    program = pjp.compile_training(ppo, state)
+    compiled = time.perf_counter()
+    result = pjp.fit(ppo, state, progress=False, program=program)
+    seconds = time.perf_counter() - compiled
+    played = {
+        name: jax.jit(lambda keys, policy, greedy=greedy: ppo.evaluate(keys, policy, greedy=greedy))(
+            keys, result.state.policy
+        )
+        for name, greedy in (("sampled", False), ("greedy", True))
+    }
+    curve = learning_curve(result.metrics, NUM_POINTS)
+    return {
+        "steps": config.total_steps,
+        "training": pjp.statistics.final_scores(result.metrics).values.tolist(),
+        **{name: np.asarray(x.episode_return).mean(1).tolist() for name, x in played.items()},
+        "unfinished": {name: int((~np.asarray(x.finished)).sum()) for name, x in played.items()},
+        "curve": np.round(curve.values.astype(float), 3).tolist(),
+        "compile_seconds": round(compiled - start, 1),
+        "train_seconds": round(seconds, 1),
+        "versions": describe_machine()["versions"],
+    }
+
+
+def describe(env: str, row: dict) -> str:
+    """A line on the returns of an environment."""
+    cells = []
+    for name in ("training", "sampled", "greedy"):
+        mean, low, high = mean_interval(row[name])
+        cells.append(f"{name} {mean:9.2f} [{low:.2f}, {high:.2f}] worst {np.nanmin(row[name]):.2f}")
+    rate = row["steps"] * len(row["greedy"]) / row["train_seconds"]
+    return f"{env:<36}{row['steps']:>10,} steps  " + "   ".join(cells) + f"   {rate:,.0f} steps/s"
+
+
+if __name__ == "__main__":
+    main()
