@@ -54,6 +54,32 @@ def test_stacked_frames_have_the_bounds_of_each():
     assert isinstance(code, MultiDiscrete) and np.array_equal(code.sizes, [10, 10])
 
 
+def board():
+    """Shows a grid of categories that counts, a mask, and a part for the critic alone."""
+
+    def show(time):
+        grid = jnp.zeros((2, 2, 3), jnp.uint8) + time.astype(jnp.uint8)
+        return {"grid": grid, "mask": jnp.arange(3) <= time, "hidden": time * jnp.ones(1)}
+
+    def step(key, time, action, params):
+        return Step(time + 1, show(time + 1), jnp.float32(1), time >= 1, jnp.bool_(False))
+
+    sizes = np.broadcast_to([4, 5, 6], (2, 2, 3))
+    spaces = {"grid": MultiDiscrete(sizes), "mask": pjp.ActionMask((3,)), "hidden": pjp.privileged(Box(shape=(1,)))}
+    reset = lambda key, params: (jnp.int32(0), show(jnp.int32(0)))
+    return Env(reset, step, (), Discrete(3), spaces, "board")
+
+
+def test_grids_and_privileged_parts_are_stacked_and_masks_are_not():
+    env = pjp.frame_stack(board(), 2)
+    _, results = play(env, [0, 0])
+    assert results[1].obs["grid"][0, 0].tolist() == [1, 1, 1, 2, 2, 2]
+    assert results[1].obs["mask"].tolist() == [True, True, True] and results[1].obs["hidden"].tolist() == [1, 2]
+    grid, mask, hidden = (env.observation_space[name] for name in ("grid", "mask", "hidden"))
+    assert grid.shape == (2, 2, 6) and grid.sizes[:6] == (4, 5, 6, 4, 5, 6) and mask.shape == (3,)
+    assert hidden.privileged and hidden.shape == (2,) and not grid.privileged
+
+
 @pytest.mark.parametrize("terminate", [True, False])
 def test_a_repeated_action_sums_rewards_until_the_episode_ends(terminate):
     env = pjp.action_repeat(counter(5, terminate), 3)
@@ -124,6 +150,7 @@ def test_a_randomized_environment_steps_with_the_parameters_of_its_episode(key):
     assert not np.array_equal(ours.obs, plain.step(key, state.state, jnp.int32(1), plain.params).obs)
 
 
+@pytest.mark.full
 def test_episodes_of_one_run_have_different_parameters():
     env = pjp.randomize(pjp.make_env("CartPole-v1"), draw_length)
     ppo = pjp.make_ppo(env, pjp.Config(num_envs=16, num_steps=64, num_updates=1))
@@ -137,6 +164,8 @@ def test_episodes_of_one_run_have_different_parameters():
         (lambda: api.frame_stack(counter(3), 0), "num_frames=0 must be at least 1"),
         (lambda: api.frame_stack("CartPole-v1", 4), "env='CartPole-v1' must be an Env"),
         (lambda: api.action_repeat(counter(3), 1.5), "num_repeats=1.5 must be a whole number"),
+        (lambda: api.action_repeat(board(), 2), "env='board' masks actions, so action_repeat might take one that"),
+        (lambda: api.sticky_actions(board(), 0.5), "env='board' masks actions, so sticky_actions might take one that"),
         (lambda: api.sticky_actions(counter(3), 1.5), r"probability=1.5 must be a number in \[0, 1\]"),
         (lambda: api.randomize(counter(3), lambda key, params: 1.0), "sample_params=.* must return"),
     ],
