@@ -12,10 +12,10 @@ import purejaxppo
 
 ROOT = Path(purejaxppo.__file__).parent
 CORE = [
-    "text", "checks", "record", "platforms", "config", "envs.base", "envs.check", "envs.import_gymnax",
+    "text", "checks", "record", "platforms", "config", "envs.base", "envs.check", "envs.memory_inputs", "envs.import_gymnax",
     "envs.without_reset", "envs.from_gymnax", "envs",
     "collectives", "normalize", "networks.distributions", "networks.orthogonal", "networks.layers",
-    "networks.network", "networks.actor_critic", "networks", "starts", "rollout", "advantages", "loss", "summary",
+    "networks.memories", "networks.network", "networks.actor_critic", "networks", "starts", "rollout", "advantages", "loss", "summary",
     "validate", "update", "evaluate", "ppo", "adaptive", "sharded", "table", "batched", "evolving",
 ]  # fmt: skip
 # Of the host: a module imports from its own folder and from those before it.

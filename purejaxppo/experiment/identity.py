@@ -34,6 +34,7 @@ import numpy as np
 from purejaxppo.config import Hyperparams, suggest
 from purejaxppo.envs import env_names, make_env
 from purejaxppo.envs.base import Env, action_space, observation_space
+from purejaxppo.envs.memory_inputs import with_memory_inputs
 from purejaxppo.networks.actor_critic import make_network
 from purejaxppo.networks.network import Network
 from purejaxppo.ppo import PPO
@@ -69,7 +70,7 @@ def identify_ppo(ppo: PPO, hyperparams: Hyperparams = Hyperparams()) -> dict[str
     if network == identify(_network_of_config(ppo)):
         network = DEFAULTS["network"]
     env = identify(ppo.env)
-    if ppo.env.name in env_names() and env == identify(make_env(ppo.env.name)):
+    if ppo.env.name in env_names() and env == identify(_env_of_config(ppo)):
         env = ppo.env.name
     found = {"env": env, "network": network, "loss": identify(ppo.loss), "optimizer": identify(ppo.optimizer)}
     if ppo.changes:
@@ -143,6 +144,11 @@ def _differing(before: Mapping[str, str], now: Mapping[str, str], allow_changed:
 def identify(value: Any) -> str:
     """The identity of any value: its name, followed by a digest unless the name says it all."""
     return _Identifier()(value)
+
+
+def _env_of_config(ppo: PPO) -> Env:
+    env = make_env(ppo.env.name)
+    return with_memory_inputs(env) if ppo.config.memory_inputs else env
 
 
 def _network_of_config(ppo: PPO) -> Network | None:

@@ -1,7 +1,17 @@
 """Networks: what a network is, our actor-critic, its layers, and distributions over actions."""
 
-from purejaxppo.networks import layers
+from purejaxppo.networks import layers, memories
 from purejaxppo.networks.distributions import Categorical, MultiCategorical, Normal, TanhNormal
 from purejaxppo.networks.network import Network, from_linen, from_nnx
 
-__all__ = ["Categorical", "MultiCategorical", "Network", "Normal", "TanhNormal", "from_linen", "from_nnx", "layers"]
+__all__ = [
+    "Categorical",
+    "MultiCategorical",
+    "Network",
+    "Normal",
+    "TanhNormal",
+    "from_linen",
+    "from_nnx",
+    "layers",
+    "memories",
+]

@@ -100,7 +100,7 @@ def _as_numpy(ppo: PPO, policy: Policy, env_params, path: Path) -> tuple[dict[st
     heads = {Discrete: "params/params/Logits_0/logits/{}", Box: "params/params/Gaussian_0/loc/{}"}
     head = heads.get(type(space), "")
     names = [trunk.format(i, kind) for i in range(len(config.widths)) for kind in ("weight", "bias")]
-    known = isinstance(observation_space(ppo.env), Box) and head and not config.gru_width
+    known = isinstance(observation_space(ppo.env), Box) and head and not config.memory
     known = known and {*names, head.format("weight")} <= found.keys() and _is_of_config(ppo, policy)
     if not known:
         raise ValueError(
