@@ -35,6 +35,7 @@ from purejaxppo.networks import (
     from_linen,
     from_nnx,
     layers,
+    memories,
 )
 from purejaxppo.ppo import PPO, TrainState, make_ppo, with_step
 from purejaxppo.rollout import Policy, Rollout
@@ -73,7 +74,7 @@ __all__ = [
     "adaptive_learning_rate", "batched", "cache_compilation", "check_env", "check_shapes", "choice",
     "compile_training", "concatenate", "evaluate_agents", "evaluate_in_gymnasium", "evolving", "export",
     "first_state", "fit", "frame_stack", "from_linen", "from_nnx", "gae", "grid", "integers", "layers", "linear",
-    "load", "load_agents", "log_uniform", "make_env", "make_ppo", "optuna_search", "paired", "plan_sweep",
+    "load", "load_agents", "log_uniform", "make_env", "make_ppo", "memories", "optuna_search", "paired", "plan_sweep",
     "plot_curves", "plot_heatmap", "plot_importance", "plot_learning_curve", "plot_parallel", "ppo_loss", "preset",
     "privileged", "randomize", "record_episode", "render", "resume", "run_sweep", "runs", "sample", "schedule",
     "sharded", "sinks", "statistics", "sticky_actions", "successive_halving", "time_limit", "uniform",

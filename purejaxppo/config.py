@@ -76,8 +76,12 @@ class Config:
     """Nonlinearity of the hidden layers."""
     share_encoder: bool = False
     """Whether the actor and the critic share all layers but the last."""
-    gru_width: int = 0
-    """Width of a recurrent layer (GRU) after the encoder, where 0 means none."""
+    memory: Literal["", "gru", "lstm", "mingru"] = ""
+    """Kind of recurrent layer after the encoder, where "" means none; `mingru` computes all steps in parallel."""
+    memory_width: int = 64
+    """Width of the recurrent layer."""
+    memory_inputs: bool = False
+    """Whether the network also reads the previous action and reward, as `previous_action` and `previous_reward`."""
 
     resets_per_step: int = 0
     """Number of start states drawn per step, rounded up to the same on every device; those drawn before wait, one for
@@ -94,9 +98,11 @@ class Config:
         def keep(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)  # as Python's own types, which can be hashed and saved
 
-        for name in ("num_envs", "num_steps", "num_updates", "num_epochs", "num_minibatches", "segment_length"):
+        for name in ("num_envs", "num_steps", "num_updates", "num_epochs", "num_minibatches"):
             keep(name, check_whole(name, getattr(self, name), at_least=1))
-        for name in ("gru_width", "resets_per_step", "stagger"):
+        for name in ("segment_length", "memory_width"):
+            keep(name, check_whole(name, getattr(self, name), at_least=1))
+        for name in ("resets_per_step", "stagger"):
             keep(name, check_whole(name, getattr(self, name), at_least=0))
         widths: Any = self.widths
         if not isinstance(widths, (tuple, list)) and np.ndim(widths) != 1:
@@ -136,9 +142,9 @@ class Config:
                 "normalize_advantage='batch' standardises over one transition (num_envs=1 x num_steps=1), which gives "
                 "advantage 0 (try more steps, or normalize_advantage='off')"
             )
-        if self.gru_width and self.segment_length == 1:
+        if self.memory and self.segment_length == 1:
             raise ValueError(
-                f"gru_width={self.gru_width} needs segments of more than one step "
+                f"memory={self.memory!r} needs segments of more than one step "
                 f"(try segment_length={self.num_steps}, which is num_steps, or a divisor of it)"
             )
         if self.stagger and not self.bootstrap_on_truncation:
@@ -181,6 +187,20 @@ class Config:
                 f"{self.steps_per_update}"
             )
         return replace(self, num_updates=total_steps // self.steps_per_update)
+
+
+def rename_older(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `Config` by their names of today: older versions wrote `gru_width`, which was 0 without a memory."""
+    values = dict(values)
+    width = values.pop("gru_width", None)
+    if width is None:
+        return values
+    return values | ({"memory": "gru", "memory_width": width} if width else {"memory": ""})
+
+
+def show_older(config: Config) -> dict[str, Any]:
+    """The fields of a config, also by the names of `rename_older`."""
+    return vars(config) | {"gru_width": config.memory_width if config.memory == "gru" else 0}
 
 
 class Spec(NamedTuple):
@@ -319,16 +339,18 @@ OTHER_NAMES = {
     "clip_param": "clip", "clip_range": "clip", "clip_range_vf": "value_clip", "clip_vloss": "clip_value_loss",
     "cliprange": "clip", "ent_coef": "entropy_coefficient", "ent_weight": "entropy_coefficient",
     "entropy_coef": "entropy_coefficient", "entropy_coeff": "entropy_coefficient", "epochs": "num_epochs",
-    "eps": "adam_eps", "epsilon": "clip", "gae": "gae_lambda", "gamma": "discount", "hidden": "widths",
-    "hidden_size": "widths", "hidden_sizes": "widths", "horizon": "num_steps", "lam": "gae_lambda",
-    "lambda": "gae_lambda", "lambda_": "gae_lambda", "layers": "widths", "lmbda": "gae_lambda",
-    "lr": "learning_rate", "max_norm": "max_grad_norm", "minibatch_size": "num_minibatches", "n_envs": "num_envs",
+    "eps": "adam_eps", "epsilon": "clip", "gae": "gae_lambda", "gamma": "discount", "gru": "memory",
+    "gru_width": "memory_width", "hidden": "widths", "hidden_size": "widths", "hidden_sizes": "widths",
+    "horizon": "num_steps", "lam": "gae_lambda", "lambda": "gae_lambda", "lambda_": "gae_lambda", "layers": "widths",
+    "lmbda": "gae_lambda", "lr": "learning_rate", "lstm": "memory", "lstm_hidden_size": "memory_width",
+    "max_norm": "max_grad_norm", "mingru": "memory", "minibatch_size": "num_minibatches", "n_envs": "num_envs",
     "n_epochs": "num_epochs", "n_layers": "widths", "n_minibatches": "num_minibatches", "n_steps": "num_steps",
     "n_updates": "num_updates", "net_arch": "widths", "norm_adv": "normalize_advantage",
-    "norm_obs": "normalize_observation", "num_layers": "widths", "rollout_length": "num_steps",
-    "seq_len": "segment_length", "total_steps": "num_updates", "total_timesteps": "num_updates",
-    "unroll_length": "num_steps", "update_epochs": "num_epochs", "value_coef": "value_coefficient",
-    "vf_clip": "value_clip", "vf_coef": "value_coefficient", "vf_coeff": "value_coefficient",
+    "norm_obs": "normalize_observation", "num_layers": "widths", "recurrent": "memory", "rnn": "memory",
+    "rollout_length": "num_steps", "seq_len": "segment_length", "total_steps": "num_updates",
+    "total_timesteps": "num_updates", "unroll_length": "num_steps", "update_epochs": "num_epochs",
+    "value_coef": "value_coefficient", "vf_clip": "value_clip", "vf_coef": "value_coefficient",
+    "vf_coeff": "value_coefficient",
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from purejaxppo.config import Config, Hyperparams, as_arrays
 from purejaxppo.envs import make_env
 from purejaxppo.envs.base import Env, action_space, bound_action, observation_space
 from purejaxppo.envs.check import check_shapes, check_squash
+from purejaxppo.envs.memory_inputs import with_memory_inputs
 from purejaxppo.envs.roles import with_privileged
 from purejaxppo.evaluate import evaluate
 from purejaxppo.loss import ppo_loss
@@ -157,6 +158,7 @@ def make_ppo(
     problems = check_shapes(env)
     if problems:
         raise ValueError(f"environment {env.name!r} failed its checks: {' '.join(problems)}")
+    env = with_memory_inputs(env) if config.memory_inputs else env
     spaces = observation_space(env), action_space(env, env.params)
     if config.bound_action == "tanh":
         check_squash(spaces[1])

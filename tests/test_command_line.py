@@ -106,7 +106,7 @@ REFUSALS = [
     (["train", "CartPole-v1", "--seed", "9" * 30], "must be at most 2147483647"),
     (["train", "--out", "CartPole-v1", "Acrobot-v1"], "name an environment first"),
     (["train", "CartPole-v1", "--target-kl", "0.01"], "set both"),
-    (["train", "CartPole-v1", "--gru-width", "8"], "segment_length=32"),
+    (["train", "CartPole-v1", "--memory", "gru"], "segment_length=32"),
     (["envs", "--all"], "--all"),
 ]
 

@@ -44,7 +44,9 @@ from purejaxppo.config import OTHER_NAMES, as_arrays
         ({"observation_clip": 0.0}, r"observation_clip=0 must be a number in \(0, inf\]"),
         ({"initial_std": float("nan")}, "initial_std=nan"),
         ({"num_envs": 1, "num_steps": 4}, "num_minibatches=4 leaves one transition per minibatch"),
-        ({"gru_width": 8}, "gru_width=8 needs segments of more than one step"),
+        ({"memory": "gru"}, "memory='gru' needs segments of more than one step"),
+        ({"memory": "rnn"}, "memory='rnn' must be one of '', 'gru', 'lstm', 'mingru'"),
+        ({"memory_width": 0}, "memory_width=0 must be at least 1"),
         ({"resets_per_step": 9}, "resets_per_step=9 must not exceed num_envs=4"),
     ],
 )

@@ -21,7 +21,7 @@ from purejaxppo.update import update
 
 FAST = pjp.Hyperparams(learning_rate=1e-2)
 NORMALIZED = replace(SMALL, normalize_observation=True, scale_reward=True)
-RECURRENT = replace(NORMALIZED, gru_width=4, segment_length=4, normalize_advantage="batch")
+RECURRENT = replace(NORMALIZED, memory="gru", memory_width=4, segment_length=4, normalize_advantage="batch")
 
 
 def collected(ppo, key, hyperparams=FAST):

@@ -53,21 +53,23 @@ def test_greedy_play_takes_the_mode_and_repeats_itself(key):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("gru_width", [0, 4])
-def test_acting_step_by_step_is_greedy_evaluation(gru_width, key):
+@pytest.mark.parametrize("memory", ["", "gru", "lstm", "mingru"])
+def test_acting_step_by_step_is_greedy_evaluation(memory, key):
     """The host plays an episode with `act`; evaluation plays the same one in a program."""
     config = type(SMALL)(
-        **vars(SMALL) | {"gru_width": gru_width, "segment_length": 8 if gru_width else 1, "normalize_observation": True}
+        **vars(SMALL)
+        | {"memory": memory, "segment_length": 8 if memory else 1, "normalize_observation": True}
+        | {"memory_inputs": memory == "lstm"}
     )
     ppo = make_ppo(recall_cue(), config)
     policy = jax.jit(ppo.train)(ppo.init(key))[0].policy
     act, step = jax.jit(ppo.act), jax.jit(ppo.env.step)
     returns = {}
     for seed in range(8):
-        (state, obs), memory, total, done = ppo.env.reset(jax.random.key(seed), ()), None, 0.0, False
+        (state, obs), remembered, total, done = ppo.env.reset(jax.random.key(seed), ()), None, 0.0, False
         cue = int(state[1])
         while not done:
-            action, memory = act(policy, obs, memory=memory)
+            action, remembered = act(policy, obs, memory=remembered)
             result = step(key, state, action, ())
             state, obs, total, done = result.state, result.obs, total + float(result.reward), bool(result.terminated)
         returns[cue] = total

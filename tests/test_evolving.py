@@ -17,7 +17,13 @@ pytestmark = pytest.mark.full
 
 ONE_MINIBATCH = {"num_epochs": 1, "num_minibatches": 1, "segment_length": 8}
 RECURRENT = replace(
-    SMALL, gru_width=4, share_encoder=True, normalize_observation=True, scale_reward=True, **ONE_MINIBATCH
+    SMALL,
+    memory="gru",
+    memory_width=4,
+    share_encoder=True,
+    normalize_observation=True,
+    scale_reward=True,
+    **ONE_MINIBATCH,
 )
 RATES = jnp.array([1e-4, 3e-4, 1e-3, 3e-3])
 

@@ -35,7 +35,7 @@ def actions_of(ppo, policy, obs):
     return np.asarray(jax.vmap(lambda x: ppo.act(policy, x)[0])(obs))
 
 
-GRU = {"gru_width": 8, "segment_length": SMALL.num_steps}
+GRU = {"memory": "gru", "memory_width": 8, "segment_length": SMALL.num_steps}
 PENDULUM = [{"bound_action": how, "normalize_observation": True} for how in ("clip", "tanh")]
 
 

@@ -14,11 +14,12 @@ from purejaxppo.envs import SUITES
 ROOT = Path(purejaxppo.__file__).parent
 CORE = [
     "text", "checks", "record", "platforms", "config", "envs.base", "envs.roles", "envs.check", "envs.import_gymnax",
-    "envs.without_reset", "envs.from_gymnax", "envs.wrappers", "envs.suite", "envs.from_brax", "envs.from_craftax",
-    "envs.from_jumanji", "envs.from_navix", "envs.from_pgx", "envs.from_playground", "envs.from_xland", "envs",
-    "collectives", "normalize", "networks.distributions", "networks.orthogonal", "networks.layers",
-    "networks.network", "networks.actor_critic", "networks", "starts", "rollout", "advantages", "loss", "summary",
-    "validate", "update", "evaluate", "ppo", "adaptive", "sharded", "table", "batched", "evolving",
+    "envs.without_reset", "envs.from_gymnax", "envs.memory_inputs", "envs.wrappers", "envs.suite", "envs.from_brax",
+    "envs.from_craftax", "envs.from_jumanji", "envs.from_navix", "envs.from_pgx", "envs.from_playground",
+    "envs.from_xland", "envs", "collectives", "normalize", "networks.distributions", "networks.orthogonal",
+    "networks.layers", "networks.memories", "networks.network", "networks.actor_critic", "networks", "starts",
+    "rollout", "advantages", "loss", "summary", "validate", "update", "evaluate", "ppo", "adaptive", "sharded",
+    "table", "batched", "evolving",
 ]  # fmt: skip
 # Of the host: a module imports from its own folder and from those before it.
 FOLDERS = [

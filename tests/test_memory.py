@@ -48,7 +48,9 @@ def test_an_image_is_kept_as_it_is_shown_and_its_activations_are_not():
 def test_a_memory_is_kept_once_for_a_segment():
     sizes = {}
     for length in (2, 64):
-        config = pjp.Config(num_envs=32, num_steps=64, segment_length=length, gru_width=64, num_minibatches=32)
+        config = pjp.Config(
+            num_envs=32, num_steps=64, segment_length=length, memory="gru", memory_width=64, num_minibatches=32
+        )
         ppo = pjp.make_ppo(counter(100), config)
         rollout = jax.eval_shape(ppo.collect, jax.eval_shape(ppo.init, jax.random.key(0)))[1]
         sizes[length] = sum(x.size for x in jax.tree.leaves(rollout.memory))

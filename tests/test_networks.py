@@ -29,7 +29,8 @@ from purejaxppo import (
 )
 from purejaxppo.envs.base import flatten_observation
 from purejaxppo.networks.actor_critic import ActorCritic, make_network
-from purejaxppo.networks.layers import GRU, MLP, Dense, Logits, to_columns, to_rows
+from purejaxppo.networks.layers import MLP, Dense, Logits, to_columns, to_rows
+from purejaxppo.networks.memories import GRU
 from purejaxppo.networks.orthogonal import orthogonal, orthogonalize
 
 
@@ -64,7 +65,8 @@ def test_every_layer_of_a_network_has_a_matrix_of_its_own(key):
 
 
 @pytest.mark.parametrize(
-    "details", [{}, {"encoder": "cnn"}, {"gru_width": 8, "segment_length": 4}, {"share_encoder": True}]
+    "details",
+    [{}, {"encoder": "cnn"}, {"memory": "gru", "memory_width": 8, "segment_length": 4}, {"share_encoder": True}],
 )
 def test_every_weight_of_our_networks_is_an_orthogonal_matrix(details, key):
     network = make_network(Config(widths=(16, 16), **details), Box(shape=(5, 5, 2)), Discrete(3))
@@ -344,7 +346,7 @@ def test_actor_and_critic_are_apart_unless_shared(key):
 
 @pytest.mark.full
 def test_a_memory_carries_over_pieces_of_a_sequence_as_over_the_whole(key):
-    network = make_network(Config(gru_width=8, segment_length=8), Box(shape=(3,)), Discrete(2))
+    network = make_network(Config(memory="gru", memory_width=8, segment_length=8), Box(shape=(3,)), Discrete(2))
     obs = jax.random.normal(key, (6, 2, 3))
     first = jnp.zeros((6, 2), bool).at[0].set(True).at[3, 1].set(True)
     params = network.init(key, network.initial_memory(2), obs, first)

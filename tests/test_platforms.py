@@ -29,7 +29,7 @@ def grid():
 WORKS = {
     "mlp": ("CartPole-v1", pjp.Config(**SMALL)),
     "normalised, continuous": ("Pendulum-v1", pjp.Config(**SMALL, normalize_observation=True, scale_reward=True)),
-    "gru": ("CartPole-v1", pjp.Config(**SMALL, gru_width=8, segment_length=4)),
+    "gru": ("CartPole-v1", pjp.Config(**SMALL, memory="gru", memory_width=8, segment_length=4)),
     "cnn": (grid(), pjp.Config(**SMALL, encoder="cnn", widths=(16,))),
 }
 

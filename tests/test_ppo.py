@@ -31,9 +31,10 @@ def same_leaves(a, b):
 DETAILS = [
     {},
     {"normalize_observation": True, "scale_reward": True, "normalize_advantage": "batch", "bound_action": "tanh"},
-    {"gru_width": 4, "segment_length": 4, "normalize_observation": True},
+    {"memory": "gru", "memory_width": 4, "segment_length": 4, "normalize_observation": True},
     pytest.param(
-        {"gru_width": 4, "segment_length": 8, "share_encoder": True, "clip_value_loss": False}, marks=pytest.mark.full
+        {"memory": "lstm", "memory_width": 4, "segment_length": 8, "share_encoder": True, "clip_value_loss": False},
+        marks=pytest.mark.full,
     ),
 ]
 
@@ -239,7 +240,7 @@ def test_probe_a_cue_is_recalled_with_a_memory_and_only_with_one():
         train = jax.jit(jax.vmap(lambda key: ppo.train(ppo.init(key, FAST))[1]["episode_return"][-10:].mean()))
         return train(jax.random.split(jax.random.key(0), 3))
 
-    assert (last_return(gru_width=16, segment_length=16) > 0.95).all()
+    assert (last_return(memory="gru", memory_width=16, segment_length=16) > 0.95).all()
     np.testing.assert_allclose(last_return(), 0.5, atol=0.1)
 
 

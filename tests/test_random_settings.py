@@ -31,7 +31,7 @@ SIZES: dict[str, Any] = {
 }
 SMALL = {
     "num_envs": [1, 2, 3, 4], "num_steps": [1, 2, 4, 8], "num_updates": [1, 2], "num_epochs": [1, 2],
-    "num_minibatches": [1, 2, 4], "segment_length": [1, 2, 4], "gru_width": [0, 3], "resets_per_step": [0, 1],
+    "num_minibatches": [1, 2, 4], "segment_length": [1, 2, 4], "memory_width": [1, 3], "resets_per_step": [0, 1],
     "stagger": [0, 5],
     "widths": [(), (3,), [3, 2], np.array([4, 4])], "observation_clip": [0.1, 10.0, math.inf],
     "reward_clip": [0.1, math.inf], "initial_std": [1e-3, 1.0],

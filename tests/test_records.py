@@ -400,3 +400,26 @@ def test_commands_end_in_success_or_one_sentence_whatever_the_settings_hold(kind
             # 4 says that every agent failed, which a value on disk can lead to; 3 would be a full disk.
             assert (status, len(errors)) in ((0, 0), (2, 1), (4, 1)), (path, value, command, said)
         shutil.rmtree(copied)
+
+
+@pytest.mark.parametrize("width, memory", [(5, "gru"), (0, "")])
+def test_the_gru_width_of_older_versions_is_read(width, memory, tmp_path):
+    config = dataclasses.replace(SMALL, segment_length=4, memory=memory, memory_width=width or 64)
+    older = {"gru_width": width, **{k: x for k, x in dataclasses.asdict(config).items() if "memory" not in k}}
+    settings = dataclasses.replace(make_settings(), config=config)
+    save_json(tmp_path / SETTINGS, settings.to_json() | {"config": older})
+    with pytest.warns(UserWarning, match="lacks .*config.memory_inputs"):
+        assert plain(read_settings(tmp_path)) == plain(settings)
+
+
+def test_a_sweep_over_the_gru_width_of_older_versions_keeps_the_names_of_its_runs():
+    config = dataclasses.replace(SMALL, segment_length=4)
+    sweep = pjp.Sweep("CartPole-v1", pjp.grid(gru_width=[0, 5]), 2, config=config, hyperparams=DEFAULTS)
+    data = sweep.to_json()
+    data["config"] = {"gru_width": 0} | {k: x for k, x in data["config"].items() if "memory" not in k}
+    read = pjp.Sweep.from_json(json.loads(json.dumps(data)))
+    assert read == sweep and list(read.runs())[3] == '{"gru_width": 5, "seed": 1}'
+    assert [(group.config.memory, group.config.memory_width) for group in read.groups()] == [("", 64), ("gru", 5)]
+    assert [read.name_group(group) for group in read.groups()] == [
+        f"env=CartPole-v1 gru_width={width}" for width in (0, 5)
+    ]

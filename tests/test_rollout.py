@@ -369,7 +369,7 @@ def test_values_in_pieces_are_those_of_one_pass(key, monkeypatch):
     """With a memory, which is carried from piece to piece."""
     from purejaxppo import advantages
 
-    config = Config(num_envs=3, num_steps=12, num_minibatches=1, segment_length=4, gru_width=8)
+    config = Config(num_envs=3, num_steps=12, num_minibatches=1, segment_length=4, memory="gru", memory_width=8)
     ppo = make_ppo(counter(5), config)
     state, rollout = ppo.collect(ppo.init(key))
     parts = {"network": ppo.network, "config": config}

@@ -34,6 +34,7 @@ import numpy as np
 from purejaxppo.config import Hyperparams, suggest
 from purejaxppo.envs import make_env
 from purejaxppo.envs.base import Env, action_space, observation_space
+from purejaxppo.envs.memory_inputs import with_memory_inputs
 from purejaxppo.networks.actor_critic import make_network
 from purejaxppo.networks.network import Network
 from purejaxppo.ppo import PPO
@@ -69,7 +70,7 @@ def identify_ppo(ppo: PPO, hyperparams: Hyperparams = Hyperparams()) -> dict[str
     if network == identify(_network_of_config(ppo)):
         network = DEFAULTS["network"]
     env = identify(ppo.env)
-    if env == _identity_of_name(ppo.env.name):
+    if env == _identity_of_name(ppo):
         env = ppo.env.name
     found = {"env": env, "network": network, "loss": identify(ppo.loss), "optimizer": identify(ppo.optimizer)}
     if ppo.changes:
@@ -152,12 +153,13 @@ def _network_of_config(ppo: PPO) -> Network | None:
         return None
 
 
-def _identity_of_name(env: str) -> str | None:
-    """The identity of what `make_env` makes of a name; None if it knows none."""
+def _identity_of_name(ppo: PPO) -> str | None:
+    """The identity of the environment that the name and the config of a PPO stand for; None for an unknown name."""
     try:
-        return identify(make_env(env))
+        env = make_env(ppo.env.name)
     except ValueError:
         return None
+    return identify(with_memory_inputs(env) if ppo.config.memory_inputs else env)
 
 
 class _Identifier:

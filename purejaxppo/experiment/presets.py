@@ -112,7 +112,9 @@ PRESETS = {
     "Catch-bsuite": _preset(100_000, {"num_envs": 16, "num_steps": 32}, learning_rate=5e-4),
     "DeepSea-bsuite": _preset(150_000, BSUITE, learning_rate=5e-4),
     "MemoryChain-bsuite": _preset(
-        150_000, {"num_envs": 16, "num_steps": 32, "segment_length": 16, "gru_width": 32}, learning_rate=1e-3
+        150_000,
+        {"num_envs": 16, "num_steps": 32, "segment_length": 16, "memory": "gru", "memory_width": 32},
+        learning_rate=1e-3,
     ),
     "UmbrellaChain-bsuite": _preset(150_000, BSUITE, learning_rate=5e-4),
     "DiscountingChain-bsuite": _preset(150_000, FINITE | {"num_envs": 32, "num_steps": 16}, learning_rate=5e-4),

@@ -24,7 +24,7 @@ import numpy as np
 
 import purejaxppo
 from purejaxppo.checks import check_range
-from purejaxppo.config import Hyperparams, spec_of
+from purejaxppo.config import Config, Hyperparams, rename_older, spec_of
 from purejaxppo.experiment.files import read_bytes
 from purejaxppo.experiment.provenance import as_json
 from purejaxppo.text import shorten
@@ -137,6 +137,7 @@ def complete_hyperparams(values: Mapping[str, Any], lacking: list[str]) -> dict[
 def _read_fields(kind: Any, data: Any, lacking: list[str], name: str) -> Any:
     """A dataclass or a TypedDict."""
     _check(name, data, isinstance(data, dict), "a dictionary")
+    data = rename_older(data) if kind is Config else data
     known, path = get_type_hints(kind, include_extras=True), lambda key: f"{name}.{key}".removeprefix(".")
     for key in data:
         if key not in known:

@@ -78,7 +78,7 @@ PUBLISHED = {
         1_000_000_000,
         {
             "num_envs": 8192, "num_steps": 256, "num_epochs": 1, "num_minibatches": 16, "segment_length": 256,
-            "gru_width": 1024, "widths": (256,),
+            "memory": "gru", "memory_width": 1024, "widths": (256,),
         },
         {"learning_rate": 1e-3},
     ),

@@ -6,14 +6,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from purejaxppo.config import Config
 from purejaxppo.envs.base import Box, Discrete, MultiDiscrete
 from purejaxppo.envs.roles import allowed_actions, has_privileged, mask_of, seen_by
 from purejaxppo.networks.distributions import Categorical, JointCategorical, MultiCategorical, Normal, TanhNormal
-from purejaxppo.networks.layers import CNN, GRU, MLP, Dense, Gaussian, Logits, is_grid, to_columns
+from purejaxppo.networks.layers import CNN, MLP, Dense, Gaussian, Logits, is_grid, to_columns
+from purejaxppo.networks.memories import MEMORIES
 from purejaxppo.networks.network import Network, draw_orthogonal
 from purejaxppo.platforms import map_each
 
@@ -30,13 +30,13 @@ def make_network(config: Config, observation_space: Any, action_space: Any) -> N
         observation_space=observation_space,
         head=make_head(config, action_space, mask_of(observation_space)),
         encoder=lambda: encoder(config.widths, activation, as_columns=True),
-        memory=(lambda: GRU(config.gru_width)) if config.gru_width else None,
+        memory=(lambda: MEMORIES[config.memory](config.memory_width)) if config.memory else None,
         share_encoder=config.share_encoder,
     )
     num_trunks = 1 if config.share_encoder else 2
 
     def initial_memory(batch: int):
-        return (jnp.zeros((batch, config.gru_width)),) * num_trunks if config.gru_width else ()
+        return (MEMORIES[config.memory](config.memory_width).empty(batch),) * num_trunks if config.memory else ()
 
     return Network(initial_memory=initial_memory, init=draw_orthogonal(module.init), apply=module.apply)
 

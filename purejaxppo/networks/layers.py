@@ -158,27 +158,6 @@ def convolve(grids: jax.Array, kernel: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(grids, kernel, cpu=product, tpu=product, default=convolution)
 
 
-class GRU(nn.Module):
-    """A gated recurrent unit (Cho et al., 2014); its memory is reset before every step that begins an episode."""
-
-    width: int
-
-    @nn.compact
-    def __call__(self, memory: jax.Array, features: jax.Array | Columns, first: jax.Array):
-        """The memory [B, width] after features [T, B, F], and features [T, B, width], as columns if given so."""
-
-        def step(cell, memory, inputs):
-            features, first = inputs
-            return cell(jnp.where(first[:, None], 0, memory), features)
-
-        as_columns = isinstance(features, Columns)
-        rows = features.values.T.reshape(*first.shape, -1) if as_columns else features
-        cell = nn.GRUCell(self.width, kernel_init=orthogonal(), recurrent_kernel_init=orthogonal())
-        scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
-        memory, rows = scan(cell, memory, (rows, first))
-        return memory, to_columns(rows) if as_columns else rows
-
-
 class Logits(nn.Module):
     """A head with small weights, so that the first policy is nearly uniform."""
 

@@ -115,7 +115,7 @@ def _as_numpy(ppo: PPO, policy: Policy, env_params, path: Path) -> tuple[dict[st
     spaces = observation_space(ppo.env)
     places = jax.tree_util.tree_map_with_path(lambda path, _: name_leaf(path), spaces)
     (read, place), mask = seen_by(spaces, places, critic=False), allowed_actions(spaces, places)
-    known = isinstance(read, Box) and head and not config.gru_width
+    known = isinstance(read, Box) and head and not config.memory
     known = known and {*names, head.format("weight")} <= found.keys() and _is_of_config(ppo, policy)
     if not known:
         raise ValueError(

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple, TypedDict
 
 from purejaxppo.checks import check_whole
-from purejaxppo.config import EXTRA, Config, Hyperparams, spec_of, suggest
+from purejaxppo.config import EXTRA, Config, Hyperparams, rename_older, show_older, spec_of, suggest
 from purejaxppo.envs import is_env_name
 from purejaxppo.experiment.presets import DEFAULTS, find_preset
 from purejaxppo.experiment.records import as_record, complete_hyperparams
@@ -17,7 +17,9 @@ from purejaxppo.table import PLUGGED, Named, Table, named, paired
 from purejaxppo.text import align, quote, show_setting
 from purejaxppo.validate import check_config, check_target_kl, check_type
 
-CONFIG_FIELDS = tuple(field.name for field in fields(Config))
+NAMES = [field.name for field in fields(Config)]
+# Tables of older versions have `gru_width`, which stood in the place of `memory`.
+CONFIG_FIELDS = (*NAMES[: NAMES.index("memory")], "gru_width", *NAMES[NAMES.index("memory") :])
 HYPERPARAM_FIELDS = Hyperparams().names
 ENV_PREFIX = "env."
 MAX_RUNS = 10**6
@@ -54,7 +56,8 @@ class Group(NamedTuple):
 
     def old_name(self) -> str:
         """The name of the group in folders of before `Sweep.name_group`: with a digest of all fields of then."""
-        config = {name: getattr(self.config, name) for name in OLD_FIELDS} | {"num_updates": None}
+        values = show_older(self.config)
+        config = {name: values[name] for name in OLD_FIELDS} | {"num_updates": None}
         digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:12]
         return f"{self.env} {show_setting(dict(self.plugged))} {digest}"
 
@@ -139,7 +142,7 @@ class Sweep:
             sizes = [static.get(name, getattr(self.config, name)) for name in ("num_envs", "num_steps")]
             if changed and all(isinstance(size, int) and size > 0 for size in sizes):
                 static["num_updates"] = max(1, self.config.total_steps // (sizes[0] * sizes[1]))
-        return replace(self.config, **static)
+        return replace(self.config, **rename_older(static))
 
     def hyperparams_of(self, row: dict) -> Hyperparams:
         """The hyperparameters under a setting."""
@@ -168,9 +171,8 @@ class Sweep:
         those of the folder anyway, and a later version may have more of them.
         """
         swept = [name for name in CONFIG_FIELDS if name in self.table.names and name != "num_updates"]
-        return show_setting(
-            {"env": group.env, **dict(group.plugged), **{name: getattr(group.config, name) for name in swept}}
-        )
+        config = show_older(group.config)
+        return show_setting({"env": group.env, **dict(group.plugged), **{name: config[name] for name in swept}})
 
     def with_values(self, values: Mapping[str, Mapping[str, Any]]) -> "Sweep":
         """The same sweep with values for names that were read from disk, as {"loss": {"spo": spo_loss}}.
