@@ -168,7 +168,7 @@ def test_every_suite_has_presets_that_fit_together():
     for name in SUITES:
         assert find_preset(f"{name}/any").config.num_envs > 4
     assert find_preset("playground/Go1Getup").config.widths == (512, 256, 128)
-    assert find_preset("xland/MiniGrid-DoorKey-5x5").config.memory_width == 0
+    assert not find_preset("xland/MiniGrid-DoorKey-5x5").config.memory
     assert {name.partition("/")[0] for name in PRESETS if "/" in name} == set(SUITES)
 
 

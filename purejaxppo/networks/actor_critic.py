@@ -91,15 +91,15 @@ class ActorCritic(nn.Module):
 
             return read
 
-        names = ("actor",) if self.share_encoder else ("actor", "critic")
-        memories = memory or ((),) * len(names)
-        seen = [seen_by(self.observation_space, obs, critic=name == "critic") for name in names]
-        start = lambda key, memory, seen: trunk.init(key, memory, *seen, first)["params"]
-        each = [(self.param(*args), args[-2]) for args in zip(names, [start] * len(names), memories, seen)]
-        if has_privileged(self.observation_space):
-            read = [reader(space)(own, obs, first) for own, (space, obs) in zip(each, seen)]
+        names, own, seen = ("actor",) if self.share_encoder else ("actor", "critic"), [], []
+        for name, kept in zip(names, memory or ((),) * len(names)):
+            seen.append(seen_by(self.observation_space, obs, critic=name == "critic"))
+            start = lambda key, kept, seen: trunk.init(key, kept, *seen, first)["params"]
+            own.append((self.param(name, start, kept, seen[-1]), kept))
+        if has_privileged(self.observation_space):  # the trunks read different parts
+            read = [reader(space)(x, part, first) for x, (space, part) in zip(own, seen)]
         else:
-            read = map_each(reader(seen[0][0]), each, seen[0][1], first)
+            read = map_each(reader(seen[0][0]), own, seen[0][1], first)
         after, features = zip(*read)
         value = Dense(1, 1.0, name="value")(to_columns(features[-1])).values.reshape(first.shape)
         distribution, allowed = self.head()(features[0]), allowed_actions(self.observation_space, obs)
