@@ -18,7 +18,7 @@ from purejaxppo.envs import make_env
 from purejaxppo.envs.base import Env, action_space, bound_action, observation_space
 from purejaxppo.envs.check import check_shapes, check_squash
 from purejaxppo.envs.memory_inputs import with_memory_inputs
-from purejaxppo.envs.roles import with_privileged
+from purejaxppo.envs.roles import has_privileged, with_privileged
 from purejaxppo.evaluate import evaluate
 from purejaxppo.loss import ppo_loss
 from purejaxppo.networks.actor_critic import make_network
@@ -452,8 +452,9 @@ def act(
     """
     first = jnp.full((1, 1), memory is None)
     memory = network.initial_memory(1) if memory is None else memory
-    _, like = jax.eval_shape(env.reset, jax.random.key(0), env.params)
-    obs = with_privileged(observation_space(env), obs, like)
+    if has_privileged(env.observation_space):
+        _, like = jax.eval_shape(env.reset, jax.random.key(0), env.params)
+        obs = with_privileged(env.observation_space, obs, like)
     obs = jax.tree.map(lambda x: jnp.asarray(x)[None, None], obs)
     memory, distribution, _ = apply_policy(policy, memory, obs, first, network=network, config=config)
     action = (distribution.mode() if key is None else distribution.sample(key))[0, 0]

@@ -17,7 +17,7 @@ import optax
 from jax.core import Tracer
 
 from purejaxppo.config import Config, Hyperparams, nearest, suggest
-from purejaxppo.envs.base import Env, observation_space
+from purejaxppo.envs.base import Env
 from purejaxppo.envs.roles import without_privileged
 from purejaxppo.networks.network import Network
 from purejaxppo.rollout import Policy, Rollout, first_limits, start_policy
@@ -121,7 +121,7 @@ class Expected:
         """Refuses arguments of `act`."""
         self.check_policy(policy)
         expected, given = self.start[1], _shapes(obs)
-        acted_on = without_privileged(observation_space(self.env), expected)
+        acted_on = without_privileged(self.env.observation_space, expected)
         expected = acted_on if given == _shapes(acted_on) else expected
         if given != _shapes(expected):
             tail = {where: shape[1:] for where, shape in given.items()}
