@@ -1,6 +1,7 @@
 """Trained agents out of a folder: played here and in Gymnasium, drawn, shown, by their commands."""
 
 import json
+from dataclasses import replace
 
 import gymnasium
 import jax
@@ -125,6 +126,24 @@ def test_gymnasium_gets_actions_from_its_own_start_and_episodes_stop_after_max_s
     np.testing.assert_array_equal(played["episode_return"], [[4, 4]])  # 2, then 1 from the observations 7 and 6
     np.testing.assert_array_equal(played["episode_length"], [[3, 3]])
     assert not played["finished"].any()
+
+
+def test_gymnasium_shows_previous_actions_and_rewards():
+    """A policy that takes action 1 unless it took it before, which paid 2: so 1, 0 and 1."""
+
+    def apply(params, memory, obs, first):
+        before = (obs["previous_action"][..., 1] == 1) & (obs["previous_reward"] == 2)
+        logits = jnp.where(before[..., None], jnp.array([9.0, 0.0]), jnp.array([0.0, 9.0]))
+        return memory, Categorical(logits + params), jnp.zeros(first.shape)
+
+    gymnasium.register("Endless-v1", entry_point="test_agents:Endless", order_enforce=False, disable_env_checker=True)
+    step = lambda key, state, action, params: Step(state, action + 1, action * 1.0, action > 2, action > 2)
+    env = Env(lambda key, params: ((), jnp.int32(0)), step, (), Discrete(2), Discrete(3), "Endless-v1")
+    network = Network(lambda batch: (), lambda *_: jnp.zeros(()), apply)
+    ppo = make_ppo(env, replace(SMALL, memory_inputs=True), network=network)
+    policies = jax.tree.map(lambda x: x[None], ppo.init(jax.random.key(0)).policy)
+    played = evaluate_in_gymnasium(Agents(ppo, policies, (), "endless"), num_episodes=2, greedy=True, max_steps=3)
+    np.testing.assert_array_equal(played["episode_return"], [[5, 5]])
 
 
 def test_the_interval_is_over_agents_or_over_the_episodes_of_one(agents):

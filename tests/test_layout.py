@@ -103,5 +103,5 @@ def test_environments_of_gymnax_bring_no_library_for_pictures_until_one_is_drawn
 def test_only_networks_know_flax_modules():
     words = "flax.linen", "flax.core", "import nnx"
     knowing = {module for module in CORE if any(word in MODULES[module].read_text() for word in words)}
-    names = "orthogonal", "layers", "network", "actor_critic"
+    names = "orthogonal", "layers", "memories", "network", "actor_critic"
     assert knowing == {f"networks.{name}" for name in names}

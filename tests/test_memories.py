@@ -155,7 +155,7 @@ def test_parts_of_a_dictionary_stay_beside_the_memory_inputs_and_names_that_are_
 def test_memory_inputs_go_through_batches_shards_evaluation_and_export(tmp_path, key):
     config = replace(SMALL, memory="mingru", memory_width=4, segment_length=4, memory_inputs=True)
     ppo = pjp.make_ppo("CartPole-v1", config)
-    state, _ = jax.jit(ppo.train)(ppo.init(key))
+    state = jax.jit(ppo.init)(key)
     assert jax.jit(ppo.evaluate)(key, state.policy).finished.all()
     pjp.export(ppo, state.policy, tmp_path / "policy.stablehlo")
     exported = jax.export.deserialize(bytearray((tmp_path / "policy.stablehlo").read_bytes()))
@@ -168,6 +168,7 @@ def test_memory_inputs_go_through_batches_shards_evaluation_and_export(tmp_path,
     batch, _ = jax.jit(many.step)(many.init(keys))
     alone, _ = jax.jit(ppo.step)(ppo.init(keys[1]))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x[1], y, atol=1e-5), batch.policy, alone.policy)
-    mesh = pjp.sharded(ppo)
-    jax.jit(mesh.step)(mesh.init(key))
+    shards = pjp.sharded(ppo, 1)
+    after, _ = jax.jit(shards.step)(shards.init(keys[1]))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), after.policy, alone.policy)
     assert identify_ppo(ppo)["env"] == "CartPole-v1" and identify_ppo(ppo)["network"] == "purejaxppo.make_network"

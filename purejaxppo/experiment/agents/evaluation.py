@@ -1,6 +1,7 @@
 """Evaluation of trained agents, in their own environment or in Gymnasium's of the same name."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import xarray
 from purejaxppo.batched import batched, seed_keys
 from purejaxppo.checks import check_whole
 from purejaxppo.envs.base import ActionMask, Box, action_space, observation_space
+from purejaxppo.envs.memory_inputs import hide_previous, show_nothing, show_previous
 from purejaxppo.envs.roles import without_privileged
 from purejaxppo.experiment.agents.load import Agents
 from purejaxppo.experiment.report.metrics import mean_interval
@@ -81,8 +83,8 @@ def evaluate_in_gymnasium(
     _check_spaces(agents, envs, env_id)
     act = jax.jit(jax.vmap(agents.ppo.act, in_axes=(None, 0, None if greedy else 0, 0)))
     begin = jax.jit(jax.vmap(agents.ppo.act, in_axes=(None, 0, None if greedy else 0)))
-    space = observation_space(agents.ppo.env)
-    played = [_play(envs, act, begin, agents.policy(i), i, greedy, seed, max_steps, space) for i in range(agents.num)]
+    show = _showing(agents, envs.single_observation_space)
+    played = [_play(envs, act, begin, show, agents.policy(i), i, greedy, seed, max_steps) for i in range(agents.num)]
     envs.close()
     return _label(agents, *map(np.stack, zip(*played)))
 
@@ -93,16 +95,16 @@ def mean_return(played: xarray.Dataset) -> tuple[float, float, float]:
     return mean_interval(returns.mean("episode") if returns.sizes["seed"] > 1 else returns)
 
 
-def _play(envs, act, begin, policy, agent: int, greedy: bool, seed: int, max_steps: int, space: Any):
+def _play(envs, act, begin, show, policy, agent: int, greedy: bool, seed: int, max_steps: int):
     """Return, length and `finished` of the first episode of every environment, [E] each."""
     num = envs.num_envs
     key = jax.random.fold_in(jax.random.key(seed), agent)
     obs, _ = envs.reset(seed=seed)  # the same for every agent
     total, length, running = np.zeros(num), np.zeros(num, int), np.ones(num, bool)
-    memory, step = None, 0
+    memory, action, reward, step = None, None, None, 0
     while running.any() and step < max_steps:
         keys = None if greedy else jax.random.split(jax.random.fold_in(key, step), num)
-        seen = _as_ours(space, envs.single_observation_space, obs)
+        seen = show(obs, action, reward)
         action, memory = begin(policy, seen, keys) if step == 0 else act(policy, seen, keys, memory)
         obs, reward, terminated, truncated, _ = envs.step(np.asarray(action) + _start(envs.single_action_space))
         ended = terminated | truncated
@@ -111,6 +113,23 @@ def _play(envs, act, begin, policy, agent: int, greedy: bool, seed: int, max_ste
         running &= ~ended
         step += 1
     return total, length, ~running
+
+
+def _showing(agents: Agents, theirs: Any) -> Callable:
+    """Shows the agents observations [E, ...] of a space of Gymnasium.
+
+    With `memory_inputs` also the previous actions and rewards, which are None before the first step.
+    """
+    space, actions = observation_space(agents.ppo.env), action_space(agents.ppo.env, agents.ppo.env.params)
+    if not agents.ppo.config.memory_inputs:
+        return lambda obs, *_: _as_ours(space, theirs, obs)
+    previous, nothing = (jax.vmap(partial(f, space=actions)) for f in (show_previous, show_nothing))
+
+    def show(obs, action, reward):
+        obs = _as_ours(hide_previous(space), theirs, obs)
+        return nothing(obs) if action is None else previous(obs, action, np.nan_to_num(reward))
+
+    return show
 
 
 def _start(space: Any) -> Any:
@@ -131,6 +150,7 @@ def _as_ours(space: Any, theirs: Any, obs: Any) -> Any:
 def _check_spaces(agents: Agents, envs, env_id: str):
     obs, action = envs.single_observation_space, envs.single_action_space
     ours = observation_space(agents.ppo.env), action_space(agents.ppo.env, agents.ppo.env.params)
+    ours = (hide_previous(ours[0]), ours[1]) if agents.ppo.config.memory_inputs else ours
     if not _is_shown(ours[0], obs):
         raise ValueError(f"{env_id} has the observations {obs} in Gymnasium, but the agents take {ours[0]!r}")
     same = not isinstance(ours[1], Box) and (ours[1].shape, _choices(ours[1])) == (action.shape, _choices(action))
