@@ -1,5 +1,5 @@
-import os
 import signal
+import threading
 import time
 from typing import Any
 
@@ -113,6 +113,9 @@ def test_a_search_that_cannot_be_is_refused(call, words):
         call()
 
 
+MAIN = threading.get_ident()
+
+
 def interrupted(chunks):
     """The loop over chunks with one Ctrl-C, which the main thread has handled before a chunk is done."""
     usual, sent = signal.getsignal(signal.SIGINT), []
@@ -120,7 +123,8 @@ def interrupted(chunks):
     def loop(*args, **kwargs):
         for result in chunks(*args, **kwargs):
             if not sent:
-                sent.append(os.kill(os.getpid(), signal.SIGINT))
+                sent.append(signal.SIGINT)
+                signal.pthread_kill(MAIN, signal.SIGINT)  # another thread would not wake it
             while signal.getsignal(signal.SIGINT) is not usual:
                 time.sleep(0.01)
             yield result
