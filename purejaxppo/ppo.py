@@ -214,11 +214,17 @@ def bind(precision: str, function: Callable, check: Callable | None = None, **st
     def bound(*args, **kwargs):
         if check is not None:
             check(**signature.bind(*args, **kwargs).arguments)
-        with jax.default_matmul_precision({"bfloat16": "BF16_BF16_F32"}.get(precision, precision)):  # names of JAX
+        with jax.default_matmul_precision(_precision_in_jax(precision)):
             return function(*args, **static, **kwargs)
 
     vars(bound)["__signature__"] = signature
     return bound
+
+
+def _precision_in_jax(precision: str) -> str:
+    """JAX's name of a `matmul_precision`. CPUs, which compute in float32 anyway, refuse that of bfloat16."""
+    on_cpu = jax.default_backend() == "cpu"
+    return {"bfloat16": "highest" if on_cpu else "BF16_BF16_F32"}.get(precision, precision)
 
 
 def with_step(ppo: PPO, step: Callable, init: Callable | None = None) -> PPO:

@@ -38,7 +38,7 @@ WORKS = {
 def accelerated(monkeypatch):
     """Traces on the CPU what accelerators are given; returns how to switch it on."""
 
-    def choose(*args, cpu, default):
+    def choose(*args, cpu, default, tpu=None):
         # The gradient of a convolution would take a CPU minutes.
         return (cpu if getattr(cpu, "__name__", "") == "product" else default)(*args)
 

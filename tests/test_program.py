@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -109,12 +110,23 @@ def test_slices_fill_the_cores_and_fit_their_caches(num_runs, num_cores, sizes, 
         ("bfloat16", "BF16_BF16_F32"),
     ],
 )
-def test_every_product_of_a_cycle_has_the_precision_of_the_config(precision, of_jax, key):
+def test_every_product_of_a_cycle_has_the_precision_of_the_config(precision, of_jax, key, monkeypatch):
     ppo = pjp.make_ppo("CartPole-v1", pjp.Config(**vars(SMALL) | {"matmul_precision": precision}))
-    program = str(jax.make_jaxpr(ppo.step)(ppo.init(key)))
+    state = ppo.init(key)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # for what a CPU cannot compute
+    program = str(jax.make_jaxpr(ppo.step)(state))
     products = program.count("dot_general[")
     found = program.count(f"precision={of_jax}")
     assert products > 6 and found == products
+
+
+def test_a_cpu_computes_products_of_bfloat16_in_float32(key):
+    exact, rounded = (
+        jax.jit(pjp.make_ppo("CartPole-v1", replace(SMALL, matmul_precision=precision)).train)
+        for precision in ("highest", "bfloat16")
+    )
+    state = pjp.make_ppo("CartPole-v1", SMALL).init(key)
+    assert (exact(state)[1]["loss"] == rounded(state)[1]["loss"]).all()
 
 
 def test_compiled_programs_are_kept_for_the_next_process(tmp_path):
