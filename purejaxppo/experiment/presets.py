@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from purejaxppo.config import Config, Hyperparams
 from purejaxppo.envs import check_name
-from purejaxppo.experiment.suite_presets import PUBLISHED, TRIED
+from purejaxppo.experiment.suite_presets import PUBLISHED, TRIED, UNTRIED
 from purejaxppo.text import quote
 
 
@@ -24,7 +24,7 @@ DEFAULTS = Preset(Config(), Hyperparams())
 def preset(env: str) -> Preset:
     """The preset of an environment by name, or the defaults if it has none.
 
-    Most environments of suites have settings that their suite publishes, which are not tried with this package
+    Most environments of suites have settings that are not tried with this package, most of them published by the suite
     (`purejaxppo envs SUITE` says which).
 
     Raises ValueError for a name that no environment has, with the nearest known names.
@@ -38,7 +38,7 @@ def preset(env: str) -> Preset:
 
 def find_preset(env: str) -> Preset:
     """As `preset`, but the defaults also for a name that no environment has."""
-    matching = [settings for pattern, settings in PUBLISHED.items() if fnmatchcase(env, pattern)]
+    matching = [settings for pattern, settings in (PUBLISHED | UNTRIED).items() if fnmatchcase(env, pattern)]
     if env in PRESETS or not matching:
         return PRESETS.get(env, DEFAULTS)
     total_steps, config, hyperparams = matching[-1]

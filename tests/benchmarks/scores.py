@@ -19,7 +19,7 @@ import numpy as np
 import purejaxppo as pjp
 from purejaxppo.experiment.provenance import describe_machine
 from purejaxppo.experiment.report.metrics import learning_curve, mean_interval
-from purejaxppo.experiment.suite_presets import TRIED
+from purejaxppo.experiment.suite_presets import TRIED, UNTRIED
 
 FIRST_SEED = 1000  # presets were tuned on others
 NUM_POINTS = 50  # of a learning curve
@@ -27,7 +27,7 @@ NUM_POINTS = 50  # of a learning curve
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=list(TRIED))
+    parser.add_argument("--only", nargs="+", default=[*TRIED, *UNTRIED])
     parser.add_argument("--num-seeds", type=int, default=5)
     parser.add_argument("--again", action="store_true", help="environments that are in the file already, too")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "scores.json")
