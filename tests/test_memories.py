@@ -91,7 +91,7 @@ def test_parallel_equals_sequential_with_its_gradients_of_every_order(key):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("kind", ["lstm", "mingru"])  # and `gru` in test_ppo.py
+@pytest.mark.parametrize("kind", [pytest.param("lstm", marks=pytest.mark.slow), "mingru"])  # `gru` is in test_ppo.py
 def test_probe_a_cue_is_recalled_with_an_lstm_and_a_mingru(kind):
     config = pjp.Config(
         num_envs=16, num_steps=16, segment_length=16, num_updates=100, widths=(16,), memory=kind, memory_width=16
@@ -152,6 +152,7 @@ def test_parts_of_a_dictionary_stay_beside_the_memory_inputs_and_names_that_are_
 
 
 @pytest.mark.full
+@pytest.mark.slow
 def test_memory_inputs_go_through_batches_shards_evaluation_and_export(tmp_path, key):
     config = replace(SMALL, memory="mingru", memory_width=4, segment_length=4, memory_inputs=True)
     ppo = pjp.make_ppo("CartPole-v1", config)

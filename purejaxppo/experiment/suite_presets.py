@@ -1,7 +1,7 @@
 """Presets for suites, as data: name -> (environment steps, fields of `Config`, fields of `Hyperparams`).
 
-Those in `TRIED` learn, as tests/benchmarks/scores.json shows. Those in `UNTRIED` are meant for two CPU cores, but nobody
-has trained them yet. Those in `PUBLISHED` are settings that a suite or its baselines publish, translated but not tried
+Those in `TRIED` learn, as tests/benchmarks/scores.json shows. Those in `UNTRIED` are meant for two CPU cores, but have
+not been trained yet. Those in `PUBLISHED` are settings that a suite or its baselines publish, translated but not tried
 with this package; a name there may be a pattern. The last that matches counts.
 """
 
