@@ -511,3 +511,14 @@ def test_an_unknown_name_that_may_differ_is_refused(given, words, tmp_path):
     save_untrained(ppo, pjp.first_state(ppo, jax.random.key(0)), tmp_path)
     with pytest.raises(ValueError, match=f"allow_changed=.*{re.escape(words)}"):
         pjp.load(tmp_path, allow_changed=given)
+
+
+def test_a_field_that_is_not_compared_counts():
+    @dataclasses.dataclass(frozen=True)
+    class Goal:
+        where: object = dataclasses.field(compare=False)
+
+        def step(self):
+            return self.where
+
+    assert identify(Goal(1.0).step) != identify(Goal(2.0).step)

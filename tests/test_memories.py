@@ -173,3 +173,12 @@ def test_memory_inputs_go_through_batches_shards_evaluation_and_export(tmp_path,
     after, metrics = jax.jit(shards.step)(shards.init(keys[1]))  # draws with keys of its shards
     assert np.isfinite(metrics["loss"]) and after.actors.obs.keys() == alone.actors.obs.keys()
     assert identify_ppo(ppo)["env"] == "CartPole-v1" and identify_ppo(ppo)["network"] == "purejaxppo.make_network"
+
+
+def test_a_parallel_recurrence_drops_nan_before_a_reset():
+    """Nan in step 2 and a reset in step 3, which meet in one half of the prefix sum."""
+    decay, added = jnp.full((1, 8, 1), 0.5).at[:, 2].set(jnp.nan), jnp.ones((1, 8, 1)).at[:, 2].set(jnp.nan)
+    first = jnp.zeros((8, 1), bool).at[3].set(True)
+    one, other = (f(jnp.zeros((1, 1)), decay, added, first)[0, :, 0] for f in (in_sequence, in_parallel))
+    np.testing.assert_allclose(other[3:], one[3:], rtol=1e-6)
+    assert np.isfinite(other[3:]).all()

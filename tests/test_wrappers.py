@@ -173,3 +173,17 @@ def test_episodes_of_one_run_have_different_parameters():
 def test_what_cannot_be_wrapped_is_refused_in_one_sentence(wrap, sentence):
     with pytest.raises(ValueError, match=sentence):
         wrap()
+
+
+def test_repeated_steps_keep_the_rewards_before_a_last_nan_and_average_flags():
+    """Rewards 1, 1, nan at the end; a flag that is true in two of three steps."""
+
+    def step(key, time, action, params):
+        ended = time == 2
+        reward = jnp.where(ended, jnp.nan, 1.0)
+        return pjp.Step(time + 1, jnp.zeros(1), reward, ended, jnp.bool_(False), {"early": time < 2})
+
+    env = pjp.Env(lambda key, params: (jnp.int32(0), jnp.zeros(1)), step, (), pjp.Discrete(2))
+    result = pjp.action_repeat(env, 4).step(jax.random.key(0), jnp.int32(0), jnp.int32(0), ())
+    assert result.reward == 2 and result.terminated
+    np.testing.assert_allclose(result.metrics["early"], 2 / 3, rtol=1e-6)

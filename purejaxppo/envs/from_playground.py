@@ -67,7 +67,7 @@ def make(
     env = Env(reset, step, params, Box(-1.0, 1.0, (task.action_size,)), _observation_space(task))
     num_repeats = config.get("action_repeat", 1)
     env = action_repeat(env, num_repeats) if num_repeats > 1 else env
-    return time_limit(env, max_steps or -(-config.episode_length // num_repeats))
+    return time_limit(env, -(-config.episode_length // num_repeats) if max_steps is None else max_steps)
 
 
 def _observation_space(task: Any) -> Any:

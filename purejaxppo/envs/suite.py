@@ -28,7 +28,7 @@ class Adapted:
 
     name: str
     options: Mapping[str, Any]
-    env: Env = field(compare=False)  # as the adapter makes it
+    env: Env = field(metadata={"identity": False})  # as the adapter makes it of name and options
 
     def reset(self, key: jax.Array, params: Any) -> tuple[Any, Any]:
         """The state and the observation in which an episode begins."""

@@ -124,13 +124,20 @@ def action_repeat(env: Env, num_repeats: int) -> Env:
     num_repeats = check_whole("num_repeats", num_repeats)
 
     def step(key, state, action, params):
-        result = jax.eval_shape(env.step, key, state, action, params)
+        def as_numbers(result):
+            ended = result.terminated | result.truncated
+            number = lambda x: jnp.where(
+                ended & jnp.isnan(x.astype(jnp.float32)), 0, x.astype(jnp.float32)
+            )  # see `Step`
+            return result._replace(reward=number(result.reward), metrics=jax.tree.map(number, result.metrics))
+
+        result = jax.eval_shape(lambda *args: as_numbers(env.step(*args)), key, state, action, params)
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), result._replace(state=()))
 
         def repeat(carry, key):
             before, count = carry
             done = before.terminated | before.truncated
-            new = env.step(key, before.state, action, params)
+            new = as_numbers(env.step(key, before.state, action, params))
             metrics = jax.tree.map(jnp.add, before.metrics, new.metrics)
             new = new._replace(reward=before.reward + new.reward, metrics=metrics)
             kept = jax.tree.map(lambda old, x: jnp.where(done, old, x), before, new)
@@ -169,7 +176,7 @@ def sticky_actions(env: Env, probability: float) -> Env:
     def step(key, sticky, action, params):
         stick_key, step_key = jax.random.split(key)
         repeats = sticky.begun & (jax.random.uniform(stick_key) < probability)
-        action = jnp.where(repeats, sticky.action, action.astype(sticky.action.dtype))
+        action = jnp.where(repeats, sticky.action, jnp.asarray(action, sticky.action.dtype))
         result = env.step(step_key, sticky.state, action, params)
         return result._replace(state=Sticky(state=result.state, action=action, begun=jnp.bool_(True)))
 

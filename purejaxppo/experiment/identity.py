@@ -324,11 +324,11 @@ def _of_array(value: Any) -> str:
 
 
 def _state(value: Any) -> dict[str, Any]:
-    """What an instance holds; of a dataclass the fields that are compared and differ from their defaults."""
+    """What an instance holds; of a dataclass the fields that differ from their defaults."""
     kind = type(value)
     if dataclasses.is_dataclass(value):
         ignored = ("parent", "name") if isinstance(value, nn.Module) else ()
-        kept = [f for f in dataclasses.fields(value) if f.compare and f.name not in ignored]
+        kept = [f for f in dataclasses.fields(value) if f.metadata.get("identity", True) and f.name not in ignored]
         return {f.name: x for f in kept if (x := getattr(value, f.name, None)) is not f.default}
     slotted = [base for base in kind.__mro__ if "__slots__" in vars(base)]
     slots = {name for base in slotted for name, x in vars(base).items() if _is_slot(x)}

@@ -116,8 +116,8 @@ def in_parallel(start: jax.Array, decay: jax.Array, added: jax.Array, first: jax
     def after(one, two):
         (decay, added, first), (decay_two, added_two, first_two) = one, two
         # Values from before a reset are dropped, not multiplied by 0: they may be nan.
-        kept = jnp.where(first_two, 0, added)
-        return decay * decay_two, decay_two * kept + added_two, first | first_two
+        joined = jnp.where(first_two, added_two, decay_two * added + added_two)
+        return decay * decay_two, joined, first | first_two
 
     added = added.at[:, 0].add(decay[:, 0] * jnp.where(first[None, 0], 0, start))
     return jax.lax.associative_scan(after, (decay, added, jnp.broadcast_to(first, added.shape)), axis=1)[1]

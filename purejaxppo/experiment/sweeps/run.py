@@ -164,10 +164,11 @@ class Session:
                 if self.interrupt.is_set():
                     return
                 with self.claims.claim(wave) as claimed:
-                    for done in sorted({slice_.num_updates for slice_ in claimed}):
-                        if done < compiled.group.config.num_updates:
-                            together = [slice_ for slice_ in claimed if slice_.num_updates == done]
-                            self.train_wave(compiled, together, held)
+                    unfinished = [x for x in claimed if x.num_updates < compiled.group.config.num_updates]
+                    progress = sorted({slice_.num_updates for slice_ in unfinished})
+                    for done in progress:
+                        together = [slice_ for slice_ in unfinished if slice_.num_updates == done]
+                        self.train_wave(compiled, together, held if done == progress[-1] else ExitStack())
         except LockLost as error:
             warnings.warn(f"{error}; this call leaves its slices to that process")
         except BaseException:
@@ -175,12 +176,12 @@ class Session:
             raise
 
     def train_wave(self, compiled: CompiledGroup, wave: Sequence[Slice], held: ExitStack):
-        """Trains slices to the end, or until an interrupt or an error elsewhere; then it leaves the devices to others.
+        """Trains slices to the end, or until an interrupt or an error elsewhere, and stores them.
 
         Args:
             compiled: the group.
             wave: the slices.
-            held: the devices.
+            held: what is left once nothing of the wave is on the devices, before it is stored.
         """
         done, config = wave[0].num_updates, compiled.group.config
         first_state, metrics = self.load_wave(compiled, wave)
