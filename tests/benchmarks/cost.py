@@ -66,10 +66,20 @@ def cost_of(instruction: Instruction, within: Computation, computations: dict[st
     if inside and instruction.opcode.startswith("fusion"):
         moved = bytes_of_fusion(computations[inside[1]])
     else:
-        moved = bytes_of(instruction.type) + sum(bytes_of(types.get(name, "")) for name in instruction.operands)
+        moved = _moved_alone(instruction, types)
     operations = operations_of(instruction, types, computations)
     seconds = max(moved / BYTES_PER_SECOND, operations / OPERATIONS_PER_SECOND)
     return Cost(1, moved, operations, seconds)
+
+
+def _moved_alone(instruction: Instruction, types: dict[str, str]) -> int:
+    """What an instruction that is not fused reads and writes."""
+    read = [bytes_of(types.get(name, "")) for name in instruction.operands]
+    if instruction.opcode in WINDOWS:
+        return 2 * bytes_of(instruction.type) + sum(read[1:])
+    if instruction.opcode == "dynamic-update-slice":
+        return 2 * read[1] + sum(read[2:])
+    return bytes_of(instruction.type) + sum(read)
 
 
 def bytes_of(type_: str) -> int:
