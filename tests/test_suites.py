@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 
 import purejaxppo as pjp
 from purejaxppo import Box, Discrete, Env
@@ -93,6 +94,51 @@ def test_parameters_of_a_suite_are_traced(fake):
     env, key = pjp.make_env("fake/walk"), jax.random.key(1)
     play: Any = jax.jit(lambda gravity: first_step(env, key, params={"gravity": gravity})[1].obs[1])
     assert (play(1.0), play(2.0)) == (1, 2) and play._cache_size() == 1
+
+
+class Simulator:
+    """Falls by the gravity that it holds, as simulators of physics do."""
+
+    action_size = 1
+
+    def __init__(self):
+        self.physics = Physics(gravity=jnp.float32(10.0), friction=Physics(gravity=jnp.float32(2.0)))
+
+    def reset(self, key):
+        return self.show(jnp.float32(0))
+
+    def step(self, state, action):
+        return self.show(state.obs[0] - self.physics.gravity + self.physics.friction.gravity)
+
+    def show(self, height):
+        return types.SimpleNamespace(obs=height[None], reward=height, done=jnp.float32(0), metrics={})
+
+
+class Physics(struct.PyTreeNode):
+    gravity: Any
+    friction: Any = None
+
+    def tree_replace(self, parts):
+        return self.replace(gravity=parts.get("gravity", self.gravity))
+
+
+def test_the_physics_of_a_simulator_are_its_parameters_only_while_it_is_traced():
+    simulator = Simulator()
+    env = suite.from_simulator(simulator, "physics", simulator.physics, ("gravity", "friction.gravity"))
+    assert env.params == {"gravity": 10, "friction.gravity": 2}
+    state, _ = env.reset(jax.random.key(0), env.params)
+    fall: Any = jax.jit(lambda gravity: env.step(jax.random.key(0), state, jnp.zeros(1), {"gravity": gravity}).obs[0])
+    assert (fall(10.0), fall(3.0)) == (-8, -1) and simulator.physics.gravity == 10
+
+
+@pytest.mark.parametrize(
+    "traced, sentence",
+    [("gravity", r"traced='gravity' must be a sequence of paths, such as \('gravity',\)"), (("mass",), "no part of")],
+)
+def test_what_is_no_part_of_the_physics_is_refused(traced, sentence):
+    simulator = Simulator()
+    with pytest.raises(ValueError, match=sentence):
+        suite.from_simulator(simulator, "physics", simulator.physics, traced)
 
 
 def test_an_environment_of_a_suite_is_identified_by_its_name_and_options(fake):

@@ -138,9 +138,13 @@ def privileged(space: Any) -> Any:
     """A space of observations, or a dictionary of them, that only the critic reads; acting does without it.
 
     >>> spaces = {"joints": pjp.Box(shape=(12,)), "terrain": pjp.privileged(pjp.Box(shape=(40,)))}
+
+    Raises ValueError for anything else.
     """
 
     def mark(part: Space) -> Space:
+        if not isinstance(part, Space):
+            raise ValueError(f"space={quote(part)} must be a Discrete, a MultiDiscrete, a Box or a dictionary of them")
         part = copy.copy(part)
         part.privileged = True
         return part
@@ -160,6 +164,16 @@ def observation_space(env: Env) -> Any:
         return env.observation_space
     _, obs = jax.eval_shape(env.reset, jax.random.key(0), env.params)
     return jax.tree.map(lambda x: Box(shape=x.shape, dtype=x.dtype), obs)
+
+
+def in_32_bits(tree: Any) -> Any:
+    """Every leaf as an array of a fixed dtype of at most 32 bits.
+
+    A Python number in a state would change its dtype after a step, and in double precision mode the width of some
+    leaves of other libraries varies.
+    """
+    narrow = {jnp.dtype("float64"): jnp.float32, jnp.dtype("int64"): jnp.int32}
+    return jax.tree.map(lambda x: jnp.asarray(x, narrow.get(jnp.result_type(x), jnp.result_type(x))), tree)
 
 
 def flatten_observation(space: Any, obs: Any) -> jax.Array:

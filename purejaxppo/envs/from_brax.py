@@ -1,14 +1,12 @@
 """Brax: `make_env("brax/ant", backend="mjx", traced=("gravity",))`."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import brax.envs
-import jax.numpy as jnp
 
-from purejaxppo.envs.base import Box, Env, Step
-from purejaxppo.envs.suite import read_path, while_set
+from purejaxppo.envs.base import Env
+from purejaxppo.envs.suite import from_simulator
 from purejaxppo.envs.wrappers import time_limit
 
 
@@ -29,21 +27,10 @@ def make(
         traced: the parts of the physics that are parameters, as paths in `brax.base.System`, such as gravity or
             dof.damping; mjx reads opt.gravity.
         options: of the environment in Brax.
+
+    Raises:
+        ValueError: for a path in `traced` that is no part of the physics.
     """
     simulator = brax.envs.get_environment(name, backend=backend, **options)
-    physics = simulator.sys
-
-    def under(params, function, *args):
-        return while_set(simulator, "sys", physics.tree_replace(params), partial(function, *args))
-
-    def reset(key, params):
-        state = under(params, simulator.reset, key)
-        return state, state.obs
-
-    def step(key, state, action, params):
-        state = under(params, simulator.step, state, action)
-        return Step(state, state.obs, state.reward, state.done > 0, jnp.bool_(False), state.metrics)
-
-    params = {path: read_path(physics, path) for path in traced}
     # Every environment of Brax takes actions from -1 to 1, and those with other actuators scale them.
-    return time_limit(Env(reset, step, params, Box(-1.0, 1.0, (simulator.action_size,))), max_steps)
+    return time_limit(from_simulator(simulator, "sys", simulator.sys, traced), max_steps)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from purejaxppo.envs.base import Box, Discrete, Env, MultiDiscrete, Step
+from purejaxppo.envs.base import Box, Discrete, Env, MultiDiscrete, Step, in_32_bits
 from purejaxppo.envs.import_gymnax import import_gymnax
 from purejaxppo.envs.without_reset import without_reset, wrapped_environments
 from purejaxppo.text import quote
@@ -48,14 +48,14 @@ def from_gymnax(env: Any, params: Any = None) -> Env:
 
     def reset(key, params):
         obs, state = raw.reset(key, params)
-        return _in_32_bits(state), _in_32_bits(_from_zero(starts, obs))
+        return in_32_bits(state), in_32_bits(_from_zero(starts, obs))
 
     def step(key, state, action, params):
         action = action if start is None else action + jnp.asarray(start, action.dtype)
         obs, state, reward, terminated, truncated, info = raw.step(key, state, action, params)
         return Step(
-            state=_in_32_bits(state),
-            obs=_in_32_bits(_from_zero(starts, obs)),
+            state=in_32_bits(state),
+            obs=in_32_bits(_from_zero(starts, obs)),
             reward=jnp.asarray(reward, jnp.float32),
             terminated=jnp.asarray(terminated, bool),
             truncated=jnp.asarray(truncated, bool),
@@ -86,16 +86,6 @@ def _numbers(info: dict) -> dict:
 
 def _is_key(x) -> bool:
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def _in_32_bits(tree):
-    """Every leaf as an array of a fixed 32-bit dtype.
-
-    A Python number in a state would change its dtype after a step, and in double precision mode the width of some
-    leaves in gymnax varies.
-    """
-    narrow = {jnp.dtype("float64"): jnp.float32, jnp.dtype("int64"): jnp.int32}
-    return jax.tree.map(lambda x: jnp.asarray(x, narrow.get(jnp.result_type(x), jnp.result_type(x))), tree)
 
 
 def _name(env) -> str:

@@ -1,16 +1,14 @@
 """MuJoCo Playground, its physics in JAX: `make_env("playground/CheetahRun", traced=("dof_damping",))`."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from mujoco_playground import dm_control_suite, registry
 from mujoco_playground._src import mjx_env
 
-from purejaxppo.envs.base import Box, Env, Step, privileged
-from purejaxppo.envs.suite import read_path, while_set
+from purejaxppo.envs.base import Box, Env, privileged
+from purejaxppo.envs.suite import from_simulator
 from purejaxppo.envs.wrappers import action_repeat, time_limit
 
 DOWNLOAD = "from mujoco_playground._src import mjx_env; mjx_env.ensure_menagerie_exists()"
@@ -39,7 +37,8 @@ def make(
         overrides: of its configuration.
 
     Raises:
-        ValueError: for Warp, and for models that are not downloaded yet.
+        ValueError: for Warp, for models that are not downloaded yet, and for a path in `traced` that is no part of the
+            physics.
     """
     if impl != "jax" or overrides.get("vision"):
         given = "vision=True needs Warp" if overrides.get("vision") else f"impl={impl!r} is not supported"
@@ -50,21 +49,8 @@ def make(
             f'run python -c "{DOWNLOAD}" once'
         )
     task = registry.load(name, config_overrides={"impl": impl, **overrides})
-    config, model = task._config, task.mjx_model
-
-    def under(params, function, *args):
-        return while_set(task, "_mjx_model", model.tree_replace(params), partial(function, *args))
-
-    def reset(key, params):
-        state = under(params, task.reset, key)
-        return state, state.obs
-
-    def step(key, state, action, params):
-        state = under(params, task.step, state, action)
-        return Step(state, state.obs, state.reward, state.done > 0, jnp.bool_(False), state.metrics)
-
-    params = {path: read_path(model, path) for path in traced}
-    env = Env(reset, step, params, Box(-1.0, 1.0, (task.action_size,)), _observation_space(task))
+    config = task._config
+    env = from_simulator(task, "_mjx_model", task.mjx_model, traced, _observation_space(task))
     num_repeats = config.get("action_repeat", 1)
     env = action_repeat(env, num_repeats) if num_repeats > 1 else env
     return time_limit(env, -(-config.episode_length // num_repeats) if max_steps is None else max_steps)

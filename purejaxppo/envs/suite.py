@@ -4,15 +4,16 @@ import importlib
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from purejaxppo.envs.base import Env, Step
+from purejaxppo.envs.base import Box, Env, Step, in_32_bits
 from purejaxppo.text import quote
 
 # Suite -> the package that it is imported as; its adapter is the module from_SUITE here, its extra is called like it.
@@ -110,39 +111,58 @@ def with_keys(state: Any, key: jax.Array) -> Any:
     return jax.tree.unflatten(structure, [renew(i, x) for i, x in enumerate(leaves)])
 
 
-def in_32_bits(tree: Any) -> Any:
-    """Every leaf as an array of a fixed dtype of at most 32 bits.
-
-    A Python number in a state would change its dtype after a step, and in double precision mode the width of some
-    leaves varies.
-    """
-    narrow = {jnp.dtype("float64"): jnp.float32, jnp.dtype("int64"): jnp.int32}
-    return jax.tree.map(lambda x: jnp.asarray(x, narrow.get(jnp.result_type(x), jnp.result_type(x))), tree)
-
-
 def shape_of_start(reset: Callable, params: Any = ()) -> Any:
     """Shape and dtype of the observation in which an episode begins."""
     return jax.eval_shape(reset, jax.random.key(0), params)[1]
 
 
-def while_set(owner: Any, attribute: str, value: Any, function: Callable) -> Any:
-    """The result of `function()`, which is called while an attribute of `owner` is `value`.
+def from_simulator(
+    simulator: Any, attribute: str, physics: Any, traced: Sequence[str], observation_space: Any = None
+) -> Env:
+    """The `Env` of a simulator whose actions lie in [-1, 1], and whose physics can be its parameters.
 
-    Simulators read their physics from themselves: while they are traced, it is that of the parameters.
+    Simulators read their physics from themselves. While one is traced, it holds that of the parameters.
+
+    Args:
+        simulator: with `reset(key)`, `step(state, action)` and `action_size`.
+        attribute: of the simulator, which holds the physics.
+        physics: as the simulator holds it, with `tree_replace`.
+        traced: the parts of the physics that become parameters, as paths of attributes.
+        observation_space: None for unbounded boxes.
+
+    Raises:
+        ValueError: if `traced` is not a sequence of paths in the physics.
     """
-    before = getattr(owner, attribute)
-    setattr(owner, attribute, value)
+    if isinstance(traced, str):
+        raise ValueError(f"traced={traced!r} must be a sequence of paths, such as ({traced!r},)")
+
+    def run(params, function, *args):
+        before = getattr(simulator, attribute)
+        setattr(simulator, attribute, physics.tree_replace(params))
+        try:
+            return function(*args)
+        finally:
+            setattr(simulator, attribute, before)
+
+    def reset(key, params):
+        state = run(params, simulator.reset, key)
+        return state, state.obs
+
+    def step(key, state, action, params):
+        state = run(params, simulator.step, state, action)
+        return Step(state, state.obs, state.reward, state.done > 0, jnp.bool_(False), state.metrics)
+
+    params = {path: _part_of_physics(physics, path) for path in traced}
+    return Env(reset, step, params, Box(-1.0, 1.0, (simulator.action_size,)), observation_space)
+
+
+def _part_of_physics(physics: Any, path: str) -> Any:
     try:
-        return function()
-    finally:
-        setattr(owner, attribute, before)
-
-
-def read_path(tree: Any, path: str) -> Any:
-    """What `tree` holds at a path of attributes such as opt.gravity."""
-    for name in path.split("."):
-        tree = getattr(tree, name)
-    return tree
+        return attrgetter(path)(physics)
+    except (AttributeError, TypeError):
+        raise ValueError(
+            f"traced={path!r} is no part of {type(physics).__name__} (try gravity or opt.gravity)"
+        ) from None
 
 
 def _as_metrics(metrics: Mapping[str, Any]) -> dict[str, jax.Array]:
