@@ -22,7 +22,7 @@ from purejaxppo.envs.roles import has_privileged, with_privileged
 from purejaxppo.evaluate import evaluate
 from purejaxppo.loss import ppo_loss
 from purejaxppo.networks.actor_critic import make_network
-from purejaxppo.networks.network import Network, as_network, check_network
+from purejaxppo.networks.network import Network, as_network, check_network, respect_mask
 from purejaxppo.normalize import (
     measure_observations,
     merge_observations,
@@ -162,7 +162,7 @@ def make_ppo(
     spaces = observation_space(env), action_space(env, env.params)
     if config.bound_action == "tanh":
         check_squash(spaces[1])
-    network = make_network(config, *spaces) if network is None else as_network(network)
+    network = make_network(config, *spaces) if network is None else respect_mask(as_network(network), spaces[0])
     obs = jax.eval_shape(partial(_first_observation, env=env, config=config), jax.random.key(0))
     check_network(network, obs, spaces[1], config)
     return bind_ppo(env, network, config, loss, optimizer)

@@ -1,9 +1,12 @@
 """Roles of observations: no action that is masked is ever taken, and only the critic reads what is privileged."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -18,7 +21,7 @@ from purejaxppo.envs.roles import random_action
 CONFIG = replace(SMALL, num_epochs=1, num_minibatches=1)
 
 
-def masked(action_space=pjp.Discrete(3), shape=(3,), lost=False):
+def masked(action_space: Any = pjp.Discrete(3), shape=(3,), lost=False):
     """Random masks; an action that is masked ends the episode with reward -100, an allowed one is rewarded by 1."""
 
     always = {(3,): [0], (5,): [0, 2], (2, 3): [0]}[shape]  # so that each entry of an action has a choice
@@ -152,6 +155,54 @@ def test_a_policy_in_numpy_respects_the_mask(key, tmp_path):
     _, obs = jax.vmap(env.reset, (0, None))(jax.random.split(key, 50), ())
     expected = jax.vmap(lambda x: ppo.act(state.policy, x)[0])(obs)
     assert (names["act"](obs) == expected).all()
+
+
+class Plain(nn.Module):
+    """A network of a user's that knows of no mask."""
+
+    head: Callable  # logits -> distribution
+    num_logits: int
+
+    @nn.compact
+    def __call__(self, obs):
+        return self.head(nn.Dense(self.num_logits)(obs["x"])), nn.Dense(1)(obs["x"])[..., 0]
+
+
+HEADS = {
+    (3,): (pjp.Categorical, 3),
+    (5,): (lambda logits: pjp.MultiCategorical(logits, (2, 3)), 5),
+    (2, 3): (lambda logits: pjp.JointCategorical(logits, (2, 3)), 6),
+}
+
+
+@pytest.mark.parametrize("space, shape", SPACES)
+def test_a_mask_is_applied_to_a_network_that_knows_of_none(space, shape, key):
+    ppo = pjp.make_ppo(masked(space, shape), CONFIG, network=Plain(*HEADS[shape]))
+    state, _ = jax.jit(ppo.train)(ppo.init(key))
+    _, rollout = jax.jit(ppo.collect)(state)
+    assert (np.asarray(rollout.reward) == 1).all()
+
+
+class Unmasked(pjp.Normal):
+    """A distribution that cannot be masked."""
+
+
+@pytest.mark.parametrize(
+    "shape, head, num_logits, sentence",
+    [
+        ((2, 3), lambda logits: pjp.MultiCategorical(logits, (2, 3)), 5, "allows combinations, which MultiCategorical"),
+        ((2, 3), lambda logits: pjp.JointCategorical(logits, (3, 2)), 6, r"6 logits for choices among \(2, 3\)"),
+        ((2, 3), lambda logits: Unmasked(logits, jnp.exp(logits)), 2, r"Unmasked has no masked\(allowed\)"),
+    ],
+)
+def test_a_network_that_cannot_be_masked_is_refused(shape, head, num_logits, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        pjp.make_ppo(masked(pjp.MultiDiscrete([2, 3]), shape), CONFIG, network=Plain(head, num_logits))
+
+
+def test_actions_of_two_axes_are_refused():
+    with pytest.raises(ValueError, match="the sizes of a MultiDiscrete action must be a vector"):
+        pjp.make_ppo(masked(pjp.MultiDiscrete(np.full((2, 2), 3)), (3,)), CONFIG)
 
 
 def blind_cartpole():

@@ -10,11 +10,11 @@ import numpy as np
 
 from purejaxppo.config import Config
 from purejaxppo.envs.base import Box, Discrete, MultiDiscrete
-from purejaxppo.envs.roles import allowed_actions, has_privileged, mask_of, seen_by
+from purejaxppo.envs.roles import has_privileged, mask_of, seen_by
 from purejaxppo.networks.distributions import Categorical, JointCategorical, MultiCategorical, Normal, TanhNormal
 from purejaxppo.networks.layers import CNN, MLP, Dense, Gaussian, Logits, is_grid, to_columns
 from purejaxppo.networks.memories import MEMORIES
-from purejaxppo.networks.network import Network, draw_orthogonal
+from purejaxppo.networks.network import Network, draw_orthogonal, respect_mask
 from purejaxppo.platforms import map_each
 
 
@@ -38,7 +38,8 @@ def make_network(config: Config, observation_space: Any, action_space: Any) -> N
     def initial_memory(batch: int):
         return (MEMORIES[config.memory](config.memory_width).empty(batch),) * num_trunks if config.memory else ()
 
-    return Network(initial_memory=initial_memory, init=draw_orthogonal(module.init), apply=module.apply)
+    network = Network(initial_memory=initial_memory, init=draw_orthogonal(module.init), apply=module.apply)
+    return respect_mask(network, observation_space)
 
 
 def make_head(config: Config, space: Any, mask: Any = None) -> Callable:
@@ -102,10 +103,7 @@ class ActorCritic(nn.Module):
             read = map_each(reader(seen[0][0]), own, seen[0][1], first)
         after, features = zip(*read)
         value = Dense(1, 1.0, name="value")(to_columns(features[-1])).values.reshape(first.shape)
-        distribution, allowed = self.head()(features[0]), allowed_actions(self.observation_space, obs)
-        if allowed is not None:
-            distribution = distribution.masked(allowed)
-        return after if memory else memory, distribution, value
+        return after if memory else memory, self.head()(features[0]), value
 
 
 class Trunk(nn.Module):

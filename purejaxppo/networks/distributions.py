@@ -4,6 +4,7 @@ A sample is `from_noise(noise(key))`: noise depends on shapes alone, so a rollou
 custom distribution may omit `noise`, `from_noise` and `kl`.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -86,6 +87,11 @@ class MultiCategorical(Categorical):
 
     def masked(self, allowed: jax.Array) -> "MultiCategorical":
         """The same distribution over the choices that are allowed, [..., sum(sizes)] bool, for each entry by itself."""
+        if allowed.shape[-1] != sum(self.sizes):
+            raise ValueError(
+                f"a mask of shape {allowed.shape} allows combinations, which MultiCategorical cannot choose among "
+                f"(make a JointCategorical of {math.prod(self.sizes)} logits)"
+            )
         ends = np.cumsum(self.sizes)[:-1]
         pairs = zip(jnp.split(self.logits, ends, axis=-1), jnp.split(allowed, ends, axis=-1))
         return self.replace(logits=jnp.concatenate([_mask(logits, choices) for logits, choices in pairs], axis=-1))

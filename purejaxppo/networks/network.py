@@ -4,6 +4,7 @@ A network reads observations [T, B, ...] with flags `first` [T, B], which mark w
 which is () for a feed-forward network: feed-forward and recurrent networks share one path.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +17,8 @@ from flax.errors import InvalidRngError, ModifyScopeVariableError
 from purejaxppo.config import Config
 from purejaxppo.envs.base import Box, Discrete, MultiDiscrete, Space
 from purejaxppo.envs.check import place
-from purejaxppo.networks.distributions import MultiCategorical
+from purejaxppo.envs.roles import allowed_actions, mask_of
+from purejaxppo.networks.distributions import JointCategorical, MultiCategorical
 from purejaxppo.networks.orthogonal import orthogonalize
 from purejaxppo.platforms import one_by_one_on_cpus
 from purejaxppo.text import shorten
@@ -113,6 +115,26 @@ def _feed_forward(init, apply) -> Network:
     return Network(initial_memory=lambda batch: (), init=one_by_one_on_cpus(init_sequences), apply=apply_sequences)
 
 
+def respect_mask(network: Network, observation_space: Any) -> Network:
+    """The network with the action mask of its observations applied to its distribution, if they hold one.
+
+    Raises ValueError at tracing if the distribution has no `masked`.
+    """
+    if mask_of(observation_space) is None:
+        return network
+
+    def apply_masked(params, memory, obs, first):
+        memory, distribution, value = network.apply(params, memory, obs, first)
+        if not hasattr(distribution, "masked"):
+            raise ValueError(
+                f"the observations hold an action mask, but {type(distribution).__name__} has no masked(allowed) (try "
+                "Categorical, MultiCategorical or JointCategorical)"
+            )
+        return memory, distribution.masked(allowed_actions(observation_space, obs)), value
+
+    return Network(network.initial_memory, network.init, apply_masked)
+
+
 def check_network(network: Network, obs: Any, action_space: Space, config: Config) -> None:
     """Traces a network on two steps of N environments; compiles nothing.
 
@@ -180,11 +202,12 @@ def _check_actions(distribution: Any, space: Space) -> None:
     """Refuses a distribution over other actions than the environment's."""
     if isinstance(space, Discrete) and hasattr(distribution, "logits") and distribution.logits.shape[-1] != space.n:
         raise ValueError(f"network must choose among {space.n} actions, not {distribution.logits.shape[-1]}")
-    if isinstance(space, MultiDiscrete) and isinstance(distribution, MultiCategorical):
+    if isinstance(space, MultiDiscrete) and isinstance(distribution, (MultiCategorical, JointCategorical)):
+        count = sum if isinstance(distribution, MultiCategorical) else math.prod
         sizes, num_logits = tuple(distribution.sizes), distribution.logits.shape[-1]
-        if sizes != tuple(space.sizes) or num_logits != sum(sizes):
+        if sizes != tuple(space.sizes) or num_logits != count(sizes):
             raise ValueError(
-                f"network must return {sum(space.sizes)} logits for choices among {tuple(space.sizes)}, "
+                f"network must return {count(space.sizes)} logits for choices among {tuple(space.sizes)}, "
                 f"not {num_logits} for {sizes}"
             )
     action = jax.eval_shape(lambda d, key: d.sample(key)[0, 0], distribution, jax.random.key(0))
