@@ -17,7 +17,7 @@ def counter(length, terminate=True):
     """Shows its time as a Box and a Discrete; the reward is time times action; ends after `length` steps."""
 
     def show(time):
-        return {"clock": jnp.array([[1.0, -1.0]]) * time, "code": jnp.minimum(time, 9)}
+        return {"clock": jnp.array([1.0, -1.0]) * time, "code": jnp.minimum(time, 9)}
 
     def step(key, time, action, params):
         time, end = time + 1, time + 1 >= length
@@ -25,7 +25,7 @@ def counter(length, terminate=True):
         reward = (time * action).astype(jnp.float32)
         return Step(time, show(time), reward, *flags, {"time": time * 1.0}, {"last": time * 1.0})
 
-    spaces = {"clock": Box(-9, np.array([[9.0, 0.0]]), (1, 2)), "code": Discrete(10)}
+    spaces = {"clock": Box(-9, np.array([9.0, 0.0]), (2,)), "code": Discrete(10)}
     return Env(lambda key, params: (jnp.int32(0), show(0)), step, (), Discrete(3), spaces, "counter")
 
 
@@ -42,16 +42,34 @@ def play(env, actions, key=jax.random.key(0)):
 def test_stacked_frames_are_the_last_ones_with_the_newest_last():
     env = pjp.frame_stack(counter(9), 3)
     obs, results = play(env, [0, 0, 0, 0])
-    assert obs["clock"].tolist() == [[0, 0, 0, 0, 0, 0]] and obs["code"].tolist() == [0, 0, 0]
-    assert results[1].obs["clock"].tolist() == [[0, 0, 1, -1, 2, -2]]
+    assert obs["clock"].tolist() == [0, 0, 0, 0, 0, 0] and obs["code"].tolist() == [0, 0, 0]
+    assert results[1].obs["clock"].tolist() == [0, 0, 1, -1, 2, -2]
     assert results[3].obs["code"].tolist() == [2, 3, 4]
     assert pjp.check_shapes(env) == []
 
 
 def test_stacked_frames_have_the_bounds_of_each():
     clock, code = pjp.frame_stack(counter(9), 2).observation_space.values()
-    assert (clock.shape, clock.low.tolist(), clock.high.tolist()) == ((1, 4), [[-9] * 4], [[9, 0, 9, 0]])
+    assert (clock.shape, clock.low.tolist(), clock.high.tolist()) == ((4,), [-9] * 4, [9, 0, 9, 0])
     assert isinstance(code, MultiDiscrete) and np.array_equal(code.sizes, [10, 10])
+
+
+def test_the_frames_of_a_grid_become_its_channels():
+    """An image [2, 3] that counts, and the categories of its cells."""
+
+    def show(time):
+        return {"image": jnp.full((2, 3), time, jnp.float32), "cells": jnp.full((2, 3), time, jnp.int32)}
+
+    def step(key, time, action, params):
+        return Step(time + 1, show(time + 1), jnp.float32(1), time >= 9, jnp.bool_(False))
+
+    spaces = {"image": Box(shape=(2, 3)), "cells": MultiDiscrete(np.full((2, 3), 11))}
+    env = Env(lambda key, params: (jnp.int32(0), show(0)), step, (), Discrete(2), spaces)
+    stacked = pjp.frame_stack(env, 4)
+    _, results = play(stacked, [0] * 5)
+    assert results[-1].obs["image"].shape == results[-1].obs["cells"].shape == (2, 3, 4)
+    assert results[-1].obs["image"][1, 2].tolist() == results[-1].obs["cells"][0, 0].tolist() == [2, 3, 4, 5]
+    assert pjp.check_shapes(stacked) == [] and stacked.observation_space["cells"].sizes == (11,) * 24
 
 
 def board():
@@ -167,7 +185,10 @@ def test_episodes_of_one_run_have_different_parameters():
         (lambda: api.action_repeat(board(), 2), "env='board' masks actions, so action_repeat might take one that"),
         (lambda: api.sticky_actions(board(), 0.5), "env='board' masks actions, so sticky_actions might take one that"),
         (lambda: api.sticky_actions(counter(3), 1.5), r"probability=1.5 must be a number in \[0, 1\]"),
-        (lambda: api.randomize(counter(3), lambda key, params: 1.0), "sample_params=.* must return"),
+        (lambda: api.randomize(counter(3), lambda key, params: 1.0), "env='counter' has no parameters to draw"),
+        (lambda: api.randomize(pjp.make_env("CartPole-v1"), lambda key, params: 1.0), "sample_params=.* must return"),
+        (lambda: api.randomize(pjp.make_env("CartPole-v1"), lambda key: 1.0), "sample_params=.* cannot be called as"),
+        (lambda: api.privileged(3), "space=3 must be a Discrete, a MultiDiscrete, a Box"),
     ],
 )
 def test_what_cannot_be_wrapped_is_refused_in_one_sentence(wrap, sentence):

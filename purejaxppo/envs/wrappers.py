@@ -16,6 +16,7 @@ from purejaxppo.envs.base import (
     Discrete,
     Env,
     MultiDiscrete,
+    Step,
     action_space,
     bound_action,
     observation_space,
@@ -64,8 +65,9 @@ class Stacked(struct.PyTreeNode):
 def frame_stack(env: Env, num_frames: int) -> Env:
     """`env` with its last `num_frames` observations in one, the newest last; an episode begins with the first repeated.
 
-    They are joined along the last axis: a vector [F] becomes [num_frames * F], an image [H, W, C] becomes
-    [H, W, num_frames * C], and a number [num_frames]. Of a dictionary each part is stacked, except action masks.
+    They are joined along the last axis: a vector [F] becomes [num_frames * F], and an image [H, W, C] becomes
+    [H, W, num_frames * C]. A number becomes [num_frames], and a grid [H, W] becomes [H, W, num_frames]. Of a dictionary
+    each part is stacked, except action masks.
 
     Raises ValueError unless `env` is an `Env` and `num_frames` a whole number from 1.
     """
@@ -76,7 +78,7 @@ def frame_stack(env: Env, num_frames: int) -> Env:
         return x if isinstance(space, ActionMask) else _join([x] * num_frames)
 
     def push(space, frames, x):
-        return x if isinstance(space, ActionMask) else _join([frames[..., np.prod(x.shape[-1:], dtype=int) :], x])
+        return x if isinstance(space, ActionMask) else _join([frames[..., _as_frame(x).shape[-1] :], x])
 
     def reset(key, params):
         state, obs = env.reset(key, params)
@@ -93,12 +95,17 @@ def frame_stack(env: Env, num_frames: int) -> Env:
 
 
 def _join(frames: list[Any]) -> jax.Array:
-    return jnp.concatenate([jnp.atleast_1d(x) for x in frames], axis=-1)
+    return jnp.concatenate([_as_frame(x) for x in frames], axis=-1)
+
+
+def _as_frame(x: Any) -> Any:
+    """A number or a grid with an axis behind it, along which frames are joined."""
+    return x[..., None] if np.ndim(x) in (0, 2) else x
 
 
 def _stacked_space(space: Any, num_frames: int) -> Any:
     def join(x):
-        return np.concatenate([np.atleast_1d(np.broadcast_to(x, space.shape))] * num_frames, axis=-1)
+        return np.concatenate([_as_frame(np.broadcast_to(x, space.shape))] * num_frames, axis=-1)
 
     if isinstance(space, ActionMask):
         return space
@@ -124,20 +131,13 @@ def action_repeat(env: Env, num_repeats: int) -> Env:
     num_repeats = check_whole("num_repeats", num_repeats)
 
     def step(key, state, action, params):
-        def as_numbers(result):
-            ended = result.terminated | result.truncated
-            number = lambda x: jnp.where(
-                ended & jnp.isnan(x.astype(jnp.float32)), 0, x.astype(jnp.float32)
-            )  # see `Step`
-            return result._replace(reward=number(result.reward), metrics=jax.tree.map(number, result.metrics))
-
-        result = jax.eval_shape(lambda *args: as_numbers(env.step(*args)), key, state, action, params)
+        result = jax.eval_shape(lambda *args: _as_numbers(env.step(*args)), key, state, action, params)
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), result._replace(state=()))
 
         def repeat(carry, key):
             before, count = carry
             done = before.terminated | before.truncated
-            new = as_numbers(env.step(key, before.state, action, params))
+            new = _as_numbers(env.step(key, before.state, action, params))
             metrics = jax.tree.map(jnp.add, before.metrics, new.metrics)
             new = new._replace(reward=before.reward + new.reward, metrics=metrics)
             kept = jax.tree.map(lambda old, x: jnp.where(done, old, x), before, new)
@@ -148,6 +148,17 @@ def action_repeat(env: Env, num_repeats: int) -> Env:
         return result._replace(metrics=jax.tree.map(lambda x: x / count, result.metrics))
 
     return env._replace(step=step)
+
+
+def _as_numbers(result: Step) -> Step:
+    """A step whose reward and metrics can be summed: as float32, and without the nan of a last step (see `Step`)."""
+    ended = result.terminated | result.truncated
+
+    def number(x):
+        x = jnp.asarray(x, jnp.float32)
+        return jnp.where(ended & jnp.isnan(x), 0, x)
+
+    return result._replace(reward=number(result.reward), metrics=jax.tree.map(number, result.metrics))
 
 
 class Sticky(struct.PyTreeNode):
@@ -200,6 +211,8 @@ class Randomized(struct.PyTreeNode):
 def randomize(env: Env, sample_params: Callable) -> Env:
     """`env` whose parameters every episode draws for itself (domain randomization).
 
+    The bounds of actions stay those under the parameters of the run.
+
         >>> def sample(key, params):
         ...     return params.replace(length=params.length * jax.random.uniform(key, minval=0.5, maxval=1.5))
         >>> env = pjp.randomize(pjp.make_env("CartPole-v1"), sample)
@@ -209,10 +222,19 @@ def randomize(env: Env, sample_params: Callable) -> Env:
         sample_params: (key, params) -> params of one episode, from those of the run.
 
     Raises:
-        ValueError: if `sample_params` returns other parameters than the environment has.
+        ValueError: for an environment without parameters, or if `sample_params` cannot be called so or returns other
+            parameters than the environment has.
     """
     check_is_env(env)
-    drawn = jax.eval_shape(sample_params, jax.random.key(0), env.params)
+    if not jax.tree.leaves(env.params):
+        raise ValueError(f"env={quote(env.name)} has no parameters to draw (put into Env.params what shall vary)")
+    try:
+        drawn = jax.eval_shape(sample_params, jax.random.key(0), env.params)
+    except Exception as error:  # of any kind: the function is the user's
+        raise ValueError(
+            f"sample_params={quote(sample_params)} cannot be called as sample_params(key, params): "
+            f"{type(error).__name__}: {error}"
+        ) from error
     kinds = [jax.tree.map(lambda x: (np.shape(x), jnp.result_type(x)), params) for params in (env.params, drawn)]
     if kinds[0] != kinds[1]:
         raise ValueError(f"sample_params={quote(sample_params)} must return {kinds[0]}, not {kinds[1]}")
