@@ -92,7 +92,7 @@ class Config:
     matmul_precision: Literal["highest", "high", "default", "bfloat16"] = "highest"
     """Precision of float32 matrix products on accelerators. "highest" is full float32; "high" is TF32 on recent NVIDIA
     GPUs and three bfloat16 passes on TPUs; "default" is TF32 and one pass; "bfloat16" rounds factors to bfloat16 and
-    sums in float32. A CPU always computes in float32."""
+    sums in float32, where convolutions are as under "default". A CPU always computes in float32."""
 
     def __post_init__(self) -> None:
         def keep(name: str, value: Any) -> None:

@@ -412,6 +412,12 @@ def test_the_gru_width_of_older_versions_is_read(width, memory, tmp_path):
         assert plain(read_settings(tmp_path)) == plain(settings)
 
 
+@pytest.mark.parametrize("config, table", [({"memory": "lstm"}, {}), ({}, {"memory": ["", "mingru"]})])
+def test_a_sweep_over_gru_width_and_another_memory_is_refused(config, table):
+    with pytest.raises(ValueError, match=r"sweep over memory_width"):
+        pjp.Sweep("CartPole-v1", pjp.grid(gru_width=[0, 5], **table), config=pjp.Config(segment_length=8, **config))
+
+
 def test_a_sweep_over_the_gru_width_of_older_versions_keeps_the_names_of_its_runs():
     config = dataclasses.replace(SMALL, segment_length=4)
     sweep = pjp.Sweep("CartPole-v1", pjp.grid(gru_width=[0, 5]), 2, config=config, hyperparams=DEFAULTS)

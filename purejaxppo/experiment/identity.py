@@ -70,7 +70,7 @@ def identify_ppo(ppo: PPO, hyperparams: Hyperparams = Hyperparams()) -> dict[str
     if network == identify(_network_of_config(ppo)):
         network = DEFAULTS["network"]
     env = identify(ppo.env)
-    if env == _identity_of_name(ppo):
+    if env == _identity_of_name(ppo.env.name, ppo.config.memory_inputs):
         env = ppo.env.name
     found = {"env": env, "network": network, "loss": identify(ppo.loss), "optimizer": identify(ppo.optimizer)}
     if ppo.changes:
@@ -153,13 +153,14 @@ def _network_of_config(ppo: PPO) -> Network | None:
         return None
 
 
-def _identity_of_name(ppo: PPO) -> str | None:
-    """The identity of the environment that the name and the config of a PPO stand for; None for an unknown name."""
+@functools.cache
+def _identity_of_name(name: str, memory_inputs: bool) -> str | None:
+    """The identity of the environment that a name stands for; None for an unknown name."""
     try:
-        env = make_env(ppo.env.name)
+        env = make_env(name)
     except ValueError:
         return None
-    return identify(with_memory_inputs(env) if ppo.config.memory_inputs else env)
+    return identify(with_memory_inputs(env) if memory_inputs else env)
 
 
 class _Identifier:

@@ -114,6 +114,11 @@ class Sweep:
             )
         for name in self.table.names:
             check_field(name)
+        if "gru_width" in self.table.names and ("memory" in self.table.names or self.config.memory not in ("", "gru")):
+            raise ValueError(
+                "gru_width, of older versions, stands for memory='gru' and its memory_width, but the sweep has another "
+                "memory (sweep over memory_width)"
+            )
         for row in self.table.rows():
             _check_effect(row, self.config_of(row), self.hyperparams_of(row))
 
