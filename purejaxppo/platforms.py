@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
 
 
 def scan(step: Callable, carry: Any, inputs: Any, *, unroll: int, reverse: bool = False) -> tuple[Any, Any]:
@@ -26,6 +28,40 @@ def scan(step: Callable, carry: Any, inputs: Any, *, unroll: int, reverse: bool 
     """
     one_by_one = partial(jax.lax.scan, step, reverse=reverse)
     return jax.lax.platform_dependent(carry, inputs, cpu=one_by_one, default=partial(one_by_one, unroll=unroll))
+
+
+def scan_updates(step: Callable, params: Any, others: Any, inputs: Any) -> tuple[tuple[Any, Any], Any]:
+    """`jax.lax.scan` over optimizer steps, which carries the parameters as one vector on accelerators.
+
+    Every array that is carried costs a GPU some kernels. A CPU carries them as they are: in a batch of runs it would
+    have to copy each array out of the vectors.
+
+    Args:
+        step: (unpack, apply, (carried, others), inputs of a step) -> (carried, others), outputs of a step, where
+            unpack(carried) are the parameters, and apply(carried, updates) is carried after them.
+        params: before the first step, of any dtypes.
+        others: what else is carried.
+        inputs: [M, ...].
+
+    Returns:
+        The parameters and the others after the last step, and the outputs [M, ...].
+    """
+
+    def scan_arrays(params, others, inputs):
+        return jax.lax.scan(partial(step, lambda params: params, optax.apply_updates), (params, others), inputs)
+
+    def scan_vector(params, others, inputs):
+        vector, unpack = ravel_pytree(params)
+        several_dtypes = len({x.dtype for x in jax.tree.leaves(params)}) > 1
+
+        def apply(vector, updates):
+            new: Any = optax.apply_updates(vector, ravel_pytree(updates)[0])
+            return ravel_pytree(unpack(new))[0] if several_dtypes else new  # rounded as parameters of their own dtypes
+
+        (vector, others), outputs = jax.lax.scan(partial(step, unpack, apply), (vector, others), inputs)
+        return (unpack(vector), others), outputs
+
+    return jax.lax.platform_dependent(params, others, inputs, cpu=scan_arrays, default=scan_vector)
 
 
 def map_each(function: Callable, each: Sequence[Any], *shared: Any) -> list[Any]:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import chex
 import jax
@@ -15,6 +15,7 @@ from purejaxppo.collectives import mean_over_shards
 from purejaxppo.config import Config, Hyperparams
 from purejaxppo.envs.check import place
 from purejaxppo.normalize import standardize_advantage, standardize_observations
+from purejaxppo.platforms import scan_updates
 from purejaxppo.record import pack
 from purejaxppo.validate import as_loss, make_transformation
 
@@ -78,35 +79,32 @@ def update(
             remedy = f"a coefficient is given as Hyperparams(extra={{{error}: ...}})"
             raise ValueError(f"loss finds no {error}{place(error)} ({remedy})") from error
 
-    several_dtypes = len({x.dtype for x in jax.tree.leaves(params)}) > 1
-    vector, as_params = ravel_pytree(params)  # as one array: each array that a scan carries costs a GPU some kernels
+    gradient = jax.jit(jax.value_and_grad(checked_loss, has_aux=True), inline=True)  # traced once for all platforms
 
-    def learn(carry, minibatch):
-        vector, opt_state, stopped = carry
-        params = as_params(vector)
+    def learn(unpack, apply, carry, minibatch):
+        carried, (opt_state, stopped) = carry
+        params = unpack(carried)
         chosen, advantage, random = minibatch
         minibatch = take(batch, chosen, config.segment_length)
         read = {"obs": minibatch.obs, "next_obs": minibatch.next_obs}
         read = {name: standardize_observations(observation, x, config.observation_clip) for name, x in read.items()}
         minibatch = minibatch.replace(advantage=advantage, **read)  # standardised, all three
-        (_, report), grads = jax.value_and_grad(checked_loss, has_aux=True)(params, minibatch, hyperparams, **random)
+        (_, report), grads = gradient(params, minibatch, hyperparams, **random)
         grads, report = mean_over_shards((grads, report), axis_name)
         updates, new_opt_state = transformation.update(grads, opt_state, params)
-        new_vector = cast(jax.Array, optax.apply_updates(vector, ravel_pytree(updates)[0]))
-        if several_dtypes:  # rounded as parameters of their own dtypes
-            new_vector = ravel_pytree(as_params(new_vector))[0]
+        new = apply(carried, updates)
         if config.stop_on_kl:
             stopped = stopped | (report["approx_kl"] > hyperparams.target_kl)
-            new_vector, new_opt_state = jax.tree.map(
-                lambda old, new: jnp.where(stopped, old, new), (vector, opt_state), (new_vector, new_opt_state)
+            new, new_opt_state = jax.tree.map(
+                lambda old, new: jnp.where(stopped, old, new), (carried, opt_state), (new, new_opt_state)
             )
         report |= {"grad_norm": optax.tree.norm(ravel_pytree(grads)[0])}
-        return (new_vector, new_opt_state, stopped), pack((report, (~stopped).astype(jnp.float32)))
+        return (new, (new_opt_state, stopped)), pack((report, (~stopped).astype(jnp.float32)))
 
-    carry = vector, opt_state, jnp.bool_(False)
-    (vector, opt_state, _), rows = jax.lax.scan(learn, carry, (chosen, advantage, random))
+    others = opt_state, jnp.bool_(False)
+    (params, (opt_state, _)), rows = scan_updates(learn, params, others, (chosen, advantage, random))
     reports, counted = rows.unpack()
-    return as_params(vector), opt_state, jax.tree.map(lambda x: _mean_where(counted, x), reports)
+    return params, opt_state, jax.tree.map(lambda x: _mean_where(counted, x), reports)
 
 
 def minibatch_advantages(
