@@ -496,6 +496,7 @@ ON_DEVICES = """if True:
 """
 
 
+@pytest.mark.slow
 def test_a_run_of_two_devices_resumes_on_one_with_a_warning(tmp_path):
     for devices in "21":
         command = [sys.executable, "-c", ON_DEVICES, str(tmp_path / "run"), devices]

@@ -237,6 +237,7 @@ def test_the_length_of_a_run_is_given_once(capsys):
     assert status == 2 and "--total-steps=3000" in errors and "leave one out" in errors
 
 
+@pytest.mark.slow
 def test_a_run_on_two_devices_loads_as_any_other(tmp_path):
     command = [sys.executable, "-m", "purejaxppo", "train", "CartPole-v1", *TINY, "--num-devices"]
     environment = {name: x for name, x in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
@@ -255,6 +256,7 @@ def test_a_run_on_two_devices_loads_as_any_other(tmp_path):
     assert "--num-devices=999 must be at most " in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_on_one_thread_comes_to_the_same_numbers(tmp_path):
     for name, flags in (("all", []), ("one", ["--one-thread"])):
         command = ["train", "CartPole-v1", *TINY, "--out", str(tmp_path / name), *flags]

@@ -90,8 +90,8 @@ def test_parallel_equals_sequential_with_its_gradients_of_every_order(key):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), other, one)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("kind", [pytest.param("lstm", marks=pytest.mark.slow), "mingru"])  # `gru` is in test_ppo.py
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lstm", "mingru"])  # `gru` is in test_ppo.py
 def test_probe_a_cue_is_recalled_with_an_lstm_and_a_mingru(kind):
     config = pjp.Config(
         num_envs=16, num_steps=16, segment_length=16, num_updates=100, widths=(16,), memory=kind, memory_width=16

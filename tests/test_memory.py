@@ -66,7 +66,7 @@ def test_the_parts_of_the_memory_of_a_run_add_up():
         assert parts["start states"] == 8 * (2030 + 4) + 8 * 2030 and parts["environments"] >= 8 * 2030
 
 
-@pytest.mark.parametrize("env", ["CartPole-v1", "Breakout-MinAtar"])
+@pytest.mark.parametrize("env", ["CartPole-v1", pytest.param("Breakout-MinAtar", marks=pytest.mark.slow)])
 def test_how_many_runs_fit_follows_from_two_small_programs(env):
     sweep = pjp.Sweep(env, pjp.grid(learning_rate=[1e-3]), num_seeds=64, config=SMALL)
     (group,) = sweep.groups()

@@ -53,7 +53,15 @@ def train(name, num_runs=1):
     return jax.jit(ppo.train)(ppo.init(key))
 
 
-@pytest.mark.parametrize("name, num_runs", [("mlp", 2), ("normalised, continuous", 1), ("gru", 2), ("cnn", 1)])
+@pytest.mark.parametrize(
+    "name, num_runs",
+    [
+        ("mlp", 2),
+        ("cnn", 1),
+        pytest.param("normalised, continuous", 1, marks=pytest.mark.slow),
+        pytest.param("gru", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_accelerators_train_to_the_same_numbers(name, num_runs, accelerated):
     state, metrics = train(name, num_runs)
     accelerated()
@@ -66,6 +74,7 @@ def test_accelerators_train_to_the_same_numbers(name, num_runs, accelerated):
     assert jax.tree.structure(state) == jax.tree.structure(same_state)
 
 
+@pytest.mark.slow
 def test_gradients_flow_through_what_accelerators_compute(accelerated):
     def returned(rate):
         ppo = pjp.make_ppo("Pendulum-v1", WORKS["normalised, continuous"][1])

@@ -129,6 +129,7 @@ def test_a_cpu_computes_products_of_bfloat16_in_float32(key):
     assert (exact(state)[1]["loss"] == rounded(state)[1]["loss"]).all()
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_kept_for_the_next_process(tmp_path):
     program = (
         "import sys, jax, purejaxppo as pjp; pjp.cache_compilation();"
