@@ -129,7 +129,8 @@ def as_flags(values: dict) -> list[str]:
     flags = []
     for name, value in values.items():
         flag = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
-        words = [] if isinstance(value, bool) else list(map(str, np.atleast_1d(np.asarray(value, object))))
+        listed = isinstance(value, (list, tuple, np.ndarray))
+        words = [] if isinstance(value, bool) else list(map(str, np.atleast_1d(value) if listed else [value]))
         flags += [flag, *words]
     return flags
 
