@@ -109,8 +109,8 @@ def test_shards_wait_for_each_other_once_a_minibatch_and_three_times_a_cycle():
     """For what rewards, advantages, and last observations with the metrics are; a message costs more than a kernel."""
     config = replace(SMALL, normalize_observation=True, scale_reward=True)
     ppo = pjp.sharded(pjp.make_ppo("CartPole-v1", config), devices=1)
-    program = str(jax.make_jaxpr(ppo.step)(jax.eval_shape(ppo.init, jax.random.key(0), pjp.Hyperparams())))
-    assert program.count("all_gather[") == 3 and program.count("psum") + program.count("all_reduce") == 1
+    program = jax.jit(ppo.step).lower(jax.eval_shape(ppo.init, jax.random.key(0), pjp.Hyperparams())).as_text()
+    assert program.count("stablehlo.all_gather") == 3 and program.count("stablehlo.all_reduce") == 1
 
 
 FOUR_DEVICES = """
