@@ -14,7 +14,7 @@ from purejaxppo.envs.base import Env, Step, action_space, bound_action
 from purejaxppo.networks.network import Network
 from purejaxppo.networks.orthogonal import orthogonalize
 from purejaxppo.normalize import no_moments, observation_moments, standardize_observations
-from purejaxppo.platforms import scan
+from purejaxppo.platforms import one_by_one_on_cpus, scan
 from purejaxppo.record import Record
 from purejaxppo.starts import close_pool, draw_starts, open_pool, refill, renew_keys, rows_at, starts_per_step
 
@@ -128,7 +128,7 @@ def start_policy(key: jax.Array, obs: Any, memory: Any, *, env: Env, network: Ne
     observation = observation_moments(one) if config.normalize_observation else ()
     read = standardize_observations(observation, add_time(obs), config.observation_clip)
     first = jnp.ones((1, *jax.tree.leaves(obs)[0].shape[:1]), bool)
-    params = network.init(key, memory, read, first)
+    params = one_by_one_on_cpus(network.init)(key, memory, read, first)
     params = orthogonalize(jax.random.fold_in(key, 0), params)  # of custom networks
     return Policy(params=params, observation=observation, reward=no_moments() if config.scale_reward else ())
 

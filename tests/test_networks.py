@@ -78,15 +78,28 @@ def test_every_weight_of_our_networks_is_an_orthogonal_matrix(details, key):
         np.testing.assert_allclose(gram / gram[0, 0], np.eye(len(gram)), atol=1e-5)
 
 
+LAPACKS = """
+import flax.linen as nn, jax.numpy as jnp
+def init(key, memory, obs, first):
+    return [nn.initializers.orthogonal()(k, shape) for k, shape in zip(jax.random.split(key), [(4, 64), (64, 64)])]
+def apply(params, memory, obs, first):
+    features = jnp.tanh(jnp.tanh(obs @ params[0]) @ params[1])
+    return memory, pjp.Categorical(features[..., :2]), features[..., 2]
+network = pjp.Network(lambda batch: (), init, apply)
+"""
+
+
 @pytest.mark.full
-def test_initialisation_under_vmap_does_not_deadlock():
-    """In a process of its own with a time limit: LAPACK's QR in its place hangs two threads with jax 0.10.2."""
-    program = (
-        "import jax, purejaxppo as pjp;"
-        "ppo = pjp.batched(pjp.make_ppo('CartPole-v1', pjp.Config()));"
-        "init = jax.jit(ppo.init);"
-        "[jax.block_until_ready(init(jax.random.split(jax.random.key(i), 8))) for i in range(30)]"
-    )
+@pytest.mark.parametrize("network", ["network = None", LAPACKS], ids=["ours", "LAPACK's"])
+def test_initialisation_under_vmap_does_not_deadlock(network):
+    """In a process of its own with a time limit: LAPACK's QR under `vmap` hangs two threads with jax 0.10.2."""
+    program = f"""
+import jax, purejaxppo as pjp
+{network}
+init = jax.jit(pjp.batched(pjp.make_ppo("CartPole-v1", network=network)).init)
+for i in range(30):
+    jax.block_until_ready(init(jax.random.split(jax.random.key(i), 8)))
+"""
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 

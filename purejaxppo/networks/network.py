@@ -20,7 +20,6 @@ from purejaxppo.envs.check import place
 from purejaxppo.envs.roles import allowed_actions, mask_of
 from purejaxppo.networks.distributions import JointCategorical, MultiCategorical
 from purejaxppo.networks.orthogonal import orthogonalize
-from purejaxppo.platforms import one_by_one_on_cpus
 from purejaxppo.text import shorten
 
 PURE = "leave out Dropout and BatchNorm, which need more than params, memory, obs and first; LayerNorm does not"
@@ -112,7 +111,7 @@ def _feed_forward(init, apply) -> Network:
             raise ValueError(f"the module must return the pair (distribution, value [B]), not {what}")
         return memory, *jax.tree.map(lambda x: x.reshape(*first.shape, *x.shape[1:]) if jnp.ndim(x) else x, outputs)
 
-    return Network(initial_memory=lambda batch: (), init=one_by_one_on_cpus(init_sequences), apply=apply_sequences)
+    return Network(initial_memory=lambda batch: (), init=init_sequences, apply=apply_sequences)
 
 
 def respect_mask(network: Network, observation_space: Any) -> Network:
