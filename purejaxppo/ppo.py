@@ -164,7 +164,7 @@ def make_ppo(
         check_squash(spaces[1])
     network = make_network(config, *spaces) if network is None else respect_mask(as_network(network), spaces[0])
     obs = jax.eval_shape(partial(_first_observation, env=env, config=config), jax.random.key(0))
-    check_network(network, obs, spaces[1], config)
+    check_network(network, obs, *spaces, config)
     return bind_ppo(env, network, config, loss, optimizer)
 
 

@@ -253,6 +253,24 @@ def test_acting_and_export_do_without_what_is_privileged(key, tmp_path):
         ppo.act(policy, {"velocity": obs["velocity"]})
 
 
+class Peeking(nn.Module):
+    """An actor that reads what it should, or also what only its critic should."""
+
+    peeks: bool
+
+    @nn.compact
+    def __call__(self, obs):
+        everything = jnp.concatenate([obs["position"], obs["velocity"]], -1)
+        value = nn.Dense(1)(jnp.tanh(nn.Dense(8)(everything)))[..., 0]
+        return pjp.Categorical(nn.Dense(2)(everything if self.peeks else obs["position"])), value
+
+
+def test_an_actor_that_reads_what_is_privileged_is_refused():
+    pjp.make_ppo(blind_cartpole(), CONFIG, network=Peeking(False))
+    with pytest.raises(ValueError, match=r"distribution of actions from \['velocity'\], which is privileged"):
+        pjp.make_ppo(blind_cartpole(), CONFIG, network=Peeking(True))
+
+
 def test_an_encoder_that_is_shared_refuses_privileged_parts():
     with pytest.raises(ValueError, match="share_encoder=True .* privileged parts"):
         pjp.make_ppo(blind_cartpole(), pjp.Config(share_encoder=True))

@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -21,6 +22,7 @@ SUITES = {
     "brax": "brax", "craftax": "craftax", "jumanji": "jumanji", "navix": "navix", "pgx": "pgx",
     "playground": "mujoco_playground", "xland": "xminigrid",
 }  # fmt: skip
+TRACING = threading.RLock()  # held while a simulator holds the physics of a trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +123,8 @@ def from_simulator(
 ) -> Env:
     """The `Env` of a simulator whose actions lie in [-1, 1], and whose physics can be its parameters.
 
-    Simulators read their physics from themselves. While one is traced, it holds that of the parameters.
+    Simulators read their physics from themselves. While one is traced, it holds that of the parameters, so only one
+    thread at a time traces it.
 
     Args:
         simulator: with `reset(key)`, `step(state, action)` and `action_size`.
@@ -137,12 +140,13 @@ def from_simulator(
         raise ValueError(f"traced={traced!r} must be a sequence of paths, such as ({traced!r},)")
 
     def run(params, function, *args):
-        before = getattr(simulator, attribute)
-        setattr(simulator, attribute, physics.tree_replace(params))
-        try:
-            return function(*args)
-        finally:
-            setattr(simulator, attribute, before)
+        with TRACING:
+            before = getattr(simulator, attribute)
+            setattr(simulator, attribute, physics.tree_replace(params))
+            try:
+                return function(*args)
+            finally:
+                setattr(simulator, attribute, before)
 
     def reset(key, params):
         state = run(params, simulator.reset, key)

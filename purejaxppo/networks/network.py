@@ -17,7 +17,7 @@ from flax.errors import InvalidRngError, ModifyScopeVariableError
 from purejaxppo.config import Config
 from purejaxppo.envs.base import Box, Discrete, MultiDiscrete, Space
 from purejaxppo.envs.check import place
-from purejaxppo.envs.roles import allowed_actions, mask_of
+from purejaxppo.envs.roles import allowed_actions, has_privileged, mask_of
 from purejaxppo.networks.distributions import JointCategorical, MultiCategorical
 from purejaxppo.networks.orthogonal import orthogonalize
 from purejaxppo.text import shorten
@@ -134,29 +134,31 @@ def respect_mask(network: Network, observation_space: Any) -> Network:
     return Network(network.initial_memory, network.init, apply_masked)
 
 
-def check_network(network: Network, obs: Any, action_space: Space, config: Config) -> None:
+def check_network(network: Network, obs: Any, observation_space: Any, action_space: Space, config: Config) -> None:
     """Traces a network on two steps of N environments; compiles nothing.
 
     Args:
         network: to check.
         obs: shapes of one observation, as the network reads it.
+        observation_space: of the environment.
         action_space: of the environment.
         config: sizes.
 
     Raises:
-        ValueError: if the network does not fit the observations, the actions, or the segments of the config.
+        ValueError: if the network does not fit the observations, the actions, or the segments of the config, or if
+            actions depend on privileged parts of the observations.
     """
     num_envs = config.num_envs
+    many = jax.tree.map(lambda x: jnp.zeros((2, num_envs, *x.shape), x.dtype), obs)
 
-    def forward(key):
+    def forward(key, many):
         memory = network.initial_memory(num_envs)
-        many = jax.tree.map(lambda x: jnp.zeros((2, num_envs, *x.shape), x.dtype), obs)
         first = jnp.zeros((2, num_envs), bool)
         params = network.init(key, memory, jax.tree.map(lambda x: x[:1], many), first[:1])
         return memory, network.apply(orthogonalize(key, params), memory, many, first)
 
     try:
-        taken, outputs = jax.eval_shape(forward, jax.random.key(0))
+        taken, outputs = jax.eval_shape(forward, jax.random.key(0), many)
     except Exception as error:
         text = str(error).split(" (https://")[0] + place(error)
         remedy = f" ({PURE})" if isinstance(error, (InvalidRngError, ModifyScopeVariableError)) else ""
@@ -195,6 +197,19 @@ def check_network(network: Network, obs: Any, action_space: Space, config: Confi
         remedy = " (drop the last axis: value[..., 0])" if shape == (2, num_envs, 1) else ""
         raise ValueError(f"network must return values [T, B] = (2, {num_envs}), not {shape}{remedy}")
     _check_actions(distribution, action_space)
+    if has_privileged(observation_space):
+        _check_actor(lambda many: forward(jax.random.key(0), many)[1][1], many, observation_space)
+
+
+def _check_actor(distribution: Callable, obs: Any, space: Any) -> None:
+    """Refuses distributions, as a function of observations, that read what only the critic may read."""
+    read = jax.export.export(jax.jit(distribution), platforms=["cpu"])(obs).module_kept_var_idx
+    for i, (path, part) in enumerate(jax.tree.leaves_with_path(space)):
+        if part.privileged and i in read:
+            raise ValueError(
+                f"network computes the distribution of actions from {jax.tree_util.keystr(path)}, which is privileged: "
+                "only the value may depend on it"
+            )
 
 
 def _check_actions(distribution: Any, space: Space) -> None:
