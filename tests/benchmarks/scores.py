@@ -10,6 +10,7 @@ means over seeds with 95 % intervals, and the worst seed. Environments of suites
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -21,13 +22,16 @@ from purejaxppo.experiment.provenance import describe_machine
 from purejaxppo.experiment.report.metrics import learning_curve, mean_interval
 from purejaxppo.experiment.suite_presets import TRIED, UNTRIED
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from variants import VARIANTS
+
 FIRST_SEED = 1000  # presets were tuned on others
 NUM_POINTS = 50  # of a learning curve
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[*TRIED, *UNTRIED])
+    parser.add_argument("--only", nargs="+", default=[*TRIED, *UNTRIED, *VARIANTS])
     parser.add_argument("--num-seeds", type=int, default=5)
     parser.add_argument("--again", action="store_true", help="environments that are in the file already, too")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "scores.json")
@@ -41,9 +45,9 @@ def main():
     print("\n".join(describe(env, kept[env]) for env in options.only))
 
 
-def score(env: str, num_seeds: int) -> dict:
-    """The returns of every seed of a preset: of the last 100 training episodes, and of 128 fresh ones."""
-    config, hyperparams = pjp.preset(env)
+def score(name: str, num_seeds: int) -> dict:
+    """The returns of every seed of a preset or a variant: of the last 100 training episodes, and of 128 fresh ones."""
+    env, config, hyperparams = VARIANTS[name]() if name in VARIANTS else (name, *pjp.preset(name))
     ppo = pjp.batched(pjp.make_ppo(env, config))
     keys = jax.vmap(jax.random.key)(FIRST_SEED + np.arange(num_seeds))
     start = time.perf_counter()

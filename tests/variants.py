@@ -1,0 +1,84 @@
+"""Environments of which an agent sees less: settings that learn them nevertheless, or that show what is lost."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+
+import purejaxppo as pjp
+
+NORMALIZED: dict[str, Any] = {"normalize_observation": True, "scale_reward": True}
+RECURRENT: dict[str, Any] = NORMALIZED | {
+    "memory": "gru",
+    "segment_length": 32,
+    "num_epochs": 10,
+    "clip_value_loss": False,
+}
+
+
+def with_observation(env: Any, observe: Callable[[Any], Any], space: Any, name: str) -> pjp.Env:
+    """The environment with `observe(obs)`, an element of `space`, in place of its observations."""
+    env = pjp.make_env(env)
+
+    def reset(key, params):
+        state, obs = env.reset(key, params)
+        return state, observe(obs)
+
+    def step(key, state, action, params):
+        result = env.step(key, state, action, params)
+        return result._replace(obs=observe(result.obs))
+
+    return env._replace(reset=reset, step=step, observation_space=space, name=name)
+
+
+def cartpole_without_velocities() -> pjp.Env:
+    """Cart and pole, whose velocities have to be remembered from their positions."""
+    return with_observation(
+        "CartPole-v1", lambda obs: obs[jnp.array([0, 2])], pjp.Box(shape=(2,)), "CartPole-v1 without velocities"
+    )
+
+
+def cartpole_with_privileged_velocities() -> pjp.Env:
+    """Cart and pole, whose velocities only the critic sees."""
+    return with_observation(
+        "CartPole-v1",
+        lambda obs: {"position": obs[jnp.array([0, 2])], "velocity": obs[jnp.array([1, 3])]},
+        {"position": pjp.Box(shape=(2,)), "velocity": pjp.privileged(pjp.Box(shape=(2,)))},
+        "CartPole-v1 with privileged velocities",
+    )
+
+
+def pendulum_without_velocities() -> pjp.Env:
+    """A pendulum, whose velocity has to be remembered from its angle."""
+    return with_observation(
+        "Pendulum-v1", lambda obs: obs[:2], pjp.Box(-1.0, 1.0, (2,)), "Pendulum-v1 without velocities"
+    )
+
+
+def without_mask(name: str) -> pjp.Env:
+    """An environment that does not say which actions are allowed."""
+    env = pjp.make_env(name)
+    assert isinstance(env.observation_space, Mapping)
+    space = {part: x for part, x in env.observation_space.items() if part != "action_mask"}
+    return with_observation(env, lambda obs: {part: obs[part] for part in space}, space, f"{name} without its mask")
+
+
+def recurrent(env: Callable[[], pjp.Env], discount: float, **config: Any):
+    """The environment with settings for 100,000 steps and a GRU."""
+    hyperparams = pjp.Hyperparams(
+        learning_rate=1e-3, clip=pjp.linear(0.2, 0.0), entropy_coefficient=0.0, discount=discount
+    )
+    return env(), pjp.Config(**(RECURRENT | config)).with_total_steps(100_000), hyperparams
+
+
+# What is trained -> its environment, config and hyperparameters.
+VARIANTS = {
+    "CartPole-v1 without velocities": partial(recurrent, cartpole_without_velocities, 0.99, num_envs=8),
+    "CartPole-v1 with privileged velocities": partial(recurrent, cartpole_with_privileged_velocities, 0.99, num_envs=8),
+    # With the rollout, minibatches and discount of Stable-Baselines3's RecurrentPPO.
+    "Pendulum-v1 without velocities": partial(
+        recurrent, pendulum_without_velocities, 0.9, num_envs=4, num_steps=1024, num_minibatches=32
+    ),
+    "jumanji/Snake-v1 without its mask": lambda: (without_mask("jumanji/Snake-v1"), *pjp.preset("jumanji/Snake-v1")),
+}
