@@ -3,10 +3,13 @@
 Thresholds leave room for the spread between seeds, never for a defect: what is published stands beside them.
 """
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
 from scipy.stats import trim_mean
+from variants import VARIANTS
 
 from purejaxppo import Config, Hyperparams, batched, fit, make_ppo, preset, runs
 from purejaxppo.experiment.report.metrics import last_episodes
@@ -40,6 +43,26 @@ def test_cartpole_is_solved():
     last, fresh = train("CartPole-v1", 8)
     # Interquartile means: one seed of 32 or so is in a dip when the run ends, which one differs between machines.
     assert trim_mean(last, 0.25) > 475 and trim_mean(fresh, 0.25) > 475
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, least",
+    [
+        ("CartPole-v1 without velocities", 490),  # Stable-Baselines3's LSTM 500, of one seed
+        ("Pendulum-v1 without velocities", -250),  # -218, of one seed
+    ],
+)
+def test_a_memory_learns_velocities_that_are_not_seen(name, least):
+    """100,000 steps, 5 seeds; the greedy policy, as what is published."""
+    env, config, hyperparams = VARIANTS[name]()
+    ppo = batched(make_ppo(env, config))
+    keys, hyperparams = runs(jax.random.key(2026), num_seeds=5, hyperparams=hyperparams)
+    state, _ = jax.jit(ppo.train)(jax.jit(ppo.init)(keys, hyperparams))
+    played = jax.jit(partial(ppo.evaluate, greedy=True))(keys, state.policy)
+    returns = np.asarray(played.episode_return.mean(1))
+    print(f"\n{name}: {returns.mean():.1f} {np.sort(returns).astype(int).tolist()}")
+    assert returns.mean() >= least
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from variants import cartpole_with_privileged_velocities
 
 import purejaxppo as pjp
 from probes import SMALL
@@ -205,28 +206,9 @@ def test_actions_of_two_axes_are_refused():
         pjp.make_ppo(masked(pjp.MultiDiscrete(np.full((2, 2), 3)), (3,)), CONFIG)
 
 
-def blind_cartpole():
-    """CartPole whose velocities only the critic sees."""
-    env = pjp.make_env("CartPole-v1")
-
-    def split(obs):
-        return {"position": obs[jnp.array([0, 2])], "velocity": obs[jnp.array([1, 3])]}
-
-    def reset(key, params):
-        state, obs = env.reset(key, params)
-        return state, split(obs)
-
-    def step(key, state, action, params):
-        result = env.step(key, state, action, params)
-        return result._replace(obs=split(result.obs))
-
-    spaces = {"position": pjp.Box(shape=(2,)), "velocity": pjp.privileged(pjp.Box(shape=(2,)))}
-    return env._replace(reset=reset, step=step, observation_space=spaces, name="blind")
-
-
 @pytest.mark.parametrize("normalize", [False, True])
 def test_only_the_critic_reads_what_is_privileged(normalize, key):
-    ppo = pjp.make_ppo(blind_cartpole(), replace(CONFIG, normalize_observation=normalize))
+    ppo = pjp.make_ppo(cartpole_with_privileged_velocities(), replace(CONFIG, normalize_observation=normalize))
     state, _ = jax.jit(ppo.step)(ppo.init(key))
     obs = {"position": jnp.ones((1, 1, 2)), "velocity": jnp.ones((1, 1, 2))}
     other = obs | {"velocity": jnp.full((1, 1, 2), -3.0)}
@@ -237,7 +219,7 @@ def test_only_the_critic_reads_what_is_privileged(normalize, key):
 
 
 def test_acting_and_export_do_without_what_is_privileged(key, tmp_path):
-    ppo = pjp.make_ppo(blind_cartpole(), CONFIG)
+    ppo = pjp.make_ppo(cartpole_with_privileged_velocities(), CONFIG)
     policy = ppo.init(key).policy
     _, obs = ppo.env.reset(key, ppo.env.params)
     seen = {"position": obs["position"]}
@@ -266,14 +248,14 @@ class Peeking(nn.Module):
 
 
 def test_an_actor_that_reads_what_is_privileged_is_refused():
-    pjp.make_ppo(blind_cartpole(), CONFIG, network=Peeking(False))
+    pjp.make_ppo(cartpole_with_privileged_velocities(), CONFIG, network=Peeking(False))
     with pytest.raises(ValueError, match=r"distribution of actions from \['velocity'\], which is privileged"):
-        pjp.make_ppo(blind_cartpole(), CONFIG, network=Peeking(True))
+        pjp.make_ppo(cartpole_with_privileged_velocities(), CONFIG, network=Peeking(True))
 
 
 def test_an_encoder_that_is_shared_refuses_privileged_parts():
     with pytest.raises(ValueError, match="share_encoder=True .* privileged parts"):
-        pjp.make_ppo(blind_cartpole(), pjp.Config(share_encoder=True))
+        pjp.make_ppo(cartpole_with_privileged_velocities(), pjp.Config(share_encoder=True))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -64,21 +64,34 @@ def without_mask(name: str) -> pjp.Env:
     return with_observation(env, lambda obs: {part: obs[part] for part in space}, space, f"{name} without its mask")
 
 
-def recurrent(env: Callable[[], pjp.Env], discount: float, **config: Any):
+class Variant(NamedTuple):
+    """What is trained."""
+
+    env: pjp.Env
+    config: pjp.Config
+    hyperparams: pjp.Hyperparams
+
+
+def recurrent(env: Callable[[], pjp.Env], discount: float, **config: Any) -> Variant:
     """The environment with settings for 100,000 steps and a GRU."""
     hyperparams = pjp.Hyperparams(
         learning_rate=1e-3, clip=pjp.linear(0.2, 0.0), entropy_coefficient=0.0, discount=discount
     )
-    return env(), pjp.Config(**(RECURRENT | config)).with_total_steps(100_000), hyperparams
+    return Variant(env(), pjp.Config(**(RECURRENT | config)).with_total_steps(100_000), hyperparams)
 
 
-# What is trained -> its environment, config and hyperparameters.
-VARIANTS = {
+def unmasked(name: str) -> Variant:
+    """The environment without its action mask, with its preset."""
+    config, hyperparams = pjp.preset(name)
+    return Variant(without_mask(name), config, hyperparams)
+
+
+VARIANTS: dict[str, Callable[[], Variant]] = {
     "CartPole-v1 without velocities": partial(recurrent, cartpole_without_velocities, 0.99, num_envs=8),
     "CartPole-v1 with privileged velocities": partial(recurrent, cartpole_with_privileged_velocities, 0.99, num_envs=8),
     # With the rollout, minibatches and discount of Stable-Baselines3's RecurrentPPO.
     "Pendulum-v1 without velocities": partial(
         recurrent, pendulum_without_velocities, 0.9, num_envs=4, num_steps=1024, num_minibatches=32
     ),
-    "jumanji/Snake-v1 without its mask": lambda: (without_mask("jumanji/Snake-v1"), *pjp.preset("jumanji/Snake-v1")),
+    "jumanji/Snake-v1 without its mask": partial(unmasked, "jumanji/Snake-v1"),
 }

@@ -23,7 +23,7 @@ from purejaxppo.experiment.report.metrics import learning_curve, mean_interval
 from purejaxppo.experiment.suite_presets import TRIED, UNTRIED
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from variants import VARIANTS
+from variants import VARIANTS, Variant
 
 FIRST_SEED = 1000  # presets were tuned on others
 NUM_POINTS = 50  # of a learning curve
@@ -47,7 +47,7 @@ def main():
 
 def score(name: str, num_seeds: int) -> dict:
     """The returns of every seed of a preset or a variant: of the last 100 training episodes, and of 128 fresh ones."""
-    env, config, hyperparams = VARIANTS[name]() if name in VARIANTS else (name, *pjp.preset(name))
+    env, config, hyperparams = VARIANTS[name]() if name in VARIANTS else Variant(pjp.make_env(name), *pjp.preset(name))
     ppo = pjp.batched(pjp.make_ppo(env, config))
     keys = jax.vmap(jax.random.key)(FIRST_SEED + np.arange(num_seeds))
     start = time.perf_counter()
