@@ -25,14 +25,27 @@ def sequence(kind, key):
     return module, orthogonalize(key, module.init(key, memory, features, FIRST)), memory, features
 
 
-@pytest.mark.parametrize("kind, cell", [("gru", nn.GRUCell(5)), ("lstm", nn.LSTMCell(5))])
-def test_a_cell_is_that_of_flax(kind, cell, key):
+FLAX = {
+    "gru": (nn.GRUCell(5), {"reset": "r", "update": "z", "candidate": "n"}),
+    "lstm": (nn.LSTMCell(5), {"write": "i", "forget": "f", "candidate": "g", "read": "o"}),
+}
+
+
+@pytest.mark.parametrize("kind, biased", [("gru", "i"), ("lstm", "h")])
+def test_a_cell_is_that_of_flax(kind, biased, key):
     module, params, memory, features = sequence(kind, key)
-    (weights,) = params["params"].values()
+    params = jax.tree.map(lambda x: x + 0.1 * jnp.arange(x.size).reshape(x.shape) / x.size, params)
+    ours, (cell, gates) = params["params"], FLAX[kind]
+    theirs = {f"i{gate}": {"kernel": ours[f"given_{name}"]} for name, gate in gates.items()}
+    theirs |= {f"h{gate}": {"kernel": ours[f"recalled_{name}"]} for name, gate in gates.items()}
+    for gate, bias in zip(gates.values(), jnp.split(ours["bias"], len(gates))):
+        theirs[biased + gate]["bias"] = bias
+    if kind == "gru":
+        theirs["hn"]["bias"] = ours["recalled_candidate_bias"]
     after, outputs = module.apply(params, memory, features, FIRST)
     for x, first, output in zip(features, FIRST, outputs):
         memory = jax.tree.map(lambda x: jnp.where(first[:, None], 0, x), memory)
-        memory, expected = cell.apply({"params": weights}, memory, x)
+        memory, expected = cell.apply({"params": theirs}, memory, x)
         np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-6)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), after, memory)
 

@@ -4,9 +4,9 @@ A memory is emptied before every step that begins an episode. It takes features 
 them as they were given.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -28,8 +28,16 @@ class GRU(nn.Module):
     @nn.compact
     def __call__(self, memory: jax.Array, features: jax.Array | Columns, first: jax.Array):
         """The memory [B, width] after features [T, B, F], and features [T, B, width]."""
-        cell = nn.GRUCell(self.width, kernel_init=orthogonal(), recurrent_kernel_init=orthogonal())
-        return _step_by_step(cell, memory, features, first)
+        weights = draw_weights(self, ("reset", "update", "candidate"), features)
+        bias = self.param("recalled_candidate_bias", nn.initializers.zeros, (self.width,))
+
+        def cell(hidden, given, recalled):
+            (*gates, candidate), (*more, recalled) = jnp.split(given, 3, axis=-1), jnp.split(recalled, 3, axis=-1)
+            reset, update = (nn.sigmoid(x + y) for x, y in zip(gates, more))
+            candidate = jnp.tanh(candidate + reset * (recalled + bias[None]))
+            return (1 - update) * candidate + update * hidden
+
+        return step_by_step(cell, weights, memory, features, first)
 
 
 class LSTM(nn.Module):
@@ -44,8 +52,14 @@ class LSTM(nn.Module):
     @nn.compact
     def __call__(self, memory: tuple[jax.Array, jax.Array], features: jax.Array | Columns, first: jax.Array):
         """The memory after features [T, B, F], and features [T, B, width]."""
-        cell = nn.OptimizedLSTMCell(self.width, kernel_init=orthogonal(), recurrent_kernel_init=orthogonal())
-        return _step_by_step(cell, memory, features, first)
+        weights = draw_weights(self, ("write", "forget", "candidate", "read"), features)
+
+        def cell(memory, given, recalled):
+            write, forget, candidate, read = jnp.split(given + recalled, 4, axis=-1)
+            kept = nn.sigmoid(forget) * memory[0] + nn.sigmoid(write) * jnp.tanh(candidate)
+            return kept, nn.sigmoid(read) * jnp.tanh(kept)
+
+        return step_by_step(cell, weights, memory, features, first)
 
 
 class MinGRU(nn.Module):
@@ -127,17 +141,65 @@ def _linear_recurrence(*args: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(*args, cpu=in_sequence, default=in_parallel)
 
 
-def _step_by_step(cell: Callable, memory: Any, features: jax.Array | Columns, first: jax.Array):
-    """The memory of a flax cell after features [T, B, F], and its features [T, B, width]."""
+class Weights(NamedTuple):
+    """Of a memory with G gates of a width H each."""
 
-    def step(cell, memory, inputs):
-        features, first = inputs
-        return cell(jax.tree.map(lambda x: jnp.where(first[:, None], 0, x), memory), features)
+    given: jax.Array  # [F, G H], of the features
+    recalled: jax.Array  # [H, G H], of what the memory holds
+    bias: jax.Array  # [G H]
+
+
+def draw_weights(module: Any, gates: Sequence[str], features: jax.Array | Columns) -> Weights:
+    """Weights of all gates side by side, so that a step takes two products; each gate's are an orthogonal matrix.
+
+    Args:
+        module: becomes theirs; its `width` is that of a gate.
+        gates: their names.
+        features: to be read.
+    """
+    num_features = len(features.values) if isinstance(features, Columns) else features.shape[-1]
+
+    def draw(name: str, size: int) -> jax.Array:
+        shape = (size, module.width)
+        return jnp.concatenate([module.param(f"{name}_{gate}", orthogonal(), shape) for gate in gates], axis=1)
+
+    bias = module.param("bias", nn.initializers.zeros, (len(gates) * module.width,))
+    return Weights(draw("given", num_features), draw("recalled", module.width), bias)
+
+
+def step_by_step(cell: Callable, weights: Weights, memory: Any, features: jax.Array | Columns, first: jax.Array):
+    """The memory of a cell after features [T, B, F], and its features [T, B, H].
+
+    Accelerators compute the products with the features of all steps at once. A CPU computes them step by step, from
+    its cache.
+
+    Args:
+        cell: memory, products of features and of the memory [B, G H] -> memory.
+        weights: of these products.
+        memory: before the first step; its last array [B, H] is what the cell shows.
+        features: rows or columns.
+        first: [T, B] bool.
+    """
+
+    def give(rows):
+        products = rows @ weights.given
+        return products + jnp.broadcast_to(weights.bias, products.shape)
+
+    def step(memory, inputs):
+        given, first = inputs
+        memory = jax.tree.map(lambda x: jnp.where(first[:, None], 0, x), memory)
+        memory = cell(memory, given, jax.tree.leaves(memory)[-1] @ weights.recalled)
+        return memory, jax.tree.leaves(memory)[-1]
+
+    def in_the_loop(memory, rows, first):
+        return jax.lax.scan(lambda memory, x: step(memory, (give(x[0]), x[1])), memory, (rows, first))
+
+    def ahead(memory, rows, first):
+        return jax.lax.scan(step, memory, (give(rows), first))
 
     as_columns = isinstance(features, Columns)
     rows = features.values.T.reshape(*first.shape, -1) if as_columns else features
-    scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
-    memory, rows = scan(cell, memory, (rows, first))
+    memory, rows = jax.lax.platform_dependent(memory, rows, first, cpu=in_the_loop, default=ahead)
     return memory, to_columns(rows) if as_columns else rows
 
 

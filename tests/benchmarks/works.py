@@ -6,7 +6,11 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Work:
-    """PPO on one environment: an actor and a critic of 64-64 tanh, and these settings."""
+    """PPO on one environment: an actor and a critic of 64-64 tanh, and these settings.
+
+    A recurrent one has one encoder and one GRU, and heads with a layer of their own, all of 128 units; it learns from
+    whole rollouts of some environments in each minibatch.
+    """
 
     env: str = "CartPole-v1"
     num_envs: int = 4
@@ -16,6 +20,7 @@ class Work:
     total_steps: int = 500_000
     num_seeds: int = 1
     encoder: Literal["mlp", "cnn"] = "mlp"
+    recurrent: bool = False
     normalize: bool = False  # observations standardised, rewards scaled
     learning_rate: float = 2.5e-4  # constant
     discount: float = 0.99
@@ -54,6 +59,7 @@ WORKS = {
     "seeds-512": replace(NARROW, num_seeds=512, total_steps=4_096),
     "pixels-mlp": replace(PIXELS, total_steps=500_000),
     "pixels-cnn": replace(PIXELS, total_steps=100_000, encoder="cnn"),
+    "recurrent": Work(recurrent=True, total_steps=250_000),
     "continuous": Work(env="Pendulum-v1", num_envs=32, num_steps=64, normalize=True),
     "long-1M": replace(NARROW, total_steps=1_000_000),
     "long-10M": replace(NARROW, total_steps=10_000_000),

@@ -10,7 +10,7 @@ def prepare(algorithm, work: Work, **network) -> Program:
     """A program of a PPO class with stable-baselines3's interface; it has nothing to compile ahead."""
     from stable_baselines3.common.env_util import make_vec_env
 
-    if work.num_seeds > 1 or work.encoder == "cnn" or work.normalize or "MinAtar" in work.env:
+    if work.num_seeds > 1 or work.encoder == "cnn" or work.recurrent or work.normalize or "MinAtar" in work.env:
         raise SystemExit("this peer does not offer this work")
     env = make_vec_env(work.env, n_envs=work.num_envs)
     # A few rollouts show the rate: a whole run would take minutes.

@@ -14,7 +14,7 @@ BODY = {"body": partial(MLP, hidden_sizes=(64, 64), activation=jax.nn.tanh)}
 
 
 def prepare(work: Work) -> Program:
-    if "MinAtar" in work.env or work.encoder == "cnn":
+    if "MinAtar" in work.env or work.encoder == "cnn" or work.recurrent:
         raise SystemExit("this peer does not offer this work")
     env = jaxnasium.make(work.env)  # pyright: ignore[reportAttributeAccessIssue]: it takes this file for the peer
     algorithm = PPO(

@@ -2,15 +2,20 @@
 small ones keeps to a thread."""
 
 import time
+from typing import Any
 
+import flax.linen as nn
 import jax
 
 import purejaxppo as pjp
 from program import Program
+from purejaxppo.envs.base import action_space
 from purejaxppo.experiment.jax_setup import cores_as_devices
+from purejaxppo.networks.memories import GRU
 from works import Work
 
 LARGE_MINIBATCH = 512  # transitions
+WIDTH = 128
 
 
 def prepare(work: Work) -> Program:
@@ -25,11 +30,12 @@ def prepare(work: Work) -> Program:
         num_updates=work.num_updates,
         num_epochs=work.num_epochs,
         num_minibatches=work.num_minibatches,
+        segment_length=work.num_steps if work.recurrent else 1,
         encoder=work.encoder,
         normalize_observation=work.normalize,
         scale_reward=work.normalize,
     )
-    ppo = pjp.make_ppo(work.env, config)
+    ppo = pjp.make_ppo(work.env, config, network=recurrent(work) if work.recurrent else None)
     hyperparams = pjp.Hyperparams(
         learning_rate=work.learning_rate,
         learning_rate_annealing=0.0,
@@ -61,3 +67,25 @@ def prepare(work: Work) -> Program:
         return time.perf_counter() - begin
 
     return Program(run, work.steps, compile_seconds)
+
+
+def recurrent(work: Work) -> pjp.Network:
+    """The recurrent network, which this package's own are not: they share no memory."""
+    env = pjp.make_env(work.env)
+    actions: Any = action_space(env, env.params)
+    module = Recurrent(actions.n)
+    return pjp.Network(GRU(WIDTH).empty, module.init, module.apply)
+
+
+class Recurrent(nn.Module):
+    """One encoder and one GRU, from which heads with a layer of their own read."""
+
+    num_actions: int
+
+    @nn.compact
+    def __call__(self, memory, obs, first):
+        features = nn.relu(pjp.layers.Dense(WIDTH, 2**0.5)(obs))
+        memory, features = GRU(WIDTH)(memory, features, first)
+        acting, judging = (nn.relu(pjp.layers.Dense(WIDTH, 2.0)(features)) for _ in range(2))
+        value = pjp.layers.Dense(1, 1.0)(judging)[..., 0]
+        return memory, pjp.Categorical(pjp.layers.Dense(self.num_actions, 0.01)(acting)), value

@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -42,7 +43,7 @@ def training(work: Work) -> tuple[Callable, Callable]:
         "NORMALIZE_ENV": work.normalize,
         "DEBUG": False,
     }
-    script = continuous() if work.normalize else find_script("ppo")
+    script = continuous() if work.normalize else recurrent() if work.recurrent else find_script("ppo")
     train = script.make_train(config)
 
     def arguments(seed):
@@ -71,6 +72,28 @@ def continuous():
     script.BraxGymnaxWrapper = lambda name: WithItsParams(*gymnax.make(name))
     script.ActorCritic = ActorCritic
     return script
+
+
+def recurrent():
+    """The recurrent script, with its GRU as today's flax spells it."""
+    script = find_script("ppo_rnn")
+    script.ScannedRNN = ScannedRNN
+    return script
+
+
+class ScannedRNN(nn.Module):
+    """The GRU of the script; in its own, the cell does not say how wide it is, as flax asks today."""
+
+    @partial(nn.scan, variable_broadcast="params", split_rngs={"params": False})
+    @nn.compact
+    def __call__(self, memory, inputs):
+        features, first = inputs
+        memory = jnp.where(first[:, None], jnp.zeros_like(memory), memory)
+        return nn.GRUCell(features.shape[-1])(memory, features)
+
+    @staticmethod
+    def initialize_carry(batch, width):
+        return jnp.zeros((batch, width))
 
 
 class WithItsParams:

@@ -17,7 +17,7 @@ def prepare(work: Work) -> Program:
 
 def training(work: Work) -> tuple[Callable, Callable]:
     """The training of a work, and its arguments for a seed."""
-    if work.encoder == "cnn":
+    if work.encoder == "cnn" or work.recurrent:
         raise SystemExit("this peer does not offer this work")
     env, env_params = gymnax.make(work.env)
     steps = work.num_updates * work.steps_per_update
