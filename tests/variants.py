@@ -72,11 +72,8 @@ class Variant(NamedTuple):
     hyperparams: pjp.Hyperparams
 
 
-def recurrent(env: Callable[[], pjp.Env], discount: float, **config: Any) -> Variant:
+def recurrent(env: Callable[[], pjp.Env], hyperparams: pjp.Hyperparams, **config: Any) -> Variant:
     """The environment with settings for 100,000 steps and a GRU."""
-    hyperparams = pjp.Hyperparams(
-        learning_rate=1e-3, clip=pjp.linear(0.2, 0.0), entropy_coefficient=0.0, discount=discount
-    )
     return Variant(env(), pjp.Config(**(RECURRENT | config)).with_total_steps(100_000), hyperparams)
 
 
@@ -86,12 +83,16 @@ def unmasked(name: str) -> Variant:
     return Variant(without_mask(name), config, hyperparams)
 
 
+CARTPOLE = pjp.Hyperparams(learning_rate=1e-3, clip=pjp.linear(0.2, 0.0), entropy_coefficient=0.0)
+PENDULUM = pjp.Hyperparams(learning_rate=1e-3, discount=0.95, entropy_coefficient=0.0)
 VARIANTS: dict[str, Callable[[], Variant]] = {
-    "CartPole-v1 without velocities": partial(recurrent, cartpole_without_velocities, 0.99, num_envs=8),
-    "CartPole-v1 with privileged velocities": partial(recurrent, cartpole_with_privileged_velocities, 0.99, num_envs=8),
-    # With the rollout, minibatches and discount of Stable-Baselines3's RecurrentPPO.
+    "CartPole-v1 without velocities": partial(recurrent, cartpole_without_velocities, CARTPOLE, num_envs=8),
+    "CartPole-v1 with privileged velocities": partial(
+        recurrent, cartpole_with_privileged_velocities, CARTPOLE, num_envs=8
+    ),
+    # With the rollout and the minibatches of Stable-Baselines3's RecurrentPPO.
     "Pendulum-v1 without velocities": partial(
-        recurrent, pendulum_without_velocities, 0.9, num_envs=4, num_steps=1024, num_minibatches=32
+        recurrent, pendulum_without_velocities, PENDULUM, num_envs=4, num_steps=1024, num_minibatches=32
     ),
     "jumanji/Snake-v1 without its mask": partial(unmasked, "jumanji/Snake-v1"),
 }
