@@ -48,7 +48,7 @@ def list_names(suite):
     program = f"from purejaxppo.envs import env_names; print(*env_names({suite!r}), sep='\\n')"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
     if done.returncode:
-        print(f"{suite}: {done.stderr.strip().splitlines()[-1]}")
+        print(f"{suite}: {last_line(done.stderr)}")
     return [line for line in done.stdout.splitlines() if line.startswith(f"{suite}/")]
 
 
@@ -59,10 +59,15 @@ def run_one(env, limit):
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=os.environ | flags)
     except subprocess.TimeoutExpired:
-        return {"update": f"not within {limit:.0f} s"}
+        return {"update": "failed", "error": f"not within {limit:.0f} s"}
     if done.returncode:
-        return {"update": "failed", "error": done.stderr.strip().splitlines()[-1][:300]}
+        return {"update": "failed", "error": last_line(done.stderr)}
     return json.loads(done.stdout.splitlines()[-1]) | {"seconds": round(time.time() - begin)}
+
+
+def last_line(text):
+    """Of what a process complained; nothing if it was killed."""
+    return (text.strip() or "killed").splitlines()[-1][:300]
 
 
 def check_one(name):

@@ -208,3 +208,9 @@ def test_repeated_steps_keep_the_rewards_before_a_last_nan_and_average_flags():
     result = pjp.action_repeat(env, 4).step(jax.random.key(0), jnp.int32(0), jnp.int32(0), ())
     assert result.reward == 2 and result.terminated
     np.testing.assert_allclose(result.metrics["early"], 2 / 3, rtol=1e-6)
+
+
+def test_an_environment_that_is_wrapped_is_another_one_by_name_too():
+    for wrap in (pjp.time_limit, pjp.frame_stack, pjp.action_repeat, pjp.sticky_actions):
+        assert wrap(counter(5), 1).name == f"{wrap.__name__}(counter, 1)"
+    assert pjp.randomize(pjp.make_env("CartPole-v1"), lambda key, params: params).name == "randomize(CartPole-v1)"

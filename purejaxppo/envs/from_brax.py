@@ -1,4 +1,4 @@
-"""Brax: `make_env("brax/ant", backend="mjx", traced=("gravity",))`."""
+"""Brax: `make_env("brax/ant", backend="mjx", traced=("opt.gravity",))`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -29,7 +29,7 @@ def make(
         options: of the environment in Brax.
 
     Raises:
-        ValueError: for a path in `traced` that is no part of the physics.
+        ValueError: for a path in `traced` that is no part of the physics, or has no effect.
     """
     simulator = brax.envs.get_environment(name, backend=backend, **options)
     # Every environment of Brax takes actions from -1 to 1, and those with other actuators scale them.

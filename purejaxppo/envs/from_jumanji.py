@@ -12,6 +12,7 @@ import numpy as np
 from jumanji import specs
 
 from purejaxppo.envs.base import ActionMask, Box, Discrete, Env, MultiDiscrete, Step
+from purejaxppo.envs.suite import Refusal
 from purejaxppo.envs.wrappers import time_limit
 
 # Those with a reward for each of several agents, and MultiCVRP, whose mask leaves out an action of its specification.
@@ -29,7 +30,7 @@ def names() -> list[str]:
 def make(name: str, **options: Any) -> Env:
     """An environment of Jumanji with its own options; its time limit is a truncation, and its clock is not shown."""
     if name.startswith("Sokoban") and "generator" not in options:
-        raise ValueError(f"env='jumanji/{name}' downloads its levels: allow it in Python by generator={SOKOBAN}")
+        raise Refusal(f"env='jumanji/{name}' downloads its levels: allow it in Python by generator={SOKOBAN}")
     task = jumanji.make(name, **options)
     max_steps, task.time_limit = getattr(task, "time_limit", NEVER), NEVER  # Jumanji would report a termination
     shown = _as_dict(task.observation_spec)

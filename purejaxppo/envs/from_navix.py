@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import navix
 import numpy as np
 from navix import observations
@@ -11,6 +12,7 @@ from purejaxppo.envs.base import Discrete, Env, MultiDiscrete, Step
 from purejaxppo.envs.suite import shape_of_start
 
 CODES = 11, 6, 4  # of a cell in a symbolic grid: the kind of its content, the colour, the state
+LAST = np.array(CODES, np.uint8) - 1
 
 
 def names() -> list[str]:
@@ -34,17 +36,24 @@ def make(
     """
     limit = {} if max_steps is None else {"max_steps": max_steps}
     grid = navix.make(name, observation_fn=observation_fn, **limit, **options)
+    symbolic = observation_fn in (observations.symbolic, observations.symbolic_first_person)
+
+    def show(timestep):
+        if not symbolic:
+            return timestep.observation
+        # The locked doors of KeyCorridor are in state 254, which is -2.
+        return jnp.minimum(timestep.observation, np.broadcast_to(LAST, timestep.observation.shape))
 
     def reset(key, params):
         timestep = grid.reset(key)
-        return timestep, timestep.observation
+        if symbolic:  # the cache is of colors, and most of a state
+            timestep = timestep.replace(state=timestep.state.replace(cache=None))
+        return timestep, show(timestep)
 
     def step(key, timestep, action, params):
         timestep = grid._step(timestep, action)  # `step` resets in the step after the last
         terminated, truncated = timestep.is_termination(), timestep.is_truncation()
-        return Step(timestep, timestep.observation, timestep.reward, terminated, truncated)
+        return Step(timestep, show(timestep), timestep.reward, terminated, truncated)
 
-    space = None
-    if observation_fn in (observations.symbolic, observations.symbolic_first_person):
-        space = MultiDiscrete(np.broadcast_to(CODES, shape_of_start(reset).shape))
+    space = MultiDiscrete(np.broadcast_to(CODES, shape_of_start(reset).shape)) if symbolic else None
     return Env(reset, step, (), Discrete(len(grid.action_set)), space)

@@ -8,7 +8,7 @@ from mujoco_playground import dm_control_suite, registry
 from mujoco_playground._src import mjx_env
 
 from purejaxppo.envs.base import Box, Env, privileged
-from purejaxppo.envs.suite import from_simulator
+from purejaxppo.envs.suite import Refusal, from_simulator
 from purejaxppo.envs.wrappers import action_repeat, time_limit
 
 DOWNLOAD = "from mujoco_playground._src import mjx_env; mjx_env.ensure_menagerie_exists()"
@@ -42,9 +42,9 @@ def make(
     """
     if impl != "jax" or overrides.get("vision"):
         given = "vision=True needs Warp" if overrides.get("vision") else f"impl={impl!r} is not supported"
-        raise ValueError(f"{given}, whose buffers a whole batch shares: leave it at the physics in JAX, impl='jax'")
+        raise Refusal(f"{given}, whose buffers a whole batch shares: leave it at the physics in JAX, impl='jax'")
     if downloads(name):
-        raise ValueError(
+        raise Refusal(
             f"env='playground/{name}' needs the models of MuJoCo Menagerie, 550 MB, which Playground downloads: "
             f'run python -c "{DOWNLOAD}" once'
         )

@@ -7,7 +7,7 @@ import xminigrid
 from xminigrid.core.constants import NUM_COLORS, NUM_TILES
 
 from purejaxppo.envs.base import Discrete, Env, MultiDiscrete, Step
-from purejaxppo.envs.suite import shape_of_start
+from purejaxppo.envs.suite import Refusal, shape_of_start
 
 
 def names() -> list[str]:
@@ -16,7 +16,7 @@ def names() -> list[str]:
 
 
 def make(name: str, **changes: Any) -> Env:
-    """An environment of XLand-MiniGrid. A ruleset is a parameter of the `Env`, so that it can be drawn or swept.
+    """An environment of XLand-MiniGrid. A ruleset is a parameter of the `Env`, so that `randomize` can draw it.
 
     Args:
         name: as `names` lists it.
@@ -27,7 +27,7 @@ def make(name: str, **changes: Any) -> Env:
     """
     world, params = xminigrid.make(name, **changes)
     if hasattr(params, "ruleset") and not np.any(params.ruleset.goal):
-        raise ValueError(
+        raise Refusal(
             f"env='xland/{name}' has no goal, since its ruleset is empty: give one in Python, as in "
             f"make_env('xland/{name}', ruleset=xminigrid.load_benchmark('trivial-1m').get_ruleset(0)), which "
             "downloads the benchmark once"

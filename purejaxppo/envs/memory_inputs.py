@@ -59,10 +59,10 @@ def show_nothing(obs: Any, space: Space) -> dict[str, Any]:
     return _join(obs, {ACTION: jnp.zeros(_size(space), _dtype(space)), REWARD: jnp.float32(0)})
 
 
-def hide_previous(shown: Any) -> Any:
-    """What `show_previous` was given, of an observation or of its space."""
-    rest = {name: x for name, x in shown.items() if name not in (ACTION, REWARD)}
-    return rest[OBSERVATION] if rest.keys() == {OBSERVATION} else rest
+def hide_previous(space: Any, was_dictionary: bool) -> Any:
+    """The space of what `show_previous` was given, of the space of what it returned."""
+    rest = {name: x for name, x in space.items() if name not in (ACTION, REWARD)}
+    return rest[OBSERVATION] if rest.keys() == {OBSERVATION} and not was_dictionary else rest
 
 
 def _join(whole: Any, parts: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from purejaxppo.envs.base import Box, Env, Step, in_32_bits
 from purejaxppo.text import quote
@@ -52,15 +53,20 @@ class Adapted:
         )
 
 
+class Refusal(ValueError):
+    """An error of an adapter, which says what to do; those of a suite are put into a sentence with the name."""
+
+
 def from_suite(env: str, options: Mapping[str, Any]) -> Env:
     """The environment `env`, SUITE/NAME, of a suite; `options` are those of its adapter.
 
     Raises ValueError if the suite cannot make it.
     """
     suite, _, name = env.partition("/")
+    adapter = import_adapter(suite)
     try:
-        made = import_adapter(suite).make(name, **options)
-    except ValueError:
+        made = adapter.make(name, **options)
+    except Refusal:
         raise
     except Exception as error:  # of any kind: the suite decides
         raise ValueError(f"env={quote(env)} cannot be made: {type(error).__name__}: {_first_line(error)}") from error
@@ -77,7 +83,7 @@ def import_adapter(suite: str) -> ModuleType:
     """The adapter of a suite. Raises ValueError, with the command that installs it, if it cannot be imported."""
     try:
         return importlib.import_module(f"purejaxppo.envs.from_{suite}")
-    except ImportError as error:
+    except Exception as error:  # of any kind: a suite may not fit the versions of what it imports
         fault = f"cannot be imported: {_first_line(error)}" if is_installed(suite) else "is not installed"
         raise ValueError(f"{suite} {fault} ({install_command(suite)})") from error
 
@@ -134,10 +140,10 @@ def from_simulator(
         observation_space: None for unbounded boxes.
 
     Raises:
-        ValueError: if `traced` is not a sequence of paths in the physics.
+        ValueError: if `traced` is not a sequence of paths in the physics on which episodes depend.
     """
     if isinstance(traced, str):
-        raise ValueError(f"traced={traced!r} must be a sequence of paths, such as ({traced!r},)")
+        raise Refusal(f"traced={traced!r} must be a sequence of paths, such as ({traced!r},)")
 
     def run(params, function, *args):
         with TRACING:
@@ -157,16 +163,39 @@ def from_simulator(
         return Step(state, state.obs, state.reward, state.done > 0, jnp.bool_(False), state.metrics)
 
     params = {path: _part_of_physics(physics, path) for path in traced}
-    return Env(reset, step, params, Box(-1.0, 1.0, (simulator.action_size,)), observation_space)
+    env = Env(reset, step, params, Box(-1.0, 1.0, (simulator.action_size,)), observation_space)
+    _check_effect(env)
+    return env
+
+
+def _check_effect(env: Env) -> None:
+    """Refuses parameters on which an episode does not depend."""
+
+    def play(params, action):
+        state, obs = env.reset(jax.random.key(0), params)
+        return obs, env.step(jax.random.key(0), state, action, params)._replace(state=())
+
+    if not env.params:
+        return
+    action = jnp.zeros(env.action_space.shape)
+    try:
+        program = jax.make_jaxpr(play)(env.params, action)
+    except Exception as error:  # of any kind: the suite decides
+        raise Refusal(
+            f"traced={tuple(env.params)} cannot be traced: {type(error).__name__}: {_first_line(error)} (try numbers, "
+            "such as opt.gravity)"
+        ) from error
+    used = dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars))[1]
+    for path, has_effect in zip(sorted(env.params), used):
+        if not has_effect:
+            raise Refusal(f"traced={path!r} has no effect on an episode (of Brax's physics, mjx reads opt.gravity)")
 
 
 def _part_of_physics(physics: Any, path: str) -> Any:
     try:
         return attrgetter(path)(physics)
     except (AttributeError, TypeError):
-        raise ValueError(
-            f"traced={path!r} is no part of {type(physics).__name__} (try gravity or opt.gravity)"
-        ) from None
+        raise Refusal(f"traced={path!r} is no part of {type(physics).__name__} (try gravity or opt.gravity)") from None
 
 
 def _as_metrics(metrics: Mapping[str, Any]) -> dict[str, jax.Array]:

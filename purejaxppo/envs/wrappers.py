@@ -1,4 +1,7 @@
-"""Wrappers of any `Env`: time limits, stacked frames, repeated and sticky actions, randomized parameters."""
+"""Wrappers of any `Env`: time limits, stacked frames, repeated and sticky actions, randomized parameters.
+
+They make it another environment, so its name becomes another one.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -52,7 +55,7 @@ def time_limit(env: Env, max_steps: int) -> Env:
             truncated=jnp.logical_or(result.truncated, time >= max_steps),
         )
 
-    return env._replace(reset=reset, step=step)
+    return env._replace(reset=reset, step=step, name=f"time_limit({env.name}, {max_steps})")
 
 
 class Stacked(struct.PyTreeNode):
@@ -91,7 +94,8 @@ def frame_stack(env: Env, num_frames: int) -> Env:
         return result._replace(state=Stacked(state=result.state, obs=obs), obs=obs)
 
     space = jax.tree.map(partial(_stacked_space, num_frames=num_frames), spaces)
-    return env._replace(reset=reset, step=step, observation_space=space)
+    name = f"frame_stack({env.name}, {num_frames})"
+    return env._replace(reset=reset, step=step, observation_space=space, name=name)
 
 
 def _join(frames: list[Any]) -> jax.Array:
@@ -147,7 +151,7 @@ def action_repeat(env: Env, num_repeats: int) -> Env:
         (result, count), _ = jax.lax.scan(repeat, carry, jax.random.split(key, num_repeats))
         return result._replace(metrics=jax.tree.map(lambda x: x / count, result.metrics))
 
-    return env._replace(step=step)
+    return env._replace(step=step, name=f"action_repeat({env.name}, {num_repeats})")
 
 
 def _as_numbers(result: Step) -> Step:
@@ -191,7 +195,7 @@ def sticky_actions(env: Env, probability: float) -> Env:
         result = env.step(step_key, sticky.state, action, params)
         return result._replace(state=Sticky(state=result.state, action=action, begun=jnp.bool_(True)))
 
-    return env._replace(reset=reset, step=step)
+    return env._replace(reset=reset, step=step, name=f"sticky_actions({env.name}, {probability})")
 
 
 def _no_action(env: Env, params: Any) -> jax.Array:
@@ -249,7 +253,7 @@ def randomize(env: Env, sample_params: Callable) -> Env:
         result = env.step(key, state.state, action, state.params)
         return result._replace(state=state.replace(state=result.state))
 
-    return env._replace(reset=reset, step=step)
+    return env._replace(reset=reset, step=step, name=f"randomize({env.name})")
 
 
 def check_is_env(env: Any) -> None:

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 import purejaxppo as pjp
+from purejaxppo.experiment.presets import changed_settings
 from purejaxppo.experiment.provenance import describe_machine
 from purejaxppo.experiment.report.metrics import learning_curve, mean_interval
 from purejaxppo.experiment.suite_presets import TRIED, UNTRIED
@@ -31,23 +32,36 @@ NUM_POINTS = 50  # of a learning curve
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[*TRIED, *UNTRIED, *VARIANTS])
+    parser.add_argument(
+        "--only", nargs="+", default=[*TRIED, *(name for name in UNTRIED if "*" not in name), *VARIANTS]
+    )
     parser.add_argument("--num-seeds", type=int, default=5)
     parser.add_argument("--again", action="store_true", help="environments that are in the file already, too")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "scores.json")
     options = parser.parse_args()
     kept = json.loads(options.out.read_text()) if options.out.exists() else {}
     for env in options.only:
-        if options.again or env not in kept:
+        if options.again or env not in kept or kept[env]["settings"] != settings_of(env):
             kept[env] = score(env, options.num_seeds)
             options.out.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
             print(describe(env, kept[env]), flush=True)
     print("\n".join(describe(env, kept[env]) for env in options.only))
 
 
+def settings_of(name: str) -> dict[str, str]:
+    """What is trained, beside the defaults, as text."""
+    _, config, hyperparams = variant(name)
+    return {field: repr(value) for field, value in changed_settings(config, hyperparams).items()}
+
+
+def variant(name: str) -> Variant:
+    """A preset or a variant."""
+    return VARIANTS[name]() if name in VARIANTS else Variant(pjp.make_env(name), *pjp.preset(name))
+
+
 def score(name: str, num_seeds: int) -> dict:
     """The returns of every seed of a preset or a variant: of the last 100 training episodes, and of 128 fresh ones."""
-    env, config, hyperparams = VARIANTS[name]() if name in VARIANTS else Variant(pjp.make_env(name), *pjp.preset(name))
+    env, config, hyperparams = variant(name)
     ppo = pjp.batched(pjp.make_ppo(env, config))
     keys = jax.vmap(jax.random.key)(FIRST_SEED + np.arange(num_seeds))
     start = time.perf_counter()
@@ -62,13 +76,14 @@ def score(name: str, num_seeds: int) -> dict:
         )
         for name, greedy in (("sampled", False), ("greedy", True))
     }
-    curve = learning_curve(result.metrics, NUM_POINTS)
+    curve = learning_curve(result.metrics, NUM_POINTS).values.astype(float)
     return {
+        "settings": settings_of(name),
         "steps": config.total_steps,
         "training": pjp.statistics.final_scores(result.metrics).values.tolist(),
         **{name: np.asarray(x.episode_return).mean(1).tolist() for name, x in played.items()},
         "unfinished": {name: int((~np.asarray(x.finished)).sum()) for name, x in played.items()},
-        "curve": np.round(curve.values.astype(float), 3).tolist(),
+        "curve": [[None if np.isnan(x) else round(x, 3) for x in row] for row in curve.tolist()],
         "compile_seconds": round(compiled - start, 1),
         "train_seconds": round(seconds, 1),
         "versions": describe_machine()["versions"],

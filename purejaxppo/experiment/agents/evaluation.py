@@ -108,7 +108,8 @@ def _play(envs, act, begin, show, policy, agent: int, greedy: bool, seed: int, m
         action, memory = begin(policy, seen, keys) if step == 0 else act(policy, seen, keys, memory)
         obs, reward, terminated, truncated, _ = envs.step(np.asarray(action) + _start(envs.single_action_space))
         ended = terminated | truncated
-        total += np.where(running & ~(ended & np.isnan(reward)), reward, 0)  # see `Step`
+        reward = np.where(ended & np.isnan(reward), 0, reward)  # see `Step`
+        total += np.where(running, reward, 0)
         length += running
         running &= ~ended
         step += 1
@@ -126,8 +127,8 @@ def _showing(agents: Agents, theirs: Any) -> Callable:
     previous, nothing = (jax.vmap(partial(f, space=actions)) for f in (show_previous, show_nothing))
 
     def show(obs, action, reward):
-        obs = _as_ours(hide_previous(space), theirs, obs)
-        return nothing(obs) if action is None else previous(obs, action, np.nan_to_num(reward))
+        obs = _as_ours(hide_previous(space, isinstance(theirs, Mapping)), theirs, obs)
+        return nothing(obs) if action is None else previous(obs, action, reward)
 
     return show
 
@@ -150,7 +151,8 @@ def _as_ours(space: Any, theirs: Any, obs: Any) -> Any:
 def _check_spaces(agents: Agents, envs, env_id: str):
     obs, action = envs.single_observation_space, envs.single_action_space
     ours = observation_space(agents.ppo.env), action_space(agents.ppo.env, agents.ppo.env.params)
-    ours = (hide_previous(ours[0]), ours[1]) if agents.ppo.config.memory_inputs else ours
+    if agents.ppo.config.memory_inputs:
+        ours = hide_previous(ours[0], isinstance(obs, Mapping)), ours[1]
     if not _is_shown(ours[0], obs):
         raise ValueError(f"{env_id} has the observations {obs} in Gymnasium, but the agents take {ours[0]!r}")
     same = not isinstance(ours[1], Box) and (ours[1].shape, _choices(ours[1])) == (action.shape, _choices(action))

@@ -39,11 +39,12 @@ def env_columns(sweep: Sweep, settings: Sequence[int], ppo: PPO) -> Any:
 
 
 def _fields_of(params: Any) -> dict[str, Any]:
-    """The named parameters of an environment."""
+    """The named parameters of an environment, without those that are static."""
     if isinstance(params, dict):
         return params
-    names = getattr(params, "__dataclass_fields__", None) or getattr(params, "_fields", ())
-    return {name: getattr(params, name) for name in names}
+    fields = getattr(params, "__dataclass_fields__", {})
+    names = [name for name, field in fields.items() if field.metadata.get("pytree_node", True)]
+    return {name: getattr(params, name) for name in names or getattr(params, "_fields", ())}
 
 
 def _with_field(params: Any, name: str, column: np.ndarray) -> Any:
@@ -55,11 +56,12 @@ def _with_field(params: Any, name: str, column: np.ndarray) -> Any:
 
 def _column(name: str, values: Sequence, like: Any) -> np.ndarray:
     """The values of a swept environment parameter, in the dtype of the environment's own."""
+    if jax.tree.structure(like) != jax.tree.structure(0) or np.ndim(like):
+        shape = f"has shape {np.shape(like)}" if jax.tree.structure(like) == jax.tree.structure(0) else "is no number"
+        raise ValueError(f"{name} {shape}; only scalars can be swept (randomize(env, sample_params) draws others)")
     kind = np.asarray(like).dtype
     whole = np.issubdtype(kind, np.integer)
     for value in values:
         if isinstance(value, (str, tuple)) or (whole and value != round(value)):
             raise ValueError(f"{name}={show(value)} must be a {'whole ' if whole else ''}number")
-    if np.ndim(like):
-        raise ValueError(f"{name} has shape {np.shape(like)}; only scalars can be swept")
     return np.asarray(values, kind)
