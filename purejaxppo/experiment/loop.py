@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 from typing import Any
 
@@ -97,6 +97,19 @@ def step_bar(*, total: int | None = None, initial: int = 0, description: str = "
         total=total, initial=initial, desc=description or None, unit=" steps", unit_scale=True, mininterval=0.2,
         disable=None if progress else True,
     )  # fmt: skip
+
+
+def newest(values: np.ndarray, before: Any) -> np.ndarray:
+    """The last value of each run [(R,) U] that is a number, or else the one `before`."""
+    for column in np.moveaxis(values, -1, 0):
+        before = np.where(np.isnan(column), before, column)
+    return before
+
+
+def show_means(latest: Mapping[str, Any]) -> str:
+    """The newest numbers of runs as text for a progress bar: their means."""
+    means = {name: np.nanmean(x) for name, x in latest.items() if not np.isnan(x).all()}
+    return "  ".join(f"{name.removeprefix('episode_')} {mean:.4g}" for name, mean in means.items())
 
 
 def warn(sentence: str):

@@ -18,7 +18,16 @@ from purejaxppo.checks import check_number, check_whole
 from purejaxppo.envs.check import metric_names
 from purejaxppo.experiment.identity import changed_names, identify_ppo
 from purejaxppo.experiment.lock import Lock
-from purejaxppo.experiment.loop import check_on_interrupt, chunks, end, noted_interrupt, step_bar, warn
+from purejaxppo.experiment.loop import (
+    check_on_interrupt,
+    chunks,
+    end,
+    newest,
+    noted_interrupt,
+    show_means,
+    step_bar,
+    warn,
+)
 from purejaxppo.experiment.program import Program, check_training, kept_program
 from purejaxppo.experiment.report.failures import METRIC, UPDATE, failures_of, join_failures, mark_failures
 from purejaxppo.experiment.report.metrics import to_dataframe
@@ -280,8 +289,8 @@ def _train(
             failed |= _warn_of_failures(labelled, failed)
             for sink in sinks:
                 sink(labelled.drop_vars([UPDATE, METRIC]))
-            latest = {n: _latest(metrics[n], before) if n in metrics else before for n, before in latest.items()}
-            bar.set_postfix_str(_progress(latest), refresh=False)
+            latest = {n: newest(metrics[n], before) if n in metrics else before for n, before in latest.items()}
+            bar.set_postfix_str(show_means(latest), refresh=False)
             bar.update(labelled.sizes["updates"] * journal.steps_per_update)
             if interrupt.is_set():
                 break
@@ -326,16 +335,3 @@ def _evaluation(evaluate: Callable, state: Any, healthy: np.ndarray, due: bool) 
         played = evaluate(jax.random.wrap_key_data(key), *rest).episode_return.mean(-1)
         returns[..., -1] = np.where(healthy[..., -1], played, np.nan)
     return returns
-
-
-def _progress(latest: dict) -> str:
-    """The newest numbers as text, means over runs."""
-    means = {name: np.nanmean(x) for name, x in latest.items() if not np.isnan(x).all()}
-    return "  ".join(f"{name.removeprefix('episode_')} {mean:.4g}" for name, mean in means.items())
-
-
-def _latest(values, before):
-    """The last value of each run [..., updates] that is a number, or else the one before."""
-    for column in np.moveaxis(values, -1, 0):
-        before = np.where(np.isnan(column), before, column)
-    return before
