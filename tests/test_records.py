@@ -30,11 +30,20 @@ from purejaxppo.experiment.runs.settings import (
     write_settings,
 )
 from purejaxppo.experiment.sweeps.claims import Claims
-from purejaxppo.experiment.sweeps.slices import Slice, Slices, SweepSession, read_sessions, read_sweep
+from purejaxppo.experiment.sweeps.slices import (
+    Division,
+    Slice,
+    Slices,
+    SweepSession,
+    read_division,
+    read_sessions,
+    read_sweep,
+)
 
 MACHINE = describe_machine()
 RUN_SESSION: RunSession = {**MACHINE, "identity": {}}
 SWEEP_SESSION: SweepSession = {**MACHINE, "identities": {}}
+DIVISION = Division({'{"env": "CartPole-v1", "widths": [8]}': 2}, 8, ["0123456789abcdef"])
 DEFAULTS = pjp.Hyperparams()
 
 
@@ -71,13 +80,17 @@ def read_run(folder):
 
 
 def read_whole_sweep(folder):
-    return read_sweep(folder), read_sessions(folder)
+    return read_sweep(folder), read_sessions(folder), read_division(folder)
 
 
 # Name of the file, its data, and what reads it.
 FILES = {
     "run": (SETTINGS, make_settings().to_json(), read_run),
-    "sweep": (SWEEP, {"sweep": make_sweep().to_json(), "sessions": [SWEEP_SESSION]}, read_whole_sweep),
+    "sweep": (
+        SWEEP,
+        {"sweep": make_sweep().to_json(), "sessions": [SWEEP_SESSION], "division": dataclasses.asdict(DIVISION)},
+        read_whole_sweep,
+    ),
 }
 DAMAGES = {
     "empty": "", "null": "null", "a list": "[]", "half": '{"env": "Cart', "nested": "[" * 10**5, "number": "1" * 5000,
@@ -115,7 +128,7 @@ def mutate(data, path, value):
 def test_a_record_is_read_as_it_was_written(kind, tmp_path):
     write(tmp_path, kind, FILES[kind][1])
     found = FILES[kind][2](tmp_path)
-    assert found == (plain(make_settings()) if kind == "run" else (make_sweep(), [SWEEP_SESSION]))
+    assert found == (plain(make_settings()) if kind == "run" else (make_sweep(), [SWEEP_SESSION], DIVISION))
 
 
 @pytest.mark.filterwarnings("ignore:.*lacks")

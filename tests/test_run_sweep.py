@@ -12,6 +12,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,16 +22,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import xarray
+from tqdm.auto import tqdm
 
 import purejaxppo as pjp
 from probes import SMALL
 from purejaxppo.experiment import files
 from purejaxppo.experiment.files import from_arrays, to_arrays
-from purejaxppo.experiment.lock import claim, claim_folder
+from purejaxppo.experiment.lock import STALE_AFTER, claim, claim_folder
 from purejaxppo.experiment.program import Program
 from purejaxppo.experiment.sweeps import slices
-from purejaxppo.experiment.sweeps.plan import pending_slices, plan_sweep
-from purejaxppo.experiment.sweeps.slices import Slices
+from purejaxppo.experiment.sweeps.division import Share, pending_slices
+from purejaxppo.experiment.sweeps.plan import plan_sweep
+from purejaxppo.experiment.sweeps.slices import Slices, read_division, read_sweep
 
 pytestmark = pytest.mark.full
 
@@ -363,8 +366,9 @@ def test_a_slice_is_left_out_if_another_call_trains_some_of_its_runs(plan, small
     with lock, pytest.warns(UserWarning, match="this one left 1 slice to this process since .* holds what is stored"):
         result = run(plan, tmp_path)
     assert 0 < result.steps < 8 * SMALL.total_steps
-    (tmp_path / "slices" / f"{first.name}.npz.{'0' * 32}.half").write_text("")  # of a writer that was killed
-    assert run(small_slices, tmp_path).steps == 8 * SMALL.total_steps - result.steps
+    (left,) = pending_slices(plan.sweep, compiled.group, result.slices.read(), plan.groups[0].slice_size)
+    (tmp_path / "slices" / f"{left.name}.npz.{'0' * 32}.half").write_text("")  # of a writer that was killed
+    assert run(plan, tmp_path).steps == 8 * SMALL.total_steps - result.steps
     assert not list(tmp_path.rglob("*.half"))
 
 
@@ -381,6 +385,80 @@ def test_a_call_that_can_train_nothing_says_who_has_it(small_slices, tmp_path):
         left = "left 4 slices to this process since 2026-11-26 18:59:00 UTC;"
         with pytest.raises(ValueError, match=f"^folder={tmp_path} is shared .* {left}"):
             run(small_slices, tmp_path)
+
+
+def test_shares_train_their_slices_and_a_call_without_a_share_the_rest(small_slices, tmp_path):
+    first, fourth = (replace(small_slices, share=Share(index, 4)) for index in (0, 3))
+    with pytest.raises(ValueError, match="^share=4/9 needs a folder, the same for all shares"):
+        plan_sweep(make_sweep(), share=(4, 9))
+    with pytest.raises(ValueError, match="share cannot be changed after planning"):
+        run(small_slices, tmp_path, share=(0, 4))
+    with pytest.raises(ValueError, match="^share=4/5 has no slice, and nothing is stored yet"):
+        run(replace(small_slices, share=Share(4, 5)), tmp_path)
+    assert run(first, tmp_path).steps == 2 * SMALL.total_steps
+    done = plan_sweep(make_sweep(), tmp_path, share=(0, 4))
+    words = "share 0/4: 0 slices; missing so far: 6 of 8 runs, such as learning_rate=0.001 discount=0.99 seed=0"
+    assert not done.groups and words in str(done)
+    assert run(first, tmp_path).steps == 0
+    assert run(fourth, tmp_path).num_unfinished == 4
+    rest = run(small_slices, tmp_path)
+    assert rest.steps == 4 * SMALL.total_steps
+    xarray.testing.assert_equal(rest.metrics, run(small_slices).metrics)
+
+
+def test_shares_that_start_at_once_with_other_slice_sizes_use_those_of_the_first(plan, small_slices, tmp_path):
+    other = replace(
+        plan, share=Share(1, 2), again=partial(plan_sweep, plan.sweep, share=(1, 2))
+    )  # made for slices of four
+    assert run(replace(small_slices, share=Share(0, 2)), tmp_path).steps == 4 * SMALL.total_steps
+    with pytest.warns(UserWarning, match="divides the sweep in another way than the plan"):
+        result = run(other, tmp_path)
+    assert result.steps == 4 * SMALL.total_steps and [len(x.runs) for x in result.slices.read()] == [2] * 4
+    xarray.testing.assert_equal(result.metrics, run(small_slices).metrics)
+    with pytest.raises(ValueError, match="slice_size=4 differs from the 2 of the slices in the folder"):
+        plan_sweep(make_sweep(), tmp_path, slice_size=4)
+
+
+def test_a_folder_of_before_divisions_were_kept_is_read(small_slices, tmp_path):
+    result = run(small_slices, tmp_path)
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    division = record.pop("division")
+    (tmp_path / "sweep.json").write_text(json.dumps(record))
+    gone = sorted((tmp_path / "slices").glob("*.npz"))[0]
+    gone.unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = run(small_slices, tmp_path)
+    assert again.steps == 2 * SMALL.total_steps and gone.exists()
+    xarray.testing.assert_equal(again.metrics, result.metrics)
+    kept = read_division(tmp_path)
+    assert kept and kept.slice_sizes == division["slice_sizes"] and len(kept.trained) == 3
+
+
+def test_a_slice_of_a_writer_that_was_killed_on_another_machine_is_trained_in_the_end(small_slices, tmp_path):
+    (compiled,) = small_slices.groups
+    (tmp_path / "slices").mkdir()
+    first, second, *_ = pending_slices(small_slices.sweep, compiled.group, [], 2)
+    for slice_, left in ((first, 3.0), (second, 0.0)):  # seconds until the lock expires
+        path = tmp_path / "slices" / f"{slice_.name}.lock"
+        holder = {"host": "h", "pid": 1, "process_start": 1, "machine": "another", "since": "x", "token": slice_.name}
+        path.write_text(f"{json.dumps(holder)}\n" + "\n".join(slice_.runs))
+        renewed = time.time() - STALE_AFTER + left
+        os.utime(path, (renewed, renewed))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run(small_slices, tmp_path).steps == 8 * SMALL.total_steps
+
+
+def test_the_progress_bar_shows_the_mean_return_of_the_runs_that_are_training(small_slices, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(tqdm, "set_postfix_str", lambda bar, text, refresh: shown.append(text))
+    result = run(replace(small_slices, share=Share(0, 4)), tmp_path)  # one slice, and chunks of one update
+    returns = result.metrics["episode_return"].sel(learning_rate=1e-3, discount=0.9).values  # [seed, updates]
+    assert np.isnan(returns).any() and not np.isnan(returns).all()
+    known = [[row[: i + 1][~np.isnan(row[: i + 1])] for row in returns] for i in range(3)]
+    newest = [[row[-1] for row in rows if len(row)] for rows in known]
+    assert shown == [f"return {np.mean(row):.4g}" if row else "" for row in newest]
 
 
 def test_a_sweep_does_not_wait_for_the_folder_of_a_run(tmp_path):
@@ -443,7 +521,7 @@ def test_a_sweep_on_a_disk_that_fills_up_ends_with_everything_in_memory(small_sl
 
 
 def start(folder, *args):
-    env = os.environ | {"PYTHONPATH": str(PROGRAM.parent)}
+    env = os.environ | {"PYTHONPATH": f"{PROGRAM.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, str(PROGRAM), str(folder), *map(str, args)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -476,10 +554,31 @@ def test_a_sweep_killed_at_any_moment_and_started_again_ends_with_the_same_numbe
     xarray.testing.assert_equal(xarray.load_dataset(folder / "results.nc", engine="scipy"), undisturbed)
 
 
+@pytest.mark.slow
+def test_shares_of_processes_give_the_numbers_of_one_also_if_one_is_killed(undisturbed, tmp_path):
+    """Each has two of eight slices. One is killed; then it starts again in one copy of the folder, in another not."""
+    folder, collected = tmp_path / "shares", tmp_path / "collected"
+    shares = [start(folder, 1, 0, 1, 0, f"{index}/4") for index in range(4)]
+    random.seed()
+    while shares[3].poll() is None and not (folder / "slices").exists():
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 15))
+    shares[3].kill()
+    shares[3].communicate()
+    steps = [int(line[0]) for line in finish(*shares[:3])]
+    assert steps == [4 * 40 * 32] * 3
+    shutil.copytree(folder, collected)
+    for place, arguments in ((folder, (1, 0, 1, 0, "3/4")), (collected, ())):
+        stored = Slices(read_sweep(place), place).read()
+        missing = 16 * 40 - sum(slice_.num_updates * len(slice_.runs) for slice_ in stored)
+        assert finish(start(place, *arguments))[0][0] == str(missing * 32)
+        xarray.testing.assert_equal(xarray.load_dataset(place / "results.nc", engine="scipy"), undisturbed)
+
+
 @pytest.fixture(scope="module")
 def on_eight_devices(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eight") / "sweep"
-    assert finish(start(folder, 8)) == [["1", "8", "8"]]
+    assert finish(start(folder, 8))[0][-3:] == ["1", "8", "8"]
     return xarray.load_dataset(folder / "results.nc", engine="scipy")
 
 

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -195,6 +195,35 @@ def is_stale(path: Path, holder: Holder) -> bool:
         return _now_on_disk_of(path) - os.lstat(path).st_mtime > STALE_AFTER
     except FileNotFoundError:
         return True
+
+
+def await_signs(paths: Iterable[Path], interrupt: threading.Event):
+    """Waits until every lock is certain to have a writer at work, or none.
+
+    A process on another machine is at work once it renews its lock, which it does three times a minute, and gone if it
+    has not done so for two minutes.
+
+    Args:
+        paths: of lock files, which may have been removed.
+        interrupt: ends the wait.
+    """
+    times = {path: _renewed(path) for path in paths}
+    while not interrupt.is_set() and any(_is_uncertain(path, time) for path, time in times.items()):
+        interrupt.wait(1.0)
+
+
+def _is_uncertain(path: Path, before: float) -> bool:
+    """Whether a lock of another machine was not renewed since a time, but may be yet."""
+    holder = read_holder(path)
+    known = holder is None or holder.machine == _machine() or is_stale(path, holder)
+    return not known and _renewed(path) == before
+
+
+def _renewed(path: Path) -> float:
+    """The time of the disk at which a lock was renewed; 0 without a lock."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.lstat(path).st_mtime
+    return 0.0
 
 
 def _claim(path: Path, note: str) -> Lock:

@@ -1,12 +1,13 @@
 """The slices that each of several calls trains that share the folder of a sweep: one writer per slice."""
 
 import contextlib
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from purejaxppo.experiment.files import is_full, remove_halves
-from purejaxppo.experiment.lock import Holder, Lock, LockHeld, claim, claim_folder, read_holder, read_note
+from purejaxppo.experiment.lock import Holder, Lock, LockHeld, await_signs, claim, claim_folder, read_holder, read_note
 from purejaxppo.experiment.sweeps.slices import Foreign, Slice, Slices
 from purejaxppo.text import count
 
@@ -45,6 +46,11 @@ class Claims:
                 taken = self._runs_of_others(folder / "slices")
                 claimed = [self._claim(slice_, folder / "slices", taken, locks) for slice_ in wave]
             yield [slice_ for slice_ in claimed if slice_]
+
+    def await_writers(self, interrupt: threading.Event):
+        """Waits until it is certain whether those who train slices that were left are at work, or have been killed."""
+        if self.slices.folder and self.left:
+            await_signs([self.slices.folder / "slices" / f"{name}.lock" for name in self.left], interrupt)
 
     def check(self, slice_: Slice):
         """Call it before a slice is stored. Raises LockLost if another call trains it by now."""

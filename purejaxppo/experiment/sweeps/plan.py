@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,14 @@ from purejaxppo.experiment.jax_setup import num_cores
 from purejaxppo.experiment.memory import bytes_of, memory_of, show_memory
 from purejaxppo.experiment.program import SELDOM, Program, best_slice_size, compile_training
 from purejaxppo.experiment.sweeps.columns import env_columns, run_arguments
-from purejaxppo.experiment.sweeps.slices import Slice, check_identities, find_slices
+from purejaxppo.experiment.sweeps.division import (
+    Share,
+    describe_missing,
+    divide,
+    own_slices,
+    read_share,
+)
+from purejaxppo.experiment.sweeps.slices import Division, check_identities, find_slices, read_division
 from purejaxppo.experiment.sweeps.sweep import CONFIG_FIELDS, Group, Sweep, check_sweep, make_group
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.record import size_of
@@ -79,6 +86,16 @@ class Plan:
     """What is plugged in, by `Sweep.name_group`, see `identify_ppo`."""
     allow_changed: Sequence[str] = ()
     """What may differ from what the folder was trained with."""
+    division: Division = field(default_factory=lambda: Division({}, 0, []))
+    """The sizes of slices, and which slices are shared."""
+    share: Share | None = None
+    """The part of the sweep that is trained; None for all."""
+    num_slices: int = 0
+    """Slices that are to train."""
+    missing: str = ""
+    """The runs of the whole sweep that are not finished, in words; empty if nothing is stored yet."""
+    again: "Callable[[Any], Plan] | None" = None
+    """Makes the plan again, for the sizes of slices that a folder has."""
 
     @property
     def total_steps(self) -> int:
@@ -92,8 +109,12 @@ class Plan:
 
     def __repr__(self) -> str:
         sweep = self.sweep
-        if not self.groups:
+        if not self.groups and not self.share:
             return f"{sweep.env}: all {sweep.num_runs} runs are done"
+        whose = f"share {self.share}" if self.share else "to train"
+        missing = f"{whose}: {count(self.num_slices, 'slice')}; missing so far: {self.missing}"
+        if not self.groups:
+            return f"{sweep.env}: {missing}"
         lines = [
             f"{sweep.env}: {len(sweep.table)} settings x {sweep.num_seeds} seeds = {sweep.num_runs} runs, "
             f"{self.total_steps:,} steps, {len(self.groups)} compiled in "
@@ -113,6 +134,7 @@ class Plan:
             for compiled in self.groups
         ]
         memory = show_memory([compiled.memory for compiled in self.groups])
+        lines += [missing] if self.missing else []
         return "\n".join([*lines, align(rows), "memory of a run, in MiB:", memory])
 
 
@@ -125,6 +147,7 @@ def plan_sweep(
     devices: int | Sequence[Any] | None = None,
     make: Callable = make_ppo,
     allow_changed: Sequence[str] = (),
+    share: tuple[int, int] | str | None = None,
 ) -> Plan:
     """Compiles what a sweep needs: one program for all settings with the same environment and `Config`.
 
@@ -135,53 +158,66 @@ def plan_sweep(
         sweep: what to train.
         folder: results so far; what it holds is not planned again.
         slice_size: runs that a device trains at a time, in each group; by default as many as fit its caches or its
-            memory. If the folder holds slices, their size is used, since another would round differently.
+            memory. A folder keeps the sizes of the call that opened it first, since others would round differently.
         updates_per_chunk: updates between two saves or interrupts; by default a fiftieth of the run.
         devices: devices or their number; by default all of this process.
         make: `make(env, config)` makes the PPO of a group, see `make_group`.
         allow_changed: what may differ from what the folder was trained with: names such as "loss" and "optimizer".
+        share: trains a part of the sweep, as one of several processes that share the folder and need not know each
+            other: (0, 4) or "0/4" is the first of four shares, every fourth slice of the whole sweep; "slurm" reads the
+            share from the variables of a job array. The same call without a share trains what is missing then.
     """
     check_sweep(sweep)
+    part = None if share is None else read_share(share)
+    if part and folder is None:
+        raise ValueError(f"share={part} needs a folder, the same for all shares (folder=...)")
     known = jax.local_devices()
     devices = known if devices is None else choose_devices(devices, known)
     stored = find_slices(folder, sweep).read()
-    groups = sweep.groups()
-    sizes = {group: _stored_size(sweep, group, stored, slice_size) for group in groups}
-    ppos = {group: make_group(group, make) for group in groups}
+    kept = read_division(folder)
+    sizes = _sizes(sweep, divide(sweep, stored, kept), slice_size)
+    ppos = {group: make_group(group, make) for group in sizes}
     identities = {sweep.name_group(group): identify_ppo(ppo, sweep.hyperparams) for group, ppo in ppos.items()}
     check_identities(folder, sweep, identities, allow_changed)
     for group, ppo in ppos.items():
         env_columns(sweep, group.settings, ppo)
-    missing = [group for group in groups if pending_slices(sweep, group, stored, 1)]
-    compiled = [_compile(sweep, group, ppos[group], devices, sizes[group], updates_per_chunk) for group in missing]
-    return Plan(sweep, compiled, make, identities, allow_changed)
+    compile_one = partial(
+        _compile, sweep, devices=devices, updates_per_chunk=updates_per_chunk, num_shares=part.number if part else 1
+    )
+    # A share is counted over all slices of the sweep: all sizes must be known, and compiling tells what fits.
+    pending = own_slices(sweep, stored, divide(sweep, stored, kept))
+    compiled = {group: compile_one(group, ppos[group], slice_size=None) for group in pending if sizes[group] is None}
+    sizes |= {group: program.slice_size for group, program in compiled.items()}
+    division = divide(sweep, stored, kept, {sweep.name_program(group): size for group, size in sizes.items() if size})
+    own = own_slices(sweep, stored, division, part)
+    for group in (group for group in own if group not in compiled):
+        compiled[group] = compile_one(group, ppos[group], slice_size=sizes[group])
+    options = {"updates_per_chunk": updates_per_chunk, "devices": devices, "make": make, "share": part}
+    return Plan(
+        sweep, [compiled[group] for group in own], make, identities, allow_changed,
+        division=division, share=part, num_slices=sum(map(len, own.values())),
+        missing=describe_missing(sweep, stored) if part or stored else "",
+        again=partial(plan_sweep, sweep, allow_changed=allow_changed, **options),
+    )  # fmt: skip
 
 
-def pending_slices(sweep: Sweep, group: Group, stored: Sequence[Slice], slice_size: int) -> list[Slice]:
-    """The slices of a group that are still to train: unfinished ones, then those of runs that have none yet.
+def _sizes(sweep: Sweep, division: Division, wanted: int | None) -> dict[Group, int | None]:
+    """The slice size of every group: that of the folder, or else the one that is wanted.
 
-    Args:
-        sweep: has the runs.
-        group: of its settings.
-        stored: all slices so far.
-        slice_size: runs of a new slice.
+    Raises ValueError for one that the group is too small for, or if another one is wanted than the folder has.
     """
-    names = sweep.runs(group.settings)
-    of_group = [slice_ for slice_ in stored if slice_.runs[0] in names]
-    unfinished = [slice_ for slice_ in of_group if slice_.num_updates < group.config.num_updates]
-    covered = {name for slice_ in of_group for name in slice_.runs}
-    missing = [name for name in names if name not in covered]
-    batches = [missing[i : i + slice_size] for i in range(0, len(missing), slice_size)]
-    return unfinished + [Slice((*runs, *runs[-1:] * (slice_size - len(runs))), {}, {}) for runs in batches]
-
-
-def _stored_size(sweep: Sweep, group: Group, stored: Sequence[Slice], wanted: int | None) -> int | None:
-    """The size of a group's slices in the folder, or the one that is wanted."""
-    names = sweep.runs(group.settings)
-    size = next((len(slice_.runs) for slice_ in stored if slice_.runs[0] in names), wanted)
-    if wanted not in (None, size):
-        raise ValueError(f"slice_size={wanted} differs from the {size} of the slices in the folder (leave it out)")
-    return size
+    sizes = {group: division.slice_sizes.get(sweep.name_program(group), wanted) for group in sweep.groups()}
+    differing = [size for size in sizes.values() if wanted not in (None, size)]
+    if differing:
+        raise ValueError(
+            f"slice_size={wanted} differs from the {differing[0]} of the slices in the folder "
+            "(leave it out, or name another folder)"
+        )
+    for group, size in sizes.items():
+        if size is not None:
+            at_most = len(group.settings) * sweep.num_seeds
+            check_whole("slice_size", size, at_most=at_most, of="the runs of its group")
+    return sizes
 
 
 def _compile(
@@ -191,6 +227,7 @@ def _compile(
     devices: Sequence[Any],
     slice_size: int | None,
     updates_per_chunk: int | None,
+    num_shares: int,  # that may train at once
 ) -> CompiledGroup:
     started = time.perf_counter()
     num_runs = len(group.settings) * sweep.num_seeds
@@ -201,8 +238,6 @@ def _compile(
         updates_per_chunk = -(-group.config.num_updates // 50)
     check_whole("updates_per_chunk", updates_per_chunk)
     chunk = min(updates_per_chunk, group.config.num_updates)
-    if slice_size is not None:
-        check_whole("slice_size", slice_size, at_most=num_runs, of="the runs of its group")
 
     def compile_slices(size: int):
         runs = [(group.settings[0], 0)] * (size * len(devices))
@@ -213,7 +248,7 @@ def _compile(
             with reported_failures():
                 return start, state, compile_training(many, state, chunk, slice_size=len(runs))
 
-    size = slice_size or _slice_size(num_runs, num_threads * len(devices), group.config, on_cpu)
+    size = slice_size or _slice_size(num_runs, num_threads * len(devices) * num_shares, group.config, on_cpu)
     memory = int(SHARE_OF_MEMORY * _device_memory(devices[0]) / num_threads)
     if slice_size is None and not on_cpu and size > 2 * PROBE:
         size = _even_size(num_runs, size, runs_that_fit(sweep, group, ppo, chunk, memory))

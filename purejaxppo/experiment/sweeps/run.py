@@ -4,7 +4,7 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,14 +20,36 @@ from tqdm.auto import tqdm
 from purejaxppo.checks import check_number
 from purejaxppo.experiment.files import check_writable, existing, from_arrays, to_arrays
 from purejaxppo.experiment.lock import LockLost
-from purejaxppo.experiment.loop import Timer, check_on_interrupt, chunks, end, noted_interrupt, step_bar, warn
+from purejaxppo.experiment.loop import (
+    Timer,
+    check_on_interrupt,
+    chunks,
+    end,
+    newest,
+    noted_interrupt,
+    show_means,
+    step_bar,
+    warn,
+)
 from purejaxppo.experiment.report.failures import join_failures
 from purejaxppo.experiment.sweeps.claims import Claims, turn
 from purejaxppo.experiment.sweeps.columns import run_arguments
-from purejaxppo.experiment.sweeps.plan import CompiledGroup, Plan, pending_slices, plan_sweep
+from purejaxppo.experiment.sweeps.division import divide, own_slices
+from purejaxppo.experiment.sweeps.plan import CompiledGroup, Plan, plan_sweep
 from purejaxppo.experiment.sweeps.result import SweepResult, make_result
-from purejaxppo.experiment.sweeps.slices import Slice, Slices, by_run, open_slices
-from purejaxppo.experiment.sweeps.sweep import Sweep
+from purejaxppo.experiment.sweeps.slices import (
+    Division,
+    Slice,
+    Slices,
+    by_run,
+    find_slices,
+    open_slices,
+    read_division,
+)
+from purejaxppo.experiment.sweeps.sweep import Group, Sweep
+from purejaxppo.text import count
+
+RETURN = "episode_return"
 
 
 def run_sweep(
@@ -41,6 +63,7 @@ def run_sweep(
     devices: int | Sequence[Any] | None = None,
     make: Callable | None = None,
     allow_changed: Sequence[str] = (),
+    share: tuple[int, int] | str | None = None,
     on_interrupt: Literal["raise", "return"] = "raise",
 ) -> SweepResult:
     """Trains every run of a sweep, or of a plan, and returns the result.
@@ -69,13 +92,17 @@ def run_sweep(
         devices: see `plan_sweep`.
         make: see `plan_sweep`.
         allow_changed: see `plan_sweep`.
+        share: see `plan_sweep`.
         on_interrupt: what the call does after an interrupt: "raise" or "return".
     """
     check_on_interrupt(on_interrupt)
     check_number("save_every", save_every, 0, np.inf)
     if folder is None and jax.process_count() > 1:
         raise ValueError(f"{jax.process_count()} processes need a folder that all of them see (folder=...)")
-    options = {"slice_size": slice_size, "updates_per_chunk": updates_per_chunk, "devices": devices, "make": make}
+    options = {
+        "slice_size": slice_size, "updates_per_chunk": updates_per_chunk, "devices": devices, "make": make,
+        "share": share,
+    }  # fmt: skip
     options = {name: value for name, value in options.items() if value is not None}
     options |= {"allow_changed": allow_changed} if allow_changed else {}
     if isinstance(sweep, Plan) and options:
@@ -86,19 +113,24 @@ def run_sweep(
     sweep = plan.sweep
     _check_disk(folder, plan)
     with turn(folder, new=True):
-        slices = open_slices(folder, sweep, plan.identities, plan.allow_changed)
-        stored = slices.read()
+        stored = find_slices(folder, sweep).read()
+        division = divide(sweep, stored, read_division(folder), plan.division.slice_sizes)
+        slices = open_slices(folder, sweep, plan.identities, plan.allow_changed, division)
     _wait_for_all_processes("begin")
+    division = read_division(folder) or division  # that of the first process
+    plan, own = _as_divided(plan, folder, stored, division)
 
     start = time.perf_counter()
-    total, done = _steps(sweep, stored)
-    bar = step_bar(total=total, initial=done, description=f"{sweep.num_runs} runs", progress=progress)
-    with bar, noted_interrupt() as interrupt:
+    with _bar(plan, own, stored, progress) as bar, noted_interrupt() as interrupt:
         session = Session(sweep, slices, save_every, bar, interrupt, Claims(slices))
         session.claims.expect(stored)
+        for slices_of_group in own_slices(sweep, stored, division).values():
+            session.claims.expect(slices_of_group)
         for compiled in plan.groups:
-            pending = pending_slices(sweep, compiled.group, stored, compiled.slice_size)
-            session.run(compiled, pending)
+            session.run(compiled, own[compiled.group])
+        session.claims.await_writers(interrupt)  # they may have been killed
+        for compiled in plan.groups:
+            session.run(compiled, [slice_ for slice_ in own[compiled.group] if slice_.name in session.claims.left])
     _wait_for_all_processes("end")
     seconds = time.perf_counter() - start
     with turn(folder):  # of calls that end at the same time, the last writes the results of all
@@ -107,6 +139,8 @@ def run_sweep(
             raise KeyboardInterrupt("run_sweep was interrupted before it trained anything")
         if left and not stored:
             raise ValueError(f"{left}; nothing is stored yet (the same call later resumes)")
+        if plan.share and not stored:
+            raise ValueError(f"share={plan.share} has no slice, and nothing is stored yet (run the other shares first)")
         result = make_result(
             sweep, slices, stored, plan.make,
             steps=session.steps, run_seconds=seconds, interrupted=interrupt.is_set(),
@@ -133,22 +167,20 @@ class Session:
     claims: Claims
     steps: int = 0
     """Environment steps of all runs that this process made."""
+    returns: dict[str, np.ndarray] = field(default_factory=dict)
+    """The newest mean return [runs] of each wave that is training, by the name of its first slice."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def run(self, compiled: CompiledGroup, pending: Sequence[Slice]):
-        """Trains those of the pending slices of a group that are this process's."""
-        own = pending[jax.process_index() :: jax.process_count()]
+    def run(self, compiled: CompiledGroup, slices: Sequence[Slice]):
+        """Trains slices of a group, but those that another call trains or has finished."""
         waves = []
-        for done in sorted({slice_.num_updates for slice_ in own}, reverse=True):
-            together = [slice_ for slice_ in own if slice_.num_updates == done]
+        for done in sorted({slice_.num_updates for slice_ in slices}, reverse=True):
+            together = [slice_ for slice_ in slices if slice_.num_updates == done]
             size = compiled.num_devices
             waves += [together[i : i + size] for i in range(0, len(together), size)]
-        self.claims.expect(pending)
         run_wave = partial(self.run_wave, compiled, threading.Semaphore(compiled.num_threads))
         with ThreadPoolExecutor(compiled.num_threads + 1) as pool:  # one more begins its wave while another stores one
             list(pool.map(run_wave, waves))
-            left = [[slice_ for slice_ in wave if slice_.name in self.claims.left] for wave in waves]
-            list(pool.map(run_wave, filter(None, left)))  # their writer may have been killed
 
     def run_wave(self, compiled: CompiledGroup, devices: threading.Semaphore, wave: Sequence[Slice]):
         """Trains one slice on every device, but those that another call trains or has finished.
@@ -187,15 +219,20 @@ class Session:
         first_state, metrics = self.load_wave(compiled, wave)
         if self.interrupt.is_set():
             return
-        num_runs = len({name for slice_ in wave for name in slice_.runs})
+        rows = list({name: i for i, name in enumerate(name for slice_ in wave for name in slice_.runs)}.values())
+        latest = np.nan
         timer = Timer(self.save_every)
         for state, new in chunks(compiled.program, first_state, done, config.num_updates, self.interrupt, donate=True):
             metrics.append(new)
             length = next(iter(new.values())).shape[1]
             done += length
             with self.lock:
-                steps = length * config.steps_per_update * num_runs
+                steps = length * config.steps_per_update * len(rows)
                 self.steps += steps
+                if RETURN in new:
+                    self.returns[wave[0].name] = latest = newest(new[RETURN][rows], latest)
+                    returns = np.concatenate(list(self.returns.values()))
+                    self.bar.set_postfix_str(show_means({RETURN: returns}), refresh=False)
                 self.bar.update(steps)
             if done == config.num_updates or self.interrupt.is_set():
                 break
@@ -203,6 +240,8 @@ class Session:
                 metrics = [self.store_wave(compiled, wave, to_arrays(state), metrics)]
                 timer.restart()
             state = None  # its memory is free for the chunk after the next one
+        with self.lock:
+            self.returns.pop(wave[0].name, None)
         arrays = to_arrays(state)
         del state
         held.close()
@@ -245,12 +284,35 @@ class Session:
         return joined
 
 
-def _steps(sweep: Sweep, stored: Sequence[Slice]) -> tuple[int, int]:
-    """Environment steps of the whole sweep, and those that stored slices have made."""
-    done = {name: slice_.num_updates for name, (slice_, _) in by_run(stored).items()}
-    groups = [(group.config, sweep.runs(group.settings)) for group in sweep.groups()]
-    total = sum(config.total_steps * len(names) for config, names in groups)
-    return total, sum(config.steps_per_update * done.get(name, 0) for config, names in groups for name in names)
+def _as_divided(
+    plan: Plan, folder: str | Path | None, stored: Sequence[Slice], division: Division
+) -> tuple[Plan, dict[Group, list[Slice]]]:
+    """The plan for the division that its folder has, and the slices of this process by group.
+
+    Another process may have opened the folder, with slices of other sizes, since the plan was made.
+    """
+    sizes = {compiled.group: compiled.slice_size for compiled in plan.groups}
+    own = own_slices(plan.sweep, stored, division, plan.share)
+    if plan.again and any(sizes.get(x) != division.slice_sizes[plan.sweep.name_program(x)] for x in own):
+        warnings.warn(f"folder={folder} divides the sweep in another way than the plan, which is compiled again for it")
+        plan = plan.again(folder)
+    own = {x.group: own.get(x.group, [])[jax.process_index() :: jax.process_count()] for x in plan.groups}
+    return plan, own
+
+
+def _bar(plan: Plan, own: Mapping[Group, Sequence[Slice]], stored: Sequence[Slice], progress: bool) -> tqdm:
+    """The bar of the whole sweep, or of the slices that a share trains; it begins with what is stored."""
+    runs: dict[Group, Collection[str]] = {group: {name for x in own[group] for name in x.runs} for group in own}
+    if not plan.share:
+        runs = {group: plan.sweep.runs(group.settings) for group in plan.sweep.groups()}
+    updates = {name: slice_.num_updates for name, (slice_, _) in by_run(stored).items()}
+    done = sum(group.config.steps_per_update * updates.get(name, 0) for group in runs for name in runs[group])
+    return step_bar(
+        total=sum(group.config.total_steps * len(names) for group, names in runs.items()),
+        initial=done,
+        description=f"share {plan.share}: " * bool(plan.share) + count(sum(map(len, runs.values())), "run"),
+        progress=progress,
+    )
 
 
 def _check_disk(folder: str | Path | None, plan: Plan):

@@ -1,6 +1,6 @@
 """Slices of a sweep: runs that train together in one program and are stored together as soon as they are done.
 
-sweep.json       the sweep, and versions, device, command and time of every session
+sweep.json       the sweep, how it is divided, and versions, device, command and time of every session
 slices/*.npz     numpy.load opens each: what its sweep is, the names of its runs, metrics [runs, updates], the state of
                  every run; the name of the file is a digest of its runs
 results.nc       all metrics, labelled: xarray.load_dataset opens it
@@ -10,14 +10,15 @@ import hashlib
 import json
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import numpy as np
 
 from purejaxppo.batched import causes
+from purejaxppo.checks import check_whole
 from purejaxppo.experiment.files import (
     SWEEP,
     ArrayFile,
@@ -207,6 +208,7 @@ def open_slices(
     sweep: Sweep,
     identities: Mapping[str, Mapping[str, str]] | None = None,
     allow_changed: Sequence[str] = (),
+    division: "Division | None" = None,
 ) -> Slices:
     """As `find_slices`, in a folder that is made ready for more.
 
@@ -217,6 +219,7 @@ def open_slices(
         sweep: what is trained.
         identities: what is plugged in, see `Plan`; kept with this session.
         allow_changed: what may differ from what the folder was trained with.
+        division: to keep; by default that of the folder stays.
     """
     slices = find_slices(folder, sweep)
     if slices.folder is None:
@@ -226,9 +229,11 @@ def open_slices(
     (slices.folder / "slices").mkdir(exist_ok=True)
     if jax.process_index() == 0:
         sessions = read_sessions(slices.folder) if kind_of(slices.folder) == "sweep" else []
+        division = division or read_division(slices.folder)
         data = {
             "sweep": sweep.to_json(),
             "sessions": [*sessions, {**describe_machine(), "identities": dict(identities or {})}],
+            **({"division": asdict(division)} if division else {}),
         }
         save_json(slices.folder / SWEEP, data)
     return slices
@@ -241,12 +246,26 @@ class SweepSession(Machine, total=False):
     """What was plugged in, see `Plan`; older versions lack it."""
 
 
+@dataclass(frozen=True)
+class Division:
+    """How the runs of a sweep are divided, which its folder keeps so that all calls divide them alike (`divide`)."""
+
+    slice_sizes: dict[str, int]
+    """Runs of a slice, by `Sweep.name_program`."""
+    num_runs: int
+    """Runs of the sweep that is divided so; it may get more."""
+    trained: list[str]
+    """Slices that were complete when it got as many runs. Shares divide the others."""
+
+
 class SweepRecord(TypedDict):
     """The contents of sweep.json."""
 
     sweep: Any
     """See `Sweep.to_json`."""
     sessions: list[SweepSession]
+    division: NotRequired[Division]
+    """Older versions lack it."""
 
 
 def read_sweep(folder: str | Path) -> Sweep:
@@ -259,17 +278,26 @@ def read_sessions(folder: str | Path) -> list[SweepSession]:
     return _read(folder)[1]
 
 
-def _read(folder: str | Path) -> tuple[Sweep, list[SweepSession]]:
+def read_division(folder: str | Path | None) -> Division | None:
+    """How the sweep in a folder is divided; None if there is no sweep, or if it was not divided yet."""
+    return _read(folder)[2] if folder is not None and kind_of(folder) == "sweep" else None
+
+
+def _read(folder: str | Path) -> tuple[Sweep, list[SweepSession], Division | None]:
     if kind_of(folder) != "sweep":
         raise ValueError(f"{folder} holds no sweep: it has no {SWEEP}")
     return read_record(Path(folder) / SWEEP, _from_json, "results.nc has a copy of the sweep in its attributes")
 
 
-def _from_json(data: Any, lacking: list[str]) -> tuple[Sweep, list[SweepSession]]:
-    record = as_record(SweepRecord, data, lacking)
+def _from_json(data: Any, lacking: list[str]) -> tuple[Sweep, list[SweepSession], Division | None]:
+    record, division = as_record(SweepRecord, data, lacking), None
     if not record["sessions"]:
         raise ValueError("sessions=[] must have one entry or more")
-    return Sweep.from_json(record["sweep"], lacking), record["sessions"]
+    if "division" in record:
+        division = record["division"]
+        for name, size in division.slice_sizes.items():
+            check_whole(f"division.slice_sizes.{shorten(name)}", size)
+    return Sweep.from_json(record["sweep"], lacking), record["sessions"], division
 
 
 def read_identities(folder: str | Path | None, sweep: Sweep) -> dict[str, dict[str, str]]:

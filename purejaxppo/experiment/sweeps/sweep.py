@@ -179,6 +179,12 @@ class Sweep:
         config = show_older(group.config)
         return show_setting({"env": group.env, **dict(group.plugged), **{name: config[name] for name in swept}})
 
+    def name_program(self, group: Group) -> str:
+        """The group as JSON, by which its slice size is kept: unlike `name_group`, no two groups share it."""
+        swept = [name for name in CONFIG_FIELDS if name in self.table.names or name == "num_updates"]
+        config = show_older(group.config)
+        return json.dumps({"env": group.env, **dict(group.plugged), **{name: config[name] for name in swept}})
+
     def with_values(self, values: Mapping[str, Mapping[str, Any]]) -> "Sweep":
         """The same sweep with values for names that were read from disk, as {"loss": {"spo": spo_loss}}.
 
