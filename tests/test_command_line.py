@@ -296,6 +296,28 @@ def test_a_sweep_is_planned_run_ranked_drawn_and_drawn_anew(tmp_path, capsys):
     assert status == 0 and {path.name for path in (tmp_path / "pictures").iterdir()} == pictures
 
 
+def test_shares_of_a_sweep_say_what_is_missing_and_how_it_is_collected(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "sweep"
+    command = ["sweep", "CartPole-v1", *TINY, "--grid", "clip=.1,.2", "--num-seeds", "2", "--slice-size", "2"]
+    command += ["--updates-per-chunk", "4", "--out", str(folder)]
+    collect = f"the same command without --share, with --out {folder}, trains what is missing then, ranks and plots"
+    for name, value in (("ID", "8"), ("MIN", "7"), ("COUNT", "2")):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    status, printed, _ = run(capsys, *command, "--share")
+    assert status == 0 and collect in printed and "iqm" not in printed
+    assert "share 1/2: 1 slice; missing so far: 4 of 4 runs, such as clip=0.1 seed=0\n" in printed
+    assert "share 1/2: 768 steps in " in printed
+    assert "missing of the whole sweep: 2 of 4 runs, such as clip=0.1 seed=0\n" in printed
+    assert {path.name for path in folder.iterdir()} == {"sweep.json", "slices", "results.nc"}
+    status, printed, _ = run(capsys, *command, "--share", "1/2")
+    assert status == 0 and "share 1/2: 0 slices" in printed and collect in printed
+    status, printed, _ = run(capsys, *command)
+    assert status == 0 and "to train: 1 slice; missing so far: 2 of 4 runs" in printed and "iqm" in printed
+    assert "learning_curves.png" in {path.name for path in folder.iterdir()}
+    status, printed, _ = run(capsys, *command, "--share", "0/2")
+    assert status == 0 and "missing of the whole sweep: none of 4 runs\n" in printed
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -307,6 +329,14 @@ def test_a_sweep_is_planned_run_ranked_drawn_and_drawn_anew(tmp_path, capsys):
         (["--grid", "widths=64xabc"], "widths='64xabc'"),
         (["--grid", "clip=.1", "--grid", "clip=.2"], "names a field twice"),
         (["--sample", "clip=uniform:.1:.2"], "--num-samples=0"),
+        (["--grid", "clip=.1,.2", "--num-devices", "999"], "--num-devices=999 must be at most "),
+        (["--grid", "clip=.1,.2", "--updates-per-chunk", "0"], "--updates-per-chunk=0 must be at least 1"),
+        (["--grid", "clip=.1,.2", "--slice-size", "0"], "--slice-size=0 must be at least 1"),
+        (["--grid", "clip=.1,.2", "--share", "0/4"], "--share=0/4 needs --out FOLDER"),
+        (["--grid", "clip=.1,.2", "--share"], "--share=slurm needs --out FOLDER"),
+        (["--grid", "clip=.1,.2", "--out", "x", "--share", "4/4"], "--share=4/4 must be the index of a share, from 0"),
+        (["--grid", "clip=.1,.2", "--out", "x", "--share", "0", "4"], "--share=0 4 must be the index of a share"),
+        (["--grid", "clip=.1,.2", "--out", "x", "--share"], "--share=slurm needs the variables of a job array, but SL"),
         (["--sample", "clip=normal:.1:.2", "--num-samples", "2"], "FIELD=KIND:LOW:HIGH"),
         (["--sample", "lr=log_uniform:1e-4:1e-2", "--num-samples", "2"], "lr is not a field of a sweep (did you mean"),
     ],

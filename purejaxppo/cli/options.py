@@ -117,6 +117,16 @@ def check_counts(options: Any, *names: str, at_least: int = 1):
             check_whole(name, getattr(options, name), at_least=at_least)
 
 
+def check_num_devices(number: int | None):
+    """Refuses more devices than there are; None passes."""
+    import jax
+
+    if number is not None and number > jax.device_count():
+        raise ValueError(
+            f"num_devices={number} must be at most {jax.device_count()}, the number of devices (on a CPU: of cores)"
+        )
+
+
 def complete(options: Any, arguments: list[str]) -> Any:
     """Options with the number of updates that `total_steps` implies. Refuses `arguments` that give both."""
     if options.total_steps is None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -11,6 +11,7 @@ from purejaxppo.cli.options import (
     NOT_SAVED,
     TrainingOptions,
     check_counts,
+    check_num_devices,
     complete,
     draw_without_screen,
     keep_programs,
@@ -24,6 +25,10 @@ from purejaxppo.cli.plugged import to_named
 from purejaxppo.config import Config, spec_of
 from purejaxppo.table import PLUGGED
 from purejaxppo.text import count
+
+if TYPE_CHECKING:
+    from purejaxppo.experiment.sweeps.result import SweepResult
+    from purejaxppo.experiment.sweeps.sweep import Sweep
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,16 @@ class SweepOptions(TrainingOptions):
     total_steps: int | None = None
     """Environment steps of each agent; sets num_updates to as many whole updates as fit."""
     slice_size: int | None = None
-    """Agents that train together in one program; chosen for this machine by default."""
+    """Agents that train together in one program; chosen for this machine by default, and kept in the folder."""
+    num_devices: int | None = None
+    """Devices that the agents are distributed across; by default all GPUs or TPUs, or all cores of the CPU as one. With
+    this flag the cores of a CPU are devices."""
+    updates_per_chunk: int | None = None
+    """Updates between two saves, or reactions to Ctrl-C; a fiftieth of the run by default."""
+    share: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[I/N]")] = None
+    """Train every N-th slice of the sweep from the I-th on, I from 0, as one of N processes that share --out and need
+    not know each other; --share alone reads I/N from the variables of a SLURM job array. The same command without
+    --share trains what is missing then, ranks and plots."""
     allow_changed: tuple[str, ...] = ()
     """What may differ from what the folder was trained with, such as loss or optimizer."""
     dry_run: bool = False
@@ -80,46 +94,91 @@ def sweep(arguments: list[str]) -> int:
 
     from purejaxppo.experiment.files import check_writable
     from purejaxppo.experiment.loop import Interrupted
-    from purejaxppo.experiment.report.ranking import as_table
-    from purejaxppo.experiment.report.statistics import improvements
     from purejaxppo.experiment.sweeps.plan import plan_sweep
     from purejaxppo.experiment.sweeps.run import run_sweep
     from purejaxppo.experiment.sweeps.sweep import Sweep
 
+    check_num_devices(options.num_devices)
+    share = _read_share(options)
     env = to_named("env", options.env) if ":" in options.env else options.env
     wanted = Sweep(env, table, options.num_seeds, options.config, options.hyperparams, options.seed)
     keep_programs(options.compile_cache)
     say(*str(wanted).split("\n"))
     if options.out is not None and not options.dry_run:
         check_writable(options.out)
-    plan = plan_sweep(wanted, options.out, slice_size=options.slice_size, allow_changed=options.allow_changed)
+    plan = plan_sweep(
+        wanted, options.out, slice_size=options.slice_size, updates_per_chunk=options.updates_per_chunk,
+        devices=options.num_devices, allow_changed=options.allow_changed, share=share,
+    )  # fmt: skip
     say(*str(plan).split("\n"))
     if options.dry_run:
         return 0
     out = make_folder(f"sweep-{options.env}") if options.out is None else options.out
+    if plan.share and not plan.groups:
+        _say_missing(wanted, out)
+        return 0
     try:
         result = run_sweep(plan, out)
     except Interrupted as error:
         result = error.result
-    say(*as_table(result.ranked()).split("\n"))
-    for field in (field for field in PLUGGED if field in result.scores.dims):
-        for versus, found in improvements(result.scores, field).items():
-            low, value, high = (float(found[name]) for name in ("low", "value", "high"))
-            say(f"  P({versus}) = {value:.2f}  [{low:.2f}, {high:.2f}] 95 %")
-    saved = [] if result.unsaved else ["results.nc", *_draw_sweep(result.metrics, out, options.env)]
-    if result.steps:
-        rate = result.steps / max(result.run_seconds, 1e-9)
-        say(f"  {result.steps:,} steps in {result.run_seconds:.1f} s, {rate:,.0f} per second")
-    say(f"  {'not all ' * bool(result.unsaved)}saved in {out}: {', '.join(saved) or 'what fitted'}")
+    if plan.share:
+        _say_speed(f"share {plan.share}: ", result)
+        _say_missing(wanted, out)
+    else:
+        _report(result, out, options.env)
     if result.interrupted:
+        ranked = "" if plan.share else " and ranked by what they have done"
         say(
-            f"interrupted: {result.num_unfinished} of {count(wanted.num_runs, 'run')} are unfinished and ranked by "
-            f"what they have done; the same command with --out {out} continues"
+            f"interrupted: {result.num_unfinished} of {count(wanted.num_runs, 'run')} are unfinished{ranked}; "
+            f"the same command with --out {out} continues"
         )
         return NOT_SAVED if result.unsaved else 130
     if result.unsaved:
         return NOT_SAVED
     return ALL_FAILED if len(result.failed()) == wanted.num_runs else 0
+
+
+def _report(result: "SweepResult", out: Path, title: str):
+    """Prints a ranking, and draws plots beside the data."""
+    from purejaxppo.experiment.report.ranking import as_table
+    from purejaxppo.experiment.report.statistics import improvements
+
+    say(*as_table(result.ranked()).split("\n"))
+    for field in (field for field in PLUGGED if field in result.scores.dims):
+        for versus, found in improvements(result.scores, field).items():
+            low, value, high = (float(found[name]) for name in ("low", "value", "high"))
+            say(f"  P({versus}) = {value:.2f}  [{low:.2f}, {high:.2f}] 95 %")
+    saved = [] if result.unsaved else ["results.nc", *_draw_sweep(result.metrics, out, title)]
+    if result.steps:
+        _say_speed("", result)
+    say(f"  {'not all ' * bool(result.unsaved)}saved in {out}: {', '.join(saved) or 'what fitted'}")
+
+
+def _say_speed(whose: str, result: "SweepResult"):
+    """Prints what a call trained."""
+    rate = result.steps / max(result.run_seconds, 1e-9)
+    say(f"  {whose}{result.steps:,} steps in {result.run_seconds:.1f} s, {rate:,.0f} per second")
+
+
+def _say_missing(wanted: "Sweep", out: Path):
+    """Prints what is missing of a sweep whose shares are trained, and what comes then."""
+    from purejaxppo.experiment.sweeps.division import describe_missing
+    from purejaxppo.experiment.sweeps.slices import find_slices
+
+    say(f"  missing of the whole sweep: {describe_missing(wanted, find_slices(out, wanted).read(warn=False))}")
+    say(f"  the same command without --share, with --out {out}, trains what is missing then, ranks and plots")
+
+
+def _read_share(options: SweepOptions) -> str | None:
+    """The share as the library reads it."""
+    if options.share is None:
+        return None
+    share = " ".join(options.share) or "slurm"
+    if options.out is None:
+        raise ValueError(
+            f"share={share} needs --out FOLDER, one that all shares see (default folders differ between machines)"
+        )
+    return share
 
 
 def plot(arguments: list[str]) -> int:
@@ -149,7 +208,7 @@ def _parse_sweep(arguments: list[str]):
     from purejaxppo.table import Table, grid, sample
 
     options = parse(SweepOptions, "sweep", arguments)
-    check_counts(options, "num_seeds")
+    check_counts(options, "num_seeds", "num_devices", "slice_size", "updates_per_chunk")
     check_counts(options, "seed", at_least=0)
     columns = dict(_parse_column(text, options.env) for text in options.grid)
     if len(columns) < len(options.grid):

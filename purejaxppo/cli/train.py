@@ -14,6 +14,7 @@ from purejaxppo.cli.options import (
     NOT_SAVED,
     TrainingOptions,
     check_counts,
+    check_num_devices,
     complete,
     draw_without_screen,
     keep_programs,
@@ -95,8 +96,6 @@ def train(arguments: list[str]) -> int:
         raise ValueError(f"save_every={options.save_every} must be a number of seconds, at least 0")
     options = complete(options, arguments)
 
-    import jax
-
     from purejaxppo.batched import batched
     from purejaxppo.experiment.lock import claim_folder
     from purejaxppo.experiment.runs.launch import Launch, launch_run
@@ -104,11 +103,7 @@ def train(arguments: list[str]) -> int:
     from purejaxppo.sharded import sharded
 
     ppo = make(options)
-    if options.num_devices > jax.device_count():
-        raise ValueError(
-            f"num_devices={options.num_devices} must be at most {jax.device_count()}, the number of devices (on a CPU: "
-            "of cores)"
-        )
+    check_num_devices(options.num_devices)
     ppo = batched(sharded(ppo, options.num_devices) if options.num_devices > 1 else ppo)
     for name in options.log:
         check_package(name)
