@@ -257,6 +257,21 @@ def test_a_run_on_two_devices_loads_as_any_other(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_a_sweep_on_two_devices_comes_to_the_same_numbers(tmp_path):
+    environment = {name: x for name, x in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    command = [sys.executable, "-m", "purejaxppo", "sweep", "CartPole-v1", *TINY, "--grid", "clip=.1,.2"]
+    command += ["--num-seeds", "2", "--slice-size", "2"]
+    for devices in (1, 2):
+        flags = ["--num-devices", str(devices), "--out", str(tmp_path / str(devices))]
+        done = subprocess.run([*command, *flags], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+    one, two = (load(tmp_path / str(devices)).metrics for devices in (1, 2))
+    np.testing.assert_allclose(two["loss"], one["loss"], rtol=1e-4, atol=1e-5)
+    assert json.loads((tmp_path / "2" / "sweep.json").read_text())["sessions"][0]["device"]["count"] >= 2
+
+
+@pytest.mark.slow
 def test_a_run_on_one_thread_comes_to_the_same_numbers(tmp_path):
     for name, flags in (("all", []), ("one", ["--one-thread"])):
         command = ["train", "CartPole-v1", *TINY, "--out", str(tmp_path / name), *flags]
