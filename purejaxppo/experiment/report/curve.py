@@ -1,6 +1,6 @@
 """The plot of a training run, and the colours, lines and axes that all plots share."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -25,21 +25,13 @@ def plot_learning_curve(metrics: xarray.Dataset, title: str = "", ax: Axes | Non
     """
     if ax is None:
         _, ax = plt.subplots(figsize=(6, 3.8), layout="constrained")
-    curve = learning_curve(without_lost(metrics))
-    returns = curve.values.reshape(-1, curve.sizes["updates"])
-    counts = (~np.isnan(returns)).sum(0)
-    shown = counts > 0
-    steps, returns, counts = curve["step"].values[shown], returns[:, shown], counts[shown]
+    steps, returns, mean, low, high = curve_of_runs(metrics)
     if len(returns) > 1:
         ax.plot(steps, returns.T, color=COLORS[0], alpha=0.25, linewidth=0.7)
-    mean = np.nanmean(returns, axis=0) if steps.size else steps
     draw_line(ax, steps, mean, COLORS[0], "mean" if len(returns) > 1 and steps.size else None)
     if len(returns) > 1 and steps.size:
-        several = counts > 1
-        half = np.nanstd(returns[:, several], axis=0, ddof=1) / np.sqrt(counts[several])
-        half = half * scipy.stats.t.ppf(0.975, counts[several] - 1)
-        band = mean[several] - half, mean[several] + half
-        draw_band(ax, steps[several], *band, COLORS[0], "95 % interval")
+        several = ~np.isnan(low)
+        draw_band(ax, steps[several], low[several], high[several], COLORS[0], "95 % interval")
     where = steps_of_failures(metrics)
     draw_failures(ax, where, COLORS[3], f"turned nan: {where.size}")
     if len(returns) > 1 and steps.size:
@@ -52,6 +44,33 @@ def plot_learning_curve(metrics: xarray.Dataset, title: str = "", ax: Axes | Non
     ax.set(xlabel="environment steps", ylabel="episode return", title=title)
     tidy(ax)
     return figure_of(ax)
+
+
+class Curve(NamedTuple):
+    """Returns of R runs at the P points of their learning curve at which some run has one."""
+
+    steps: np.ndarray  # [P], environment steps
+    returns: np.ndarray  # [R, P], nan where no episode ended, and after the run turned nan
+    mean: np.ndarray  # [P], over runs
+    low: np.ndarray  # [P], end of the 95 % interval of the mean, nan for fewer than two runs
+    high: np.ndarray  # [P]
+
+
+def curve_of_runs(metrics: xarray.Dataset) -> Curve:
+    """The learning curve of runs, which differ in nothing but their seeds, and its mean with an interval.
+
+    `metrics` has dimensions (`run` or `seed`,) `updates`.
+    """
+    curve = learning_curve(without_lost(metrics))
+    returns = curve.values.reshape(-1, curve.sizes["updates"])
+    counts = (~np.isnan(returns)).sum(0)
+    shown = counts > 0
+    returns, counts = returns[:, shown], counts[shown]
+    mean = np.nansum(returns, axis=0) / counts
+    half, several = np.full(mean.shape, np.nan), counts > 1
+    error = np.nanstd(returns[:, several], axis=0, ddof=1) / np.sqrt(counts[several])
+    half[several] = error * scipy.stats.t.ppf(0.975, counts[several] - 1)
+    return Curve(curve["step"].values[shown], returns, mean, mean - half, mean + half)
 
 
 def steps_of_failures(metrics: xarray.Dataset) -> np.ndarray:

@@ -69,6 +69,27 @@ def best_index(scores: xarray.DataArray, statistic: str) -> dict[str, int]:
     return {str(dim): int(i) for dim, i in value.argmax(list(value.dims)).items()} if value.dims else {}
 
 
+def scores_of_pair(scores: xarray.DataArray, x: str, y: str, statistic: str) -> xarray.Dataset:
+    """The statistic over seeds of all values of two fields of a grid, with the other fields at the best setting.
+
+    Variables of the result [y, x]: `value`, nan for a setting without any score, and `missing`, the runs without one.
+    """
+    values = value_of_settings(scores, statistic).rename("value").to_dataset()
+    values["missing"] = scores.isnull().sum("seed")
+    highest = best_index(scores, statistic)
+    return values.isel({dim: i for dim, i in highest.items() if dim not in (x, y)}).transpose(y, x)
+
+
+def varied_fields(scores: xarray.DataArray) -> list[str]:
+    """The swept fields with more than one value."""
+    return [name for name in swept_fields(scores) if np.unique(scores[name]).size > 1]
+
+
+def fields_of_grid(scores: xarray.DataArray) -> list[str]:
+    """The swept fields with more than one value that have a dimension to themselves."""
+    return [name for name in varied_fields(scores) if find_field(scores, name).grid]
+
+
 def choose_fields(scores: xarray.DataArray, line: str | None, panel: str | None) -> tuple[Field, Field]:
     """The fields of lines and of panels: those that are given, or else the first swept ones.
 

@@ -22,14 +22,17 @@ from purejaxppo.experiment.report.plot_fields import (
     best_index,
     choose_fields,
     choose_members,
+    fields_of_grid,
     find_field,
     is_number,
     make_heading,
     make_notes,
+    scores_of_pair,
     scores_to_draw,
+    varied_fields,
 )
 from purejaxppo.experiment.report.ranking import importance, rank
-from purejaxppo.experiment.report.statistics import aggregate, lost, swept_fields, value_of_settings
+from purejaxppo.experiment.report.statistics import aggregate, lost, swept_fields
 from purejaxppo.text import in_words, show_value
 
 
@@ -63,8 +66,8 @@ def plot_sweep(
             for kind, figure in plot_sweep(selected, line, panel, statistic, str(name)).items()
         }
     scores = scores_to_draw(metrics)
-    fields = _varied(scores)
-    grid = _fields_of_grid(scores)
+    fields = varied_fields(scores)
+    grid = fields_of_grid(scores)
     figures = {"learning_curves": plot_curves(metrics, line, panel, statistic, title=title)}
     if len(grid) > 1:
         figures["heatmap"] = plot_heatmap(metrics, statistic=statistic, title=title)
@@ -73,14 +76,6 @@ def plot_sweep(
     if len(fields) > 1:
         figures["importance"] = plot_importance(metrics, title)
     return figures
-
-
-def _varied(scores: xarray.DataArray) -> list[str]:
-    return [name for name in swept_fields(scores) if np.unique(scores[name]).size > 1]
-
-
-def _fields_of_grid(scores: xarray.DataArray) -> list[str]:
-    return [name for name in _varied(scores) if find_field(scores, name).grid]
 
 
 def plot_curves(
@@ -122,7 +117,7 @@ def plot_curves(
         for i, color in zip(members, colors):
             where = {dim: k for dim, k in (highest | {lines.dim: i, panels.dim: j}).items() if dim}
             setting = metrics.isel(where)
-            curve = _curve(setting, scores.min().item(), statistic, confidence)
+            curve = curve_of_setting(setting, scores.min().item(), statistic, confidence)
             ended = steps_of_failures(setting)
             failed = ended.size == setting.sizes["seed"]
             curve = curve.isel(updates=(curve["step"] < ended.max()).values) if failed else curve
@@ -169,7 +164,7 @@ def plot_heatmap(
         ax: where to draw; by default a new figure.
     """
     scores = scores_to_draw(metrics)
-    free = [name for name in _fields_of_grid(scores) if name not in (x, y)]
+    free = [name for name in fields_of_grid(scores) if name not in (x, y)]
     if (x is None) + (y is None) > len(free):
         raise ValueError("a heat map needs two swept fields of a grid (plot_curves draws one, plot_parallel all)")
     x = free.pop(0) if x is None else x
@@ -181,9 +176,7 @@ def plot_heatmap(
     if x == y:
         raise ValueError(f"x={x!r} and y={y!r} must be two fields")
     highest = best_index(scores, statistic)
-    values = value_of_settings(scores, statistic).rename("value").to_dataset()
-    values["missing"] = scores.isnull().sum("seed")
-    values = values.isel({dim: i for dim, i in highest.items() if dim not in (x, y)}).transpose(y, x)
+    values = scores_of_pair(scores, x, y, statistic)
     rows, columns = values["value"].shape
     ax = ax or _axes(2.6 + 0.75 * columns, 1.7 + 0.5 * rows)
     image = ax.imshow(values["value"], plt.get_cmap("YlGnBu").with_extremes(bad="0.85"), origin="lower", aspect="auto")
@@ -281,12 +274,22 @@ def plot_importance(metrics: xarray.Dataset, title: str = "", ax: Axes | None = 
     return figure_of(ax)
 
 
-def _curve(metrics: xarray.Dataset, lowest: float, statistic: str, confidence: float) -> xarray.Dataset:
-    """The learning curve of a setting, by `aggregate` over seeds, from where at least half of them have a value."""
+def curve_of_setting(
+    metrics: xarray.Dataset, lowest: float, statistic: str = "iqm", confidence: float = 0.95, num_points: int = 50
+) -> xarray.Dataset:
+    """The learning curve of a setting, by `aggregate` over seeds, from where at least half of them have a value.
+
+    Args:
+        metrics: of one setting, with the dimensions `seed` and `updates`.
+        lowest: final score of all runs of the sweep, at which a run continues that turned nan.
+        statistic: "iqm", "mean" or "median" over seeds.
+        confidence: level of the interval, between 0 and 1.
+        num_points: see `learning_curve`.
+    """
     alive = ~lost(metrics)
     returns, counts = metrics["episode_return"].where(alive, lowest), metrics["num_episodes"].where(alive, 1)
     metrics = metrics.assign(episode_return=returns, num_episodes=counts)
-    curve = learning_curve(metrics.isel(updates=metrics["step"].notnull().values), num_points=50)
+    curve = learning_curve(metrics.isel(updates=metrics["step"].notnull().values), num_points)
     found = aggregate(curve, statistic, confidence=confidence, num_resamples=1000)
     return found.isel(updates=(2 * found["num_runs"] >= metrics.sizes["seed"]).values)
 
