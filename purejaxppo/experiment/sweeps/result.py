@@ -107,15 +107,19 @@ class SweepResult:
 
     def failed(self) -> list[str]:
         """A sentence for every run that turned nan."""
-        return [sentence for row in self.sweep.table.rows() for sentence in self.failures(**row).values()]
+        rows = enumerate(self.sweep.table.rows())
+        return [sentence for index, row in rows for sentence in self._failures(index, row).values()]
 
     def failures(self, **setting: Any) -> dict[int, str]:
         """A sentence for every run of one setting that turned nan, by its seed."""
         index = self.sweep.table.index(**setting)
-        row = show_setting(self.sweep.table.rows()[index])
+        return self._failures(index, self.sweep.table.rows()[index])
+
+    def _failures(self, index: int, row: Mapping[str, Any]) -> dict[int, str]:
+        """As `failures`, for a row of the table and its index."""
         updates, names = (self.metrics[x].values.reshape(-1, self.sweep.num_seeds)[index] for x in (UPDATE, METRIC))
         return {
-            seed: describe_failure(f"{row} seed={seed}".strip(), update, str(name))
+            seed: describe_failure(f"{show_setting(row)} seed={seed}".strip(), update, str(name))
             for seed, (update, name) in enumerate(zip(updates.tolist(), names))
             if update
         }
