@@ -33,7 +33,7 @@ from purejaxppo.experiment.program import Program
 from purejaxppo.experiment.sweeps import slices
 from purejaxppo.experiment.sweeps.division import Share, pending_slices
 from purejaxppo.experiment.sweeps.plan import plan_sweep
-from purejaxppo.experiment.sweeps.slices import Slices, read_division, read_sweep
+from purejaxppo.experiment.sweeps.slices import Slices, read_division, read_sessions, read_sweep
 
 pytestmark = pytest.mark.full
 
@@ -71,6 +71,12 @@ def test_every_field_is_a_dimension_beside_seeds_and_updates(result):
     assert episode_return["learning_rate"].values.tolist() == LEARNING_RATES
     assert result.metrics["step"].values.tolist() == [32, 64, 96]
     assert not result.metrics["failed_update"].any() and not result.failed()
+
+
+def test_the_folder_keeps_the_steps_and_the_time_of_every_session(result, folder):
+    session = read_sessions(folder)[0]
+    assert session.get("steps") == result.steps == 4 * 2 * 96
+    assert session.get("run_seconds") == pytest.approx(result.run_seconds)
 
 
 def make_reporting(env, config):

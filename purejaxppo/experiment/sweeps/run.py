@@ -141,6 +141,7 @@ def run_sweep(
             raise ValueError(f"{left}; nothing is stored yet (the same call later resumes)")
         if plan.share and not stored:
             raise ValueError(f"share={plan.share} has no slice, and nothing is stored yet (run the other shares first)")
+        slices.note_work(session.steps, seconds)
         result = make_result(
             sweep, slices, stored, plan.make,
             steps=session.steps, run_seconds=seconds, interrupted=interrupt.is_set(),

@@ -6,6 +6,7 @@ slices/*.npz     numpy.load opens each: what its sweep is, the names of its runs
 results.nc       all metrics, labelled: xarray.load_dataset opens it
 """
 
+import contextlib
 import hashlib
 import json
 import warnings
@@ -83,6 +84,8 @@ class Slices:
         self.in_memory: dict[str, Slice] = {}
         self.error = ""
         """Why slices that have a folder are in memory."""
+        self.session: SweepSession | None = None
+        """The entry of this call in sweep.json."""
         self._runs = sweep.runs()
 
     def write(self, slice_: Slice):
@@ -109,6 +112,20 @@ class Slices:
         if self.folder is None:
             return describe_machine()
         return read_sessions(self.folder)[-1]
+
+    def note_work(self, steps: int, run_seconds: float):
+        """Adds what this session did to its entry in sweep.json, if it can; the caller holds the folder's lock.
+
+        Args:
+            steps: environment steps of all runs.
+            run_seconds: the time that they took.
+        """
+        if self.folder is None or self.session is None:
+            return
+        with contextlib.suppress(OSError, ValueError):  # a full or damaged disk is no reason to fail at the end
+            data = json.loads((self.folder / SWEEP).read_text())
+            data["sessions"][data["sessions"].index(self.session)] |= {"steps": steps, "run_seconds": run_seconds}
+            save_json(self.folder / SWEEP, data)
 
     def read(self, warn: bool = True) -> list[Slice]:
         """All slices with their metrics; of the states only `num_updates`.
@@ -229,10 +246,11 @@ def open_slices(
     (slices.folder / "slices").mkdir(exist_ok=True)
     if jax.process_index() == 0:
         sessions = read_sessions(slices.folder) if kind_of(slices.folder) == "sweep" else []
+        slices.session = {**describe_machine(), "identities": {name: dict(x) for name, x in (identities or {}).items()}}
         division = division or read_division(slices.folder)
         data = {
             "sweep": sweep.to_json(),
-            "sessions": [*sessions, {**describe_machine(), "identities": dict(identities or {})}],
+            "sessions": [*sessions, slices.session],
             **({"division": asdict(division)} if division else {}),
         }
         save_json(slices.folder / SWEEP, data)
@@ -244,6 +262,10 @@ class SweepSession(Machine, total=False):
 
     identities: dict[str, dict[str, str]]
     """What was plugged in, see `Plan`; older versions lack it."""
+    steps: int
+    """Environment steps that the first process of the session made; lacking until it ends, and in older versions."""
+    run_seconds: float
+    """The time that they took."""
 
 
 @dataclass(frozen=True)
