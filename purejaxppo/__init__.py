@@ -48,6 +48,7 @@ if TYPE_CHECKING:  # what LAZY imports when it is first used
     from purejaxppo.experiment.agents.export import export
     from purejaxppo.experiment.agents.load import load, load_agents
     from purejaxppo.experiment.agents.render import record_episode, render
+    from purejaxppo.experiment.agents.report import write_report
     from purejaxppo.experiment.jax_setup import cache_compilation, use_deterministic_kernels, use_one_thread
     from purejaxppo.experiment.loop import Interrupted
     from purejaxppo.experiment.presets import a2c, preset
@@ -78,7 +79,7 @@ __all__ = [
     "plot_curves", "plot_heatmap", "plot_importance", "plot_learning_curve", "plot_parallel", "ppo_loss", "preset",
     "privileged", "randomize", "record_episode", "render", "resume", "run_sweep", "runs", "sample", "schedule",
     "sharded", "sinks", "statistics", "sticky_actions", "successive_halving", "time_limit", "uniform",
-    "use_deterministic_kernels", "use_one_thread", "with_hyperparams", "with_step",
+    "use_deterministic_kernels", "use_one_thread", "with_hyperparams", "with_step", "write_report",
 ]  # fmt: skip
 
 # The host needs xarray and matplotlib, which `import purejaxppo` should not load. Name -> module; a name that is not in
@@ -114,6 +115,7 @@ LAZY = {
     "successive_halving": "purejaxppo.experiment.sweeps.halving",
     "use_deterministic_kernels": "purejaxppo.experiment.jax_setup",
     "use_one_thread": "purejaxppo.experiment.jax_setup",
+    "write_report": "purejaxppo.experiment.agents.report",
 }
 
 

@@ -17,7 +17,7 @@ from purejaxppo.text import printable
 # Command -> the module here that has it, as a function of the same name.
 COMMANDS = {
     "train": "train", "resume": "train", "sweep": "sweep", "plot": "sweep", "evaluate": "agents", "render": "agents",
-    "export": "agents", "show": "agents", "bench": "bench", "envs": "bench",
+    "export": "agents", "show": "agents", "report": "report", "bench": "bench", "envs": "bench",
 }  # fmt: skip
 
 # What the system says of a disk that takes no more.
@@ -35,6 +35,7 @@ USAGE = """usage: purejaxppo COMMAND ...
   purejaxppo render FOLDER       draw an episode as a GIF
   purejaxppo export FOLDER       write an agent as one file that acts without this package
   purejaxppo show FOLDER         print what a run or a sweep is and what made it
+  purejaxppo report FOLDER       write one page of HTML on a run or a sweep, with interactive plots
   purejaxppo bench ENV [flags]   measure compile time, steps per second, memory, and the time of each stage
   purejaxppo envs [SUITE]        list the environments with their presets, and the suites
   purejaxppo COMMAND --help      all flags of a command

@@ -1,1 +1,1 @@
-"""Reports on metrics: labelled arrays, statistics, rankings, plots."""
+"""Reports on metrics: labelled arrays, statistics, rankings, plots, pages."""
