@@ -76,7 +76,7 @@ def test_no_module_imports_itself_in_a_circle():
 
 @pytest.mark.full
 def test_importing_brings_no_suite_and_no_host_library():
-    heavy = ["gymnax", "gymnasium", "matplotlib", "xarray", "pandas", "tqdm", "tyro", *SUITES.values()]
+    heavy = ["gymnax", "gymnasium", "matplotlib", "plotly", "xarray", "pandas", "tqdm", "tyro", *SUITES.values()]
     program = f"import sys, purejaxppo; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -145,8 +145,8 @@ def test_curves_heat_maps_and_scores_have_the_numbers_of_the_sweep(tmp_path):
     assert [trace["meta"] for trace in lines] == list(range(6))
     np.testing.assert_array_equal(array(lines[0]["y"]), [66] * 3)
     np.testing.assert_array_equal(array(lines[0]["x"]), [32, 64, 96])
-    np.testing.assert_array_equal(array(rates["data"][0]["x"])[:2], [1e-3, 1e-3])
-    np.testing.assert_array_equal(array(discounts["data"][0]["y"]), [66, 65, 26, 25, 3.5, 2.5])
+    np.testing.assert_array_equal(array(rates["data"][0]["x"])[-2:], [1e-3, 1e-3])
+    np.testing.assert_array_equal(array(discounts["data"][0]["y"]), [2.5, 3.5, 25, 26, 65, 66])
     np.testing.assert_array_equal(array(pair["data"][0]["z"]), [[25, 65, 2.5], [26, 66, 3.5]])
     assert rates["layout"]["xaxis"]["type"] == "log" and discounts["layout"]["xaxis"]["type"] == "linear"
 
@@ -189,6 +189,21 @@ def test_a_hostile_value_of_a_field_is_only_text(tmp_path):
     assert len([x for x in page.tags("script") if "type" not in x]) == 2 and not page.tags("img")
     names = [trace["name"] for trace in page.figures()[0]["data"] if "name" in trace]
     assert any("&lt;img" in name for name in names) and not any("<" in name for name in names)
+    (ticks,) = [figure["layout"]["xaxis"]["ticktext"] for figure in page.figures()[1:]]
+    assert ticks == ["&lt;/script&gt;&lt;script&gt;...", "default"]
+
+
+def test_lines_are_chosen_by_few_values_or_by_a_range(tmp_path):
+    table = pjp.grid(discount=[0.9, 0.99]) * pjp.paired(
+        clip=(clip := np.linspace(0.1, 0.3, 14).tolist()), gae_lambda=clip
+    )
+    page = page_of(store_sweep(tmp_path, table, 1, height=lambda row, seed: row["clip"] + row["discount"]))
+    inputs = [x for x in page.tags("input") if "data-field" in x]
+    assert [(x["type"], x["data-field"]) for x in inputs] == [
+        ("checkbox", "0 0"), ("checkbox", "0 1"), *[("number", "1")] * 2, *[("number", "2")] * 2,
+    ]  # fmt: skip
+    items = [x["data-values"].split() for x in page.tags("li") if "data-values" in x]
+    assert len(items) == 28 and [float(x) for x in items[0]] == pytest.approx([1, 0.3, 0.3])
 
 
 def test_failed_runs_are_named_with_their_reasons(tmp_path):
@@ -227,7 +242,7 @@ def test_a_sweep_without_any_run_gives_a_page(tmp_path):
     for path in (tmp_path / "slices").iterdir():
         path.unlink()
     page = page_of(tmp_path)
-    assert "No run of this sweep has been trained yet" in page.words and not page.figures()
+    assert "There are no results: no run of this sweep has been trained yet" in page.words and not page.figures()
 
 
 def test_environments_have_sections_of_their_own(tmp_path):

@@ -56,7 +56,7 @@ def _page_of_sweep(folder: Path) -> str:
     try:
         result = load_sweep(folder)
     except ValueError as error:  # nothing is trained yet
-        status, parts = f"{error}".capitalize() + ".", []
+        status, parts = f"There are no results: {error}.", []
     else:
         failed = result.failed()
         done = sweep.num_runs - result.num_unfinished

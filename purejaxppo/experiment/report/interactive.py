@@ -12,13 +12,15 @@ from numpy.typing import ArrayLike
 from purejaxppo.experiment.report.curve import COLORS, curve_of_runs, steps_of_failures
 from purejaxppo.experiment.report.plot_fields import find_field, is_number, scores_of_pair
 from purejaxppo.experiment.report.sweep_plots import curve_of_setting
-from purejaxppo.text import in_words, printable, show_value
+from purejaxppo.text import in_words, printable, shorten, show_value
 
 LINE_COLORS = COLORS[:6]  # which stand out from white and from black
 GREY = "rgba(127,127,127,.5)"
 DASHES = {"solid": "", "dash": "8 4", "dot": "2 4"}  # of plotly -> of SVG
 MAX_TICKS = 8
-MAX_POINTS = 400  # of a curve, and values along an axis of a heat map
+MAX_LABEL = 20  # characters of a tick
+MAX_POINTS = 400  # of a curve of a metric
+MAX_AGENTS = 50  # with a thin line each
 
 
 def line_style(index: int) -> tuple[str, str]:
@@ -49,7 +51,7 @@ def draw_runs(metrics: xarray.Dataset) -> go.Figure:
     """
     figure = _figure("environment steps", "episode return", height=460)
     steps, returns, mean, low, high = curve_of_runs(metrics)
-    for agent, heights in enumerate(returns[:50] if len(returns) > 1 else ()):
+    for agent, heights in enumerate(returns[:MAX_AGENTS] if len(returns) > 1 else ()):
         style = {"color": COLORS[5], "width": 1}
         figure.add_scatter(
             x=steps, y=_short(heights), mode="lines", line=style, opacity=0.6, name=f"agent {agent}",
@@ -100,19 +102,22 @@ def draw_field(ranked: xarray.Dataset, name: str, labels: Sequence[str]) -> go.F
         labels: a text for every setting.
     """
     figure = _figure(in_words(name), "episode return at the end", height=320)
+    ranked, labels = ranked.isel(setting=slice(None, None, -1)), labels[::-1]  # the best lies on top
     column, scores = ranked[name].values, ranked["iqm"].values
     is_axis = is_number(column) and bool(np.isfinite(column).all())
     low, high = (np.abs(ranked[end].values - scores) for end in ("low", "high"))
     errors = {"array": _short(high), "arrayminus": _short(low), "thickness": 1, "width": 0, "color": GREY}
-    colors = np.where(np.arange(len(scores)) == 0, COLORS[3], COLORS[0])
+    colors = np.where(np.arange(len(scores)) == len(scores) - 1, COLORS[3], COLORS[0])
+    opacity, size = (0.75, 8) if len(scores) <= 100 else (0.5, 5)
     figure.add_scatter(
         x=column if is_axis else [_text(show_value(x)) for x in column.tolist()],
         y=_short(scores), error_y=errors if np.isfinite(low).any() else None, mode="markers",
-        marker={"color": colors, "opacity": 0.75, "size": 8}, text=[_text(x) for x in labels],
+        marker={"color": colors, "opacity": opacity, "size": size}, text=[_text(x) for x in labels],
         customdata=_interval(ranked["low"].values, ranked["high"].values),
         hovertemplate="%{text}<br>%{y:.4~g}%{customdata}<extra></extra>",
     )  # fmt: skip
-    figure.update_xaxes(_axis_of(column) if is_axis else {"type": "category"})
+    as_swept = column[np.argsort(ranked["setting"].values)].tolist()
+    figure.update_xaxes(_axis_of(column) if is_axis else _categories([show_value(x) for x in as_swept]))
     return figure
 
 
@@ -126,19 +131,19 @@ def draw_pair(scores: xarray.DataArray, x: str, y: str) -> go.Figure:
     """
     cells = scores_of_pair(scores, x, y, "iqm")
     rows, columns = cells["value"].shape
+    across, up = (find_field(scores, name).labels for name in (x, y))
     missing = np.where(cells["missing"] > 0, cells["missing"].astype(str).astype(object) + " runs missing", "")
     is_small = rows * columns <= 400
     figure = _figure(in_words(x), in_words(y), height=int(np.clip(150 + 34 * rows, 300, 640)))
     figure.add_heatmap(
         z=_short(cells["value"].values), colorscale="YlGnBu", customdata=missing,
-        x=[_text(label) for label in find_field(scores, x).labels],
-        y=[_text(label) for label in find_field(scores, y).labels],
+        x=[_text(label) for label in across], y=[_text(label) for label in up],
         texttemplate="%{z:.3~s}" if is_small else None, xgap=1, ygap=1, hoverongaps=False,
         colorbar={"title": {"text": "return", "side": "right"}, "thickness": 12, "outlinewidth": 0},
         hovertemplate="%{xaxis.title.text} %{x}<br>%{yaxis.title.text} %{y}<br>%{z:.4~g}  %{customdata}<extra></extra>",
     )  # fmt: skip
-    figure.update_xaxes(type="category", showgrid=False)
-    figure.update_yaxes(type="category", showgrid=False)
+    figure.update_xaxes(_categories(across), showgrid=False)
+    figure.update_yaxes(_categories(up), showgrid=False)
     return figure
 
 
@@ -199,7 +204,19 @@ def _axis_of(column: np.ndarray) -> dict[str, Any]:
     values = np.unique(column)
     is_log = len(values) > 1 and values[0] > 0 and values[-1] >= 10 * values[0]
     ticks: Mapping[str, Any] = {"tickvals": values, "ticktext": [show_value(x) for x in values.tolist()]}
-    return {"type": "log" if is_log else "linear", **(ticks if len(values) <= MAX_TICKS else {})}
+    if len(values) > MAX_TICKS:
+        ticks = {"dtick": 1} if is_log and values[-1] >= 100 * values[0] else {}
+    return {"type": "log" if is_log else "linear", "exponentformat": "e", **ticks}
+
+
+def _categories(labels: Sequence[str]) -> dict[str, Any]:
+    """The axis of a field of texts, in the order of `labels`. Long texts are cut; what hovers over a point has all."""
+    different = list(dict.fromkeys(labels))
+    names = [_text(label) for label in different]
+    axis = {"type": "category", "categoryorder": "array", "categoryarray": names}
+    if max(map(len, different)) <= MAX_LABEL:
+        return axis
+    return axis | {"tickvals": names, "ticktext": [_text(shorten(label, MAX_LABEL)) for label in different]}
 
 
 def _interval(low: np.ndarray, high: np.ndarray) -> list[str]:

@@ -28,11 +28,18 @@ function draw(plot) {
 function choose(form) {
   const plot = form.parentElement.querySelector(".plot");
   const excluded = new Set();
-  for (const box of form.querySelectorAll("[data-field]:not(:checked)")) excluded.add(box.dataset.field);
+  for (const box of form.querySelectorAll("[type=checkbox][data-field]:not(:checked)")) excluded.add(box.dataset.field);
+  const ends = [...form.querySelectorAll("[type=number][data-field]")].filter((end) => end.value !== "");
+  const isOutside = (values) =>
+    ends.some((end) => {
+      const beyond = Number(values[end.dataset.field]) - Number(end.value);
+      return end.className === "low" ? beyond < 0 : beyond > 0;
+    });
   let left = Number(form.querySelector(".most").value) || 1;
   const shown = [...form.querySelectorAll("li")].map((item) => {
     const values = item.dataset.values.split(" ").filter(Boolean);
-    item.hidden = left < 1 || values.some((value, field) => excluded.has(`${field} ${value}`));
+    const isExcluded = values.some((value, field) => excluded.has(`${field} ${value}`));
+    item.hidden = left < 1 || isExcluded || isOutside(values);
     left -= item.hidden ? 0 : 1;
     return !item.hidden && item.querySelector("input").checked;
   });

@@ -113,18 +113,18 @@ def folded(summary: str, *children: Element | None) -> Element:
     return element("details", element("summary", summary), *children)
 
 
-def plot(figure: go.Figure, caption: str, *controls: Element | None) -> Element:
+def plot(figure: go.Figure, caption: str = "", *controls: Element | None) -> Element:
     """An interactive figure above its caption, and what chooses its lines (see `line_choice`)."""
     data = _raw("script", str(figure.to_json(engine="json")), type="application/json")  # "<" is escaped in it
     drawn = element("div", class_="plot", style=f"min-height: {figure.layout.height}px")
-    return element("figure", drawn, data, *controls, element("figcaption", caption))
+    return element("figure", drawn, data, *controls, element("figcaption", caption) if caption else None)
 
 
 def line_choice(
     labels: Sequence[str],
     styles: Sequence[tuple[str, str]],
-    fields: Mapping[str, Sequence[str]],
-    values: Sequence[Sequence[int]],
+    fields: Mapping[str, Sequence[str] | None],
+    values: Sequence[Sequence[float]],
     num_shown: int,
 ) -> Element:
     """The legend of a plot of lines, in which the reader chooses those that are shown: one by one, by field, by rank.
@@ -134,25 +134,32 @@ def line_choice(
     Args:
         labels: of the lines, the most important first.
         styles: colour and pattern of dashes (of SVG) of every line.
-        fields: the values of every field, as text.
-        values: for every line the index of its value of every field.
+        fields: the values of every field as text, each of which is chosen; None for numbers, of which a range is.
+        values: for every line its value of every field: the index of the text, or the number.
         num_shown: lines that are shown at first.
     """
     most = element("input", type="number", min="1", max=str(len(labels)), value=str(num_shown), class_="most")
     bands = element("label", element("input", type="checkbox", checked="", class_="intervals"), "intervals")
-    choices = [element("p", element("label", "Show the best ", most, f" of {len(labels)}"), bands)]
-    for index, (name, texts) in enumerate(fields.items()):
-        boxes = [
-            element("label", element("input", type="checkbox", checked="", data_field=f"{index} {i}"), text)
-            for i, text in enumerate(texts)
-        ]
-        choices.append(element("fieldset", element("legend", name), *boxes))
-    lines = [
-        element("li", element("label", element("input", type="checkbox", checked=""), _swatch(*style), label),
-                data_values=" ".join(map(str, row)))
-        for label, style, row in zip(labels, styles, values)
-    ]  # fmt: skip
-    return element("form", *choices, element("ul", *lines), class_="choice")
+    head = element("p", element("label", "Show the best ", most, f" of {len(labels)}"), bands)
+    choices = [_field_choice(index, name, texts) for index, (name, texts) in enumerate(fields.items())]
+    lines = []
+    for place, (label, style, row) in enumerate(zip(labels, styles, values), 1):
+        box = element("input", type="checkbox", checked="")
+        line = element("label", box, _swatch(*style), f"{place}. {label}")
+        lines.append(element("li", line, data_values=" ".join(map(str, row))))
+    return element("form", head, *choices, element("ul", *lines), class_="choice")
+
+
+def _field_choice(index: int, name: str, texts: Sequence[str] | None) -> Element:
+    """What chooses values of a field: a box for each text, or the ends of a range."""
+    if texts is None:
+        kinds = {"from ": "low", "to ": "high"}
+        common = {"type": "number", "step": "any", "data_field": str(index)}
+        boxes = [element("label", word, element("input", **common, class_=kind)) for word, kind in kinds.items()]
+    else:
+        inputs = [element("input", type="checkbox", checked="", data_field=f"{index} {i}") for i in range(len(texts))]
+        boxes = [element("label", box, text) for box, text in zip(inputs, texts)]
+    return element("fieldset", element("legend", name), *boxes)
 
 
 def _swatch(color: str, dashes: str) -> Element:

@@ -14,6 +14,7 @@ from purejaxppo.experiment.provenance import Machine
 from purejaxppo.experiment.report.failures import failures_of
 from purejaxppo.experiment.report.interactive import (
     DASHES,
+    MAX_AGENTS,
     draw_curves,
     draw_field,
     draw_metric,
@@ -23,13 +24,14 @@ from purejaxppo.experiment.report.interactive import (
 )
 from purejaxppo.experiment.report.metrics import mean_interval, split_vectors
 from purejaxppo.experiment.report.page import element, facts, folded, line_choice, plot, section, sentences, table
-from purejaxppo.experiment.report.plot_fields import fields_of_grid, varied_fields
+from purejaxppo.experiment.report.plot_fields import fields_of_grid, is_number, varied_fields
 from purejaxppo.experiment.report.ranking import importance, rank
 from purejaxppo.experiment.report.statistics import NO_SCORE, final_scores
 from purejaxppo.text import count, in_words, interval, shorten, show, show_setting, show_value
 
 MAX_ROWS = 200  # of a table
 MAX_LINES, LINES_SHOWN = 40, 5  # learning curves
+MAX_BOXES = 12  # values of a field of numbers that are chosen one by one
 MAX_SETTINGS = 1000  # in a plot of scores
 MAX_PAIRS = 10  # heat maps
 MAX_METRICS = 60
@@ -70,7 +72,7 @@ def _rows_of(ranked: xarray.Dataset) -> list[dict[str, Any]]:
 
 def _ranking(ranked: xarray.Dataset, scores: xarray.DataArray) -> list[Element | None]:
     fields = [str(name) for name in ranked.coords if name != "setting"]
-    missing = bool(ranked["num_missing"].any())
+    missing, has_intervals = bool(ranked["num_missing"].any()), bool(ranked["low"].notnull().any())
     rows = []
     for place in range(min(len(ranked["setting"]), MAX_ROWS)):
         row = ranked.isel(setting=place)
@@ -78,7 +80,8 @@ def _ranking(ranked: xarray.Dataset, scores: xarray.DataArray) -> list[Element |
         failed = not number["num_runs"]
         ends = "" if math.isnan(number["low"]) else f"{show(number['low'])} to {show(number['high'])}"
         rows.append(
-            {"rank": place + 1, "IQM": "failed" if failed else show(number["iqm"]), "95 % interval": ends}
+            {"rank": place + 1, "IQM": "failed" if failed else show(number["iqm"])}
+            | ({"95 % interval": ends} if has_intervals else {})
             | {name: show(row[name].item()) for name in fields}
             | {name: "" if failed else show(number[name]) for name in ("mean", "median")}
             | {"runs": number["num_runs"]}
@@ -112,10 +115,12 @@ def _curves(
     shown = ranked.isel(setting=slice(len(places)))
     fields, values = {}, []
     for name in varied_fields(scores):
-        found, index = np.unique(shown[name].values, return_inverse=True)
+        column = shown[name].values
+        found, index = np.unique(column, return_inverse=True)
+        as_range = is_number(column) and len(found) > MAX_BOXES
         if len(found) > 1:
-            fields[in_words(name)] = [show_value(x) for x in found.tolist()]
-            values.append(index.tolist())
+            fields[in_words(name)] = None if as_range else [show_value(x) for x in found.tolist()]
+            values.append((column if as_range else index).tolist())
     styles = [(color, DASHES[dashes]) for color, dashes in map(line_style, range(len(labels)))]
     choice = line_choice(labels, styles, fields, list(zip(*values)) or [()] * len(labels), LINES_SHOWN)
     total = scores.size // scores.sizes["seed"]
@@ -137,12 +142,13 @@ def _fields(scores: xarray.DataArray, ranked: xarray.Dataset, labels: list[str])
     total = len(ranked["setting"])
     some = np.unique(np.linspace(0, total - 1, min(total, MAX_SETTINGS)).round().astype(int))
     chosen, names = ranked.isel(setting=some), [labels[i] for i in some]
-    note = f"{len(some)} of {total} settings, evenly spaced in the ranking." if len(some) < total else ""
-    drawn = [plot(draw_field(chosen, name, names), f"A point is a setting. {note}".strip()) for name in varied]
+    about = "The interquartile mean of each setting, with its 95 % interval; the best setting is orange."
+    note = f"These are {len(some)} of {total} settings, evenly spaced in the ranking." if len(some) < total else ""
+    drawn = [plot(draw_field(chosen, name, names)) for name in varied]
     pairs = list(itertools.combinations(fields_of_grid(scores), 2))
     maps = [plot(draw_pair(scores, x, y), _other_fields(scores, ranked, x, y)) for x, y in pairs[:MAX_PAIRS]]
     return [
-        sentences("The interquartile mean of each setting, with its 95 % interval; the best setting is orange."),
+        sentences(about if scores.sizes["seed"] > 1 else "The score of each setting; the best is orange.", note),
         element("div", *drawn, class_="grid"),
         element("h3", "Heat maps") if maps else None,
         sentences(f"The first {MAX_PAIRS} of {len(pairs)} pairs of fields." if len(pairs) > MAX_PAIRS else ""),
@@ -190,10 +196,11 @@ def sections_of_run(metrics: xarray.Dataset) -> list[Element]:
         table(rows) if len(rows) > 1 else None,
         sentences(f"The table has the first {MAX_ROWS} of {len(scores)} agents." if len(scores) > MAX_ROWS else ""),
     )
-    caption = "The mean over agents with its 95 % interval, and each agent as a thin line." if len(scores) > 1 else ""
+    which = f"the first {MAX_AGENTS} agents as thin lines" if len(scores) > MAX_AGENTS else "each agent as a thin line"
+    caption = f"The mean over agents with its 95 % interval, and {which}." if len(scores) > 1 else ""
     curve = section("Learning curve", plot(draw_runs(metrics), f"{caption} Drag to zoom, double-click to zoom out."))
     numbers = {name: x for name, x in split_vectors(metrics).items() if "updates" in x.dims and x.dtype.kind in "iuf"}
-    drawn = [plot(draw_metric(x, name), "") for name, x in list(numbers.items())[:MAX_METRICS]]
+    drawn = [plot(draw_metric(x, name)) for name, x in list(numbers.items())[:MAX_METRICS]]
     note = f"The first {MAX_METRICS} of {len(numbers)} metrics." if len(numbers) > MAX_METRICS else ""
     about = "The mean over agents and their range, in spans of updates where there are many."
     return [result, curve, section("Metrics", sentences(about, note), element("div", *drawn, class_="grid"))]
