@@ -1,6 +1,7 @@
 import signal
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,9 +11,11 @@ import pytest
 import purejaxppo as pjp
 from probes import SMALL, copy_cue
 from purejaxppo.batched import reported_failures
+from purejaxppo.experiment.sweeps import halving as halving_module
 from purejaxppo.experiment.sweeps import run
-from purejaxppo.experiment.sweeps.halving import Ladder, successive_halving, train_runs
+from purejaxppo.experiment.sweeps.halving import Ladder, plan_halving, successive_halving, train_runs
 from purejaxppo.experiment.sweeps.optuna_search import optuna_search
+from purejaxppo.experiment.sweeps.slices import Slice, open_slices
 
 pytestmark = pytest.mark.full
 
@@ -34,8 +37,13 @@ RATES = [1e-8, 1e-7, 1e-6, 1e-5, 3e-2, 1e-4, 1e-6 * 2, 1e30, 2e-5]
 
 
 @pytest.fixture(scope="module")
-def halving():
-    return successive_halving(make_sweep(RATES), num_rungs=3, num_places=3, progress=False, make=make_probe)
+def plan():
+    return plan_halving(make_sweep(RATES), num_rungs=3, num_places=3, make=make_probe)
+
+
+@pytest.fixture(scope="module")
+def halving(plan):
+    return successive_halving(plan, progress=False)
 
 
 def test_halving_finds_the_setting_that_learns_with_a_share_of_the_updates(halving):
@@ -75,6 +83,54 @@ def test_a_survivor_is_the_run_that_training_without_halving_gives(halving):
         assert mine.num_updates == other.num_updates == 45
         for x, y in zip(jax.tree.leaves(mine.policy), jax.tree.leaves(other.policy)):
             np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
+
+
+def test_the_plan_says_how_many_settings_reach_each_rung(plan):
+    plan = replace(plan, num_places=9)
+    assert plan.expected().tolist() == [9, 3, 1]
+    steps = (9 * 5 + 3 * 10 + 1 * 30) * 2 * 32  # updates of settings, seeds, steps of an update
+    assert f"about {steps:,} steps (26 % of those of all settings to the end)" in str(plan)
+    with pytest.raises(ValueError, match="eta cannot be changed after planning"):
+        successive_halving(plan, eta=2)
+
+
+def test_halving_resumes_and_comes_to_the_result_of_an_uninterrupted_call(plan, halving, tmp_path, monkeypatch):
+    options = {"progress": False, "save_every": 0}
+    trained = []
+
+    def counted(program, states, runs, length, pool):
+        trained.append(len(runs) * length)
+        if len(trained) == 4:
+            signal.raise_signal(signal.SIGINT)
+        return train_runs(program, states, runs, length, pool)
+
+    monkeypatch.setattr(halving_module, "train_runs", counted)
+    with pytest.raises(pjp.Interrupted, match="resumes from") as error:
+        successive_halving(plan, tmp_path, **options)
+    assert len(trained) == 4 and error.value.result.num_updates < halving.num_updates
+    lost = sorted((tmp_path / "slices").glob("*.npz"))[0]
+    lost.unlink()  # as if the call had been killed while it stored a round
+    resumed = successive_halving(plan, tmp_path, **options)
+    np.testing.assert_array_equal(resumed.scores, halving.scores)
+    for x, y in zip(jax.tree.leaves(resumed.states.policy), jax.tree.leaves(halving.states.policy)):
+        np.testing.assert_array_equal(x, y)
+    whole = halving.num_updates + 2 * 5  # the runs that turned nan tried as well
+    assert sum(trained) <= whole + 2 * 15  # the seeds of the setting that was lost
+    done = len(trained)
+    assert successive_halving(plan, tmp_path, **options).ranked() == halving.ranked()
+    assert len(trained) == done  # nothing is left to train
+    loaded = pjp.load(tmp_path, make=make_probe)
+    assert isinstance(loaded, pjp.SweepResult) and loaded.num_unfinished == 2 * 7  # one is complete, one turned nan
+    np.testing.assert_array_equal(loaded.metrics["episode_return"], halving.metrics["episode_return"])
+
+
+def test_halving_refuses_the_folder_of_a_sweep_with_other_slices(tmp_path):
+    sweep = make_sweep(RATES)
+    zeros = np.zeros((4, 1), np.float32)
+    slices = open_slices(tmp_path, sweep)
+    slices.write(Slice(tuple(sweep.runs([0, 1])), {"loss": zeros}, {"num_updates": zeros[:, 0]}))
+    with pytest.raises(ValueError, match="slices of 4 runs, but halving keeps the 2 seeds of every setting in one"):
+        successive_halving(sweep, tmp_path, num_rungs=2, eta=2, make=make_probe, progress=False)
 
 
 def test_the_ladder_promotes_from_the_highest_rung_and_fills_free_places_with_new_settings():
@@ -165,6 +221,6 @@ def test_training_some_runs_leaves_the_others_as_they_are(key):
     with reported_failures():
         program = pjp.compile_training(many, states[:2], 2, slice_size=2)
     with ThreadPoolExecutor(2) as pool:
-        after, returns, failed = train_runs(program, states, np.array([4, 0, 2]), 2, pool)
-    assert after.num_updates.tolist() == [2, 0, 2, 0, 2] and returns.shape == (3,) and failed.tolist() == [""] * 3
+        after, metrics = train_runs(program, states, np.array([4, 0, 2]), 2, pool)
+    assert after.num_updates.tolist() == [2, 0, 2, 0, 2] and {x.shape for x in metrics.values()} == {(3, 2)}
     np.testing.assert_array_equal(jax.random.key_data(after[[1, 3]].key), jax.random.key_data(states[[1, 3]].key))

@@ -1,6 +1,6 @@
 """`purejaxppo sweep` and `purejaxppo plot`."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -9,7 +9,6 @@ import tyro
 from purejaxppo.cli.options import (
     ALL_FAILED,
     NOT_SAVED,
-    TrainingOptions,
     check_counts,
     check_num_devices,
     complete,
@@ -19,10 +18,9 @@ from purejaxppo.cli.options import (
     parse,
     prepare_jax,
     say,
-    whole_number,
 )
 from purejaxppo.cli.plugged import to_named
-from purejaxppo.config import Config, spec_of
+from purejaxppo.cli.space import SpaceOptions, make_table
 from purejaxppo.table import PLUGGED
 from purejaxppo.text import count
 
@@ -32,26 +30,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SweepOptions(TrainingOptions):
+class SweepOptions(SpaceOptions):
     """Train many settings with several seeds each, rank and plot them. Flags that are not given come from the preset
     of the environment."""
 
-    grid: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """FIELD=VALUE,VALUE,...; given several times, every combination. A field is any flag of `train` that sets the
-    algorithm, `env`, or `env.NAME` for a parameter of the environment; widths are written 64x64, custom losses,
-    networks, optimizers, steps and environments module:name."""
-    sample: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """FIELD=log_uniform:LOW:HIGH, uniform:LOW:HIGH, integers:LOW:HIGH or choice:VALUE:VALUE..."""
-    num_samples: int = 0
-    """Settings to draw from the distributions in `sample`."""
-    sobol: bool = False
-    """Draw settings from a Sobol sequence, which fills the space evenly."""
     num_seeds: int = 8
     """Agents per setting."""
-    seed: int = 0
-    """Random seed."""
-    total_steps: int | None = None
-    """Environment steps of each agent; sets num_updates to as many whole updates as fit."""
     slice_size: int | None = None
     """Agents that train together in one program; chosen for this machine by default, and kept in the folder."""
     num_devices: int | None = None
@@ -63,12 +47,6 @@ class SweepOptions(TrainingOptions):
     """Train every N-th slice of the sweep from the I-th on, I from 0, as one of N processes that share --out and need
     not know each other; --share alone reads I/N from the variables of a SLURM job array. The same command without
     --share trains what is missing then, ranks and plots."""
-    allow_changed: tuple[str, ...] = ()
-    """What may differ from what the folder was trained with, such as loss or optimizer."""
-    dry_run: bool = False
-    """Print the plan and stop."""
-    out: Path | None = None
-    """Folder for the results, also of this sweep if it is to continue; runs/sweep-ENV-TIME by default."""
 
 
 @dataclass(frozen=True)
@@ -205,79 +183,11 @@ def plot(arguments: list[str]) -> int:
 
 def _parse_sweep(arguments: list[str]):
     """The options of `sweep`, and the table of settings that they describe."""
-    from purejaxppo.table import Table, grid, sample
-
     options = parse(SweepOptions, "sweep", arguments)
     check_counts(options, "num_seeds", "num_devices", "slice_size", "updates_per_chunk")
     check_counts(options, "seed", at_least=0)
-    columns = dict(_parse_column(text, options.env) for text in options.grid)
-    if len(columns) < len(options.grid):
-        raise ValueError(f"grid={' '.join(options.grid)} names a field twice (put all its values in one --grid)")
-    given = {field: [to_named(field, text, options.env)] for field, text in options.plugged.given().items()}
-    table = grid(**given | columns)
-    distributions = dict(_parse_distribution(text) for text in options.sample)
-    if bool(distributions) != bool(options.num_samples):
-        raise ValueError(f"num_samples={options.num_samples} and sample go together: give both, or neither")
-    if distributions:
-        import jax
-
-        # A branch of its own: the seeds of the agents come from the same number.
-        key = jax.random.fold_in(jax.random.key(options.seed), 2**31)
-        table *= sample(key, options.num_samples, sobol=options.sobol, **distributions)
-    if table == Table():
-        raise ValueError("nothing is swept: give --grid FIELD=VALUE,VALUE,... (or train with --num-seeds)")
+    table = make_table(options)
     return complete(options, arguments), table
-
-
-def _parse_column(text: str, env: str) -> tuple[str, list]:
-    name, equals, values = text.partition("=")
-    name = name.strip().replace("-", "_") if not name.startswith("env") else name.strip()
-    if not equals or not name or not values.strip():
-        raise ValueError(f"grid={text} must be FIELD=VALUE,VALUE,..., such as learning_rate=1e-4,1e-3")
-    words = [word.strip() for word in values.split(",")]
-    if name in PLUGGED or name == "env":
-        return name, [to_named(name, word, env) if ":" in word or name in PLUGGED else word for word in words]
-    return name, [_parse_value(name, word) for word in words]
-
-
-def _parse_distribution(text: str):
-    from purejaxppo.experiment.sweeps.sweep import check_field
-    from purejaxppo.table import choice, integers, log_uniform, uniform
-
-    known = {"uniform": uniform, "log_uniform": log_uniform, "integers": integers, "choice": choice}
-    name, _, description = text.partition("=")
-    kind, *values = description.split(":")
-    number_wanted = None if kind == "choice" else 2
-    if kind not in known or not values or number_wanted not in (None, len(values)):
-        raise ValueError(
-            f"sample={text} must be FIELD=KIND:LOW:HIGH, such as learning_rate=log_uniform:1e-4:1e-2 "
-            f"(kinds: {', '.join(known)})"
-        )
-    check_field(name)
-    return name, known[kind](*(_parse_value(name, value) for value in values))
-
-
-def _parse_value(name: str, text: str):
-    """A value as the type of its field; what does not fit stays text, for the sweep to refuse."""
-    kinds = {field.name: field.type for field in fields(Config)}
-    kind = float if spec_of(name) else kinds.get(name, str)
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        if kind == tuple[int, ...]:
-            return tuple(int(width) for width in text.split("x"))
-        if name.startswith("env.") or kind is int:
-            return _parse_number(text)
-        return kind(text) if kind is float else text
-    except (ValueError, KeyError):
-        return text
-
-
-def _parse_number(text: str) -> int | float:
-    try:
-        return whole_number(text)
-    except ValueError:
-        return float(text)
 
 
 def _draw_sweep(metrics, out: Path, title: str, **chosen) -> list[str]:

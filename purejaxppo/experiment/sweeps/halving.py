@@ -1,31 +1,45 @@
-"""Successive halving: settings that score badly early leave their place in the batch to others."""
+"""Successive halving: settings that score badly early leave their place in the batch to others.
 
-from collections.abc import Callable, Sequence
+A folder of it is that of a sweep, with one slice for each setting. So what reads, plots or completes a sweep takes it.
+A call that resumes repeats all rounds, and takes from the slices what they hold: its result is that of an
+uninterrupted call, whatever of the last round was stored.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xarray
+from numpy.typing import ArrayLike
 
-from purejaxppo.batched import batched, causes, reported_failures, seed_keys
-from purejaxppo.checks import check_whole
+from purejaxppo.batched import batched, reported_failures, seed_keys
+from purejaxppo.checks import check_number, check_whole
+from purejaxppo.experiment.files import from_arrays, shapes_of, to_arrays
+from purejaxppo.experiment.identity import identify_ppo
 from purejaxppo.experiment.jax_setup import num_cores
-from purejaxppo.experiment.loop import check_on_interrupt, end, noted_interrupt, step_bar, warn
+from purejaxppo.experiment.lock import LockLost, claim_folder
+from purejaxppo.experiment.loop import Timer, check_on_interrupt, end, noted_interrupt, step_bar, warn
+from purejaxppo.experiment.memory import bytes_of, memory_of, show_memory
 from purejaxppo.experiment.program import (
     Program,
     best_slice_size,
     compile_training,
     first_state,
 )
-from purejaxppo.experiment.report.failures import describe_failure, join_failures, leaves_of, name_causes
+from purejaxppo.experiment.report.failures import describe_failure, join_failures, leaves_of
 from purejaxppo.experiment.report.statistics import NO_SCORE, STATISTICS
 from purejaxppo.experiment.sweeps.columns import run_arguments
+from purejaxppo.experiment.sweeps.result import make_result
+from purejaxppo.experiment.sweeps.slices import Slice, Slices, check_identities, find_slices, open_slices
 from purejaxppo.experiment.sweeps.sweep import Sweep, check_sweep, make_group
 from purejaxppo.ppo import PPO, TrainState, make_ppo
-from purejaxppo.summary import FAILURE
-from purejaxppo.text import show_setting
+from purejaxppo.text import align, count, show_setting
 
 
 @dataclass(frozen=True)
@@ -45,8 +59,12 @@ class Halving:
     """Updates of all runs together."""
     failed_metric: np.ndarray
     """[settings * seeds], what was not finite first in a run that turned nan, "" for others."""
+    metrics: xarray.Dataset
+    """As those of a `SweepResult`: nan for the updates that a setting did not reach."""
     interrupted: bool = False
     """Whether a signal ended the call."""
+    unsaved: str = ""
+    """What could not be written to the folder, as one sentence."""
 
     def ranked(self) -> list[dict]:
         """Settings with the `updates` of their last comparison and their `score` there, best first.
@@ -90,14 +108,105 @@ class Halving:
         return self.states[self.sweep.table.index(**setting) * self.sweep.num_seeds + seed]
 
 
-def successive_halving(
+@dataclass(frozen=True)
+class HalvingPlan:
+    """Successive halving with its program, compiled; printing it shows what it will do."""
+
+    sweep: Sweep
+    rungs: tuple[int, ...]
+    """Numbers of updates after which settings are compared."""
+    eta: int
+    num_places: int
+    """Settings that train side by side."""
+    ppo: PPO
+    """Batched over runs."""
+    program: Program
+    """Trains a slice of runs for up to as many updates as the first rung."""
+    num_threads: int
+    """Slices that train side by side."""
+    memory: dict[str, int]
+    """Bytes of one run, see `memory_of`."""
+    identities: dict[str, dict[str, str]]
+    """What is plugged in, see `Plan`."""
+    make: Callable
+    allow_changed: Sequence[str] = ()
+
+    def expected(self) -> np.ndarray:
+        """How many settings reach each rung, [rungs], if their scores are in random order and none fails."""
+        ladder = Ladder(self.rungs, self.eta, len(self.sweep.table))
+        scores = np.random.default_rng(0).permutation(len(self.sweep.table))
+        while settings := ladder.next_settings(self.num_places):
+            ladder.climb(settings, scores[settings])
+        return (~np.isnan(ladder.scores)).sum(0)
+
+    def __repr__(self) -> str:
+        sweep, config = self.sweep, self.ppo.config
+        numbers = self.expected()
+        ends = (*self.rungs[:-1], config.num_updates)
+        begins = (0, *ends[:-1])
+        steps = sum(n * (end - begin) for n, begin, end in zip(numbers, begins, ends))
+        steps = int(steps) * sweep.num_seeds * config.steps_per_update
+        whole = len(sweep.table) * sweep.num_seeds * config.total_steps
+        rows = [
+            {"rung": i + 1, "updates": updates, "steps each": f"{updates * config.steps_per_update:,}", "settings": n}
+            for i, (updates, n) in enumerate(zip(ends, numbers.tolist()))
+        ]
+        lines = [
+            f"{sweep.env}: halving of {len(sweep.table)} settings x {sweep.num_seeds} seeds, one in {self.eta} reaches "
+            f"the next rung, {self.num_places} at a time",
+            align(rows),
+            f"about {steps:,} steps ({100 * steps / whole:.0f} % of those of all settings to the end), compiled in "
+            f"{self.program.compile_seconds:.1f} s",
+            "memory of a run, in MiB:",
+            show_memory([self.memory]),
+        ]
+        return "\n".join(lines)
+
+
+def plan_halving(
     sweep: Sweep,
+    folder: str | Path | None = None,
     *,
     num_rungs: int = 4,
     eta: int = 3,
     num_places: int | None = None,
-    progress: bool = True,
     make: Callable = make_ppo,
+    allow_changed: Sequence[str] = (),
+) -> HalvingPlan:
+    """Compiles what `successive_halving` needs; see there for the arguments and errors."""
+    check_sweep(sweep)
+    rungs = _rungs(sweep, num_rungs, eta)
+    num_places = len(sweep.table) if num_places is None else num_places
+    check_whole("num_places", num_places, at_most=len(sweep.table), of="the settings")
+    (group,) = sweep.groups()
+    ppo = make_group(group, make)
+    _settings_of(find_slices(folder, sweep), sweep)
+    identities = {sweep.name_group(group): identify_ppo(ppo, sweep.hyperparams)}
+    check_identities(folder, sweep, identities, allow_changed)
+    many = batched(ppo)
+    on_cpu = jax.devices()[0].platform == "cpu"
+    num_threads, num_runs = num_cores() if on_cpu else 1, num_places * sweep.num_seeds
+    size = best_slice_size(num_runs, num_threads, group.config) if on_cpu else num_runs
+    state = jax.eval_shape(lambda: _start(sweep, many, list(sweep.runs().values())[:size]))
+    with reported_failures():
+        program = compile_training(many, state, rungs[0], slice_size=size)
+    memory = memory_of(many, state, bytes_of(program) // size)
+    return HalvingPlan(
+        sweep, rungs, eta, num_places, many, program, num_threads, memory, identities, make, allow_changed
+    )
+
+
+def successive_halving(
+    sweep: Sweep | HalvingPlan,
+    folder: str | Path | None = None,
+    *,
+    num_rungs: int | None = None,
+    eta: int | None = None,
+    num_places: int | None = None,
+    progress: bool = True,
+    save_every: float = 60.0,
+    make: Callable | None = None,
+    allow_changed: Sequence[str] = (),
     on_interrupt: Literal["raise", "return"] = "raise",
 ) -> Halving:
     """Trains the settings of a sweep as long as they are among the best (Li et al., 2020, in rounds of a batch).
@@ -108,62 +217,161 @@ def successive_halving(
     one that has not started. Settings on the last rung train to the end of the run. The same call gives the same
     result. An interrupt (Ctrl-C, SIGTERM) ends the call after the current round, as in `fit`: `Interrupted` is raised
     with the `result` so far, or this result is returned. A warning names the runs that turned nan. Raises ValueError if
-    settings need different programs, or if there are too few settings or updates.
+    settings need different programs, if there are too few settings or updates, or for a folder of something else.
 
     Args:
-        sweep: the settings and seeds.
-        num_rungs: how often a setting is compared at most.
-        eta: the inverse of the fraction that is promoted.
+        sweep: the settings and seeds; a `HalvingPlan` of `plan_halving` is compiled already.
+        folder: keeps all runs, as that of a sweep. The same call resumes there; another `eta` or number of rungs, or
+            more settings, use what it holds.
+        num_rungs: how often a setting is compared at most, by default 4.
+        eta: the inverse of the fraction that is promoted, by default 3.
         num_places: settings that train side by side, by default all.
         progress: whether to show a progress bar.
+        save_every: seconds between two saves of what was trained since; the last one comes at the end.
         make: `make(env, config)` makes the PPO.
+        allow_changed: what may differ from what the folder was trained with, see `run_sweep`.
         on_interrupt: what the call does after an interrupt: "raise" or "return".
     """
-    check_sweep(sweep)
     check_on_interrupt(on_interrupt)
-    ladder = Ladder(_rungs(sweep, num_rungs, eta), eta, len(sweep.table))
-    num_places = len(sweep.table) if num_places is None else num_places
-    check_whole("num_places", num_places, at_most=len(sweep.table), of="the settings")
-    (group,) = sweep.groups()
-    ppo = make_group(group, make)
-    many = batched(ppo)
-    seeds, *columns = run_arguments(sweep, ppo, list(sweep.runs().values()))
-    states = first_state(many, seed_keys(jax.random.key(sweep.seed), jnp.asarray(seeds)), *columns)
-    on_cpu = jax.devices()[0].platform == "cpu"
-    num_threads, num_runs = num_cores() if on_cpu else 1, num_places * sweep.num_seeds
-    size = best_slice_size(num_runs, num_threads, group.config) if on_cpu else num_runs
-    with reported_failures():
-        program = compile_training(many, states[:size], ladder.rungs[0], slice_size=size)
-    failed_metric = np.full(sweep.num_runs, "", object)
+    check_number("save_every", save_every, 0, np.inf)
+    options = {"num_rungs": num_rungs, "eta": eta, "num_places": num_places, "make": make}
+    options = {name: value for name, value in options.items() if value is not None}
+    options |= {"allow_changed": allow_changed} if allow_changed else {}
+    if isinstance(sweep, HalvingPlan) and options:
+        raise ValueError(f"{min(options)} cannot be changed after planning (pass it to plan_halving)")
+    plan = sweep if isinstance(sweep, HalvingPlan) else plan_halving(sweep, folder, **options)
+    sweep, config = plan.sweep, plan.ppo.config
+    ladder = Ladder(plan.rungs, plan.eta, len(sweep.table))
+    with ExitStack() as held:
+        lock = held.enter_context(claim_folder(folder)) if folder is not None else None
+        slices = open_slices(folder, sweep, plan.identities, plan.allow_changed)
+        pool = held.enter_context(ThreadPoolExecutor(plan.num_threads))
+        bar = held.enter_context(step_bar(progress=progress))
+        interrupt = held.enter_context(noted_interrupt())
+        training = Training(plan, slices, pool, lock.check if lock else None)
+        timer = Timer(save_every)
 
-    def train(settings, length):
-        nonlocal states
-        runs = np.add.outer(np.array(settings) * sweep.num_seeds, np.arange(sweep.num_seeds)).ravel()
-        states, scores, failed_metric[runs] = train_runs(program, states, runs, length, pool)
-        bar.update(length * len(runs) * group.config.steps_per_update)
-        return STATISTICS["iqm"](scores.reshape(-1, sweep.num_seeds), axis=1)
+        def train(settings: Sequence[int], length: int) -> np.ndarray:
+            bar.update(training.train(settings, length) * config.steps_per_update)
+            if timer.is_due():
+                training.store()
+                timer.restart()
+            return STATISTICS["iqm"](training.scores(settings, length), axis=1)
 
-    with (
-        ThreadPoolExecutor(num_threads) as pool,
-        step_bar(progress=progress) as bar,
-        noted_interrupt() as interrupt,
-    ):
-        while (settings := ladder.next_settings(num_places)) and not interrupt.is_set():
+        while (settings := ladder.next_settings(plan.num_places)) and not interrupt.is_set():
             ladder.climb(settings, train(settings, ladder.rungs[0]))
-        left = group.config.num_updates - ladder.rungs[-1]
+            bar.set_postfix_str(ladder.progress())
+        left = config.num_updates - ladder.rungs[-1]
         while left and ladder.finished() and not interrupt.is_set():
             length = min(left, ladder.rungs[0])
             train(ladder.finished(), length)
             left -= length
-    result = Halving(
-        sweep, many, ladder.rungs, ladder.scores, states, int(states.num_updates.sum()), failed_metric,
-        interrupt.is_set(),
-    )  # fmt: skip
+        training.store()
+        result = training.result(ladder, interrupt.is_set())
     failed = result.failed()
     if failed:
         warn(join_failures(failed, sweep.num_runs))
     reached = f"successive_halving was interrupted; {len(ladder.finished())} settings have reached the last rung"
+    reached += f"; the same call resumes from {folder}" if folder else ""
     return end(result, result.interrupted, on_interrupt, reached)
+
+
+class Training:
+    """The states of all runs of a sweep and their metrics so far, of which some settings train at a time.
+
+    Updates that the slices hold are not made again.
+    """
+
+    def __init__(
+        self, plan: HalvingPlan, slices: Slices, pool: ThreadPoolExecutor, check: Callable[[], Any] | None = None
+    ):
+        self.plan, self.slices, self.pool, self.check = plan, slices, pool, check
+        self.names = _names(plan.sweep)
+        self.states = _start(plan.sweep, plan.ppo, list(plan.sweep.runs().values()), first_state)
+        self.metrics: list[dict[str, np.ndarray]] = [{} for _ in self.names]  # [seeds, updates] of every setting
+        self.done = np.zeros(len(self.names), int)  # updates of every setting that this call has made or repeated
+        self.changed: set[int] = set()  # settings to store
+        self._load()
+
+    def train(self, settings: Sequence[int], length: int) -> int:
+        """Trains settings for `length` updates more; returns how many updates of runs were not stored already."""
+        self.done[settings] += length
+        lacking = {setting: int(self.done[setting]) - self.num_stored(setting) for setting in settings}
+        for number in sorted({number for number in lacking.values() if number > 0}):
+            together = [setting for setting in settings if lacking[setting] == number]
+            runs = self._runs(together)
+            self.states, metrics = train_runs(self.plan.program, self.states, runs, number, self.pool)
+            for i, setting in enumerate(together):
+                rows = slice(i * self.plan.sweep.num_seeds, (i + 1) * self.plan.sweep.num_seeds)
+                self._append(setting, {name: x[rows] for name, x in metrics.items()})
+            self.changed.update(together)
+        return sum(max(number, 0) for number in lacking.values()) * self.plan.sweep.num_seeds
+
+    def scores(self, settings: Sequence[int], length: int) -> np.ndarray:
+        """The mean returns of settings in their last `length` updates, [settings, seeds], see `mean_returns`."""
+        spans = [slice(self.done[setting] - length, self.done[setting]) for setting in settings]
+        return np.stack(
+            [mean_returns({n: x[:, span] for n, x in self.metrics[i].items()}) for i, span in zip(settings, spans)]
+        )
+
+    def num_stored(self, setting: int) -> int:
+        """Updates of a setting whose metrics are known."""
+        return self.slice_of(setting).num_updates
+
+    def slice_of(self, setting: int, state: Mapping[str, np.ndarray] | None = None) -> Slice:
+        """The runs of a setting as a slice, with leaves of their states."""
+        return Slice(self.names[setting], self.metrics[setting], dict(state or {}), tuple(leaves_of(self.states)))
+
+    def store(self):
+        """Writes the settings that were trained since the last time; what a full disk does not take stays in memory."""
+        for setting in sorted(self.changed) if self.slices.folder else ():
+            new = self.slice_of(setting, to_arrays(self.states[self._runs([setting])]))
+            try:
+                if self.check:
+                    self.check()
+                self.slices.write(new)
+            except (OSError, LockLost) as error:
+                self.slices.keep(new, error if isinstance(error, OSError) else OSError(str(error)))
+        self.changed.clear()
+
+    def result(self, ladder: "Ladder", interrupted: bool) -> Halving:
+        """The result so far, whose metrics are also written to the folder."""
+        sweep, num_updates = self.plan.sweep, np.asarray(self.states.num_updates)
+        begun = [i for i, metrics in enumerate(self.metrics) if metrics]
+        if not begun:
+            raise KeyboardInterrupt("successive_halving was interrupted before it trained anything")
+        stored = [self.slice_of(i, {"num_updates": num_updates[self._runs([i])]}) for i in begun]
+        found = make_result(sweep, self.slices, stored, self.plan.make, interrupted=interrupted)
+        failed_metric = found.metrics["failed_metric"].values.astype(object).reshape(-1)
+        return Halving(
+            sweep, self.plan.ppo, ladder.rungs, ladder.scores, self.states, int(num_updates.sum()), failed_metric,
+            found.metrics, interrupted, found.unsaved,
+        )  # fmt: skip
+
+    def _runs(self, settings: Sequence[int]) -> np.ndarray:
+        """The indices of the runs of some settings."""
+        seeds = self.plan.sweep.num_seeds
+        return np.add.outer(np.array(settings) * seeds, np.arange(seeds)).ravel()
+
+    def _append(self, setting: int, new: Mapping[str, np.ndarray]):
+        old = self.metrics[setting]
+        self.metrics[setting] = {name: np.concatenate([old[name], x], 1) if old else x for name, x in new.items()}
+
+    def _load(self):
+        """Takes states and metrics from the slices."""
+        stored = _settings_of(self.slices, self.plan.sweep)
+        if not stored:
+            return
+        like, like_one = jax.eval_shape(lambda: (self.states, self.states[: self.plan.sweep.num_seeds]))
+        arrays = {name: x.copy() for name, x in to_arrays(self.states).items()}
+        for setting, slice_ in stored.items():
+            runs = self._runs([setting])
+            whole = self.slices.load(slice_.name, shapes_of(like))
+            from_arrays(whole.state, like_one, f"the slice {slice_.name}")  # raises for another shape
+            for name, x in arrays.items():
+                x[runs] = whole.state[name]
+            self.metrics[setting] = whole.metrics
+        self.states = from_arrays(arrays, like)
 
 
 class Ladder:
@@ -181,9 +389,9 @@ class Ladder:
         self.active += [int(i) for i in waiting[: num_places - len(self.active)]]
         return list(self.active)
 
-    def climb(self, settings: Sequence[int], scores: Sequence[float]):
+    def climb(self, settings: Sequence[int], scores: ArrayLike):
         """Counts the updates of one round for some settings, and their scores if they reach a rung."""
-        for setting, score in zip(settings, scores):
+        for setting, score in zip(settings, np.asarray(scores)):
             self.num_updates[setting] += self.rungs[0]
             if self.num_updates[setting] in self.rungs:
                 self.scores[setting, self.rungs.index(self.num_updates[setting])] = score
@@ -192,6 +400,12 @@ class Ladder:
     def finished(self) -> list[int]:
         """Settings on the last rung."""
         return [int(i) for i in np.flatnonzero(~np.isnan(self.scores[:, -1]))]
+
+    def progress(self) -> str:
+        """The best score so far, and how many settings stand on each rung, as text."""
+        best = np.nanmax(self.scores, initial=-np.inf)
+        reached = (~np.isnan(self.scores)).sum(0)
+        return f"best {best:.4g}  rungs {' '.join(map(str, reached))}"
 
     def _promoted(self) -> list[int]:
         """Settings that wait on a rung and are among its best, from the highest rung down."""
@@ -204,9 +418,27 @@ class Ladder:
         return found
 
 
+def _names(sweep: Sweep) -> list[tuple[str, ...]]:
+    """The names of the runs of every setting."""
+    return [tuple(sweep.runs([setting])) for setting in range(len(sweep.table))]
+
+
+def _settings_of(slices: Slices, sweep: Sweep) -> dict[int, Slice]:
+    """The stored slices by their settings. Raises ValueError if a slice holds anything but the seeds of one setting."""
+    settings, found = {names: i for i, names in enumerate(_names(sweep))}, {}
+    for slice_ in slices.read():
+        if slice_.runs not in settings:
+            raise ValueError(
+                f"folder={slices.folder} holds slices of {count(len(slice_.runs), 'run')}, but halving keeps the "
+                f"{count(sweep.num_seeds, 'seed')} of every setting in one (name another folder)"
+            )
+        found[settings[slice_.runs]] = slice_
+    return found
+
+
 def train_runs(
     program: Program, states: TrainState, runs: np.ndarray, length: int, pool: ThreadPoolExecutor
-) -> tuple[TrainState, np.ndarray, np.ndarray]:
+) -> tuple[TrainState, dict[str, np.ndarray]]:
     """Trains some runs of a batch in slices of the program's size; the last slice repeats its last run.
 
     Args:
@@ -217,22 +449,34 @@ def train_runs(
         pool: the threads that train slices side by side.
 
     Returns:
-        The states of all runs; and of the trained ones, [runs] each, the mean returns in these updates, -inf for those
-        that turned nan or ended no episode, and what was not finite first, "" for runs that are fine.
+        The states of all runs, and the metrics of the trained ones, [runs, length].
     """
     size = program.slice_size
     slices = [runs[i : i + size] for i in range(0, len(runs), size)]
     slices = [np.append(indices, np.repeat(indices[-1], size - len(indices))) for indices in slices]
     trained = list(pool.map(lambda indices: program(states[indices], length, donate=True), slices))
-    returns, failed = [], []
-    for indices, (new, metrics) in zip(slices, trained):
+    for indices, (new, _) in zip(slices, trained):
         states = jax.tree.map(lambda old, some, indices=indices: old.at[indices].set(some), states, new)
-        count = metrics["num_episodes"].sum(1)
-        total = np.nansum(metrics["episode_return"] * metrics["num_episodes"], axis=1)
-        healthy = np.isfinite(metrics["learning_rate"]).all(1)
-        failed.append(name_causes(metrics[FAILURE][:, -1], causes(metrics, leaves_of(states))))
-        returns.append(np.where((count > 0) & healthy, total / np.maximum(count, 1), -np.inf))
-    return states, np.concatenate(returns)[: len(runs)], np.concatenate(failed)[: len(runs)]
+    joined = {name: np.concatenate([metrics[name] for _, metrics in trained])[: len(runs)] for name in trained[0][1]}
+    return states, joined
+
+
+def mean_returns(metrics: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The mean return of the episodes of each run, [runs]; -inf for those that turned nan or ended no episode.
+
+    `metrics` are [runs, updates].
+    """
+    number = metrics["num_episodes"].sum(1)
+    total = np.nansum(metrics["episode_return"] * metrics["num_episodes"], axis=1)
+    healthy = np.isfinite(metrics["learning_rate"]).all(1)
+    return np.where((number > 0) & healthy, total / np.maximum(number, 1), -np.inf)
+
+
+def _start(sweep: Sweep, ppo: PPO, runs: Sequence[tuple[int, int]], start: Callable | None = None) -> TrainState:
+    """The first states of runs of a sweep, which are pairs (setting, seed); `start` is called as `first_state`."""
+    seeds, *columns = run_arguments(sweep, ppo, runs)
+    keys = seed_keys(jax.random.key(sweep.seed), jnp.asarray(seeds))
+    return start(ppo, keys, *columns) if start else ppo.init(keys, *columns)
 
 
 def _rungs(sweep: Sweep, num_rungs: int, eta: int) -> tuple[int, ...]:
