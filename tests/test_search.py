@@ -14,7 +14,7 @@ from purejaxppo.batched import reported_failures
 from purejaxppo.experiment.sweeps import halving as halving_module
 from purejaxppo.experiment.sweeps import run
 from purejaxppo.experiment.sweeps.halving import Ladder, plan_halving, successive_halving, train_runs
-from purejaxppo.experiment.sweeps.optuna_search import optuna_search
+from purejaxppo.experiment.sweeps.optuna_search import best_setting, optuna_search, plan_trials, rank_trials
 from purejaxppo.experiment.sweeps.slices import Slice, open_slices
 
 pytestmark = pytest.mark.full
@@ -211,6 +211,31 @@ def test_optuna_is_asked_for_batches_and_a_study_goes_on_from_its_storage(tmp_pa
     sweep = pjp.Sweep("probe", table, config=SMALL, hyperparams=pjp.Hyperparams())
     alone = pjp.run_sweep(sweep, progress=False, make=make_probe)
     np.testing.assert_allclose(best.value, alone.scores.item(), atol=0.1)
+
+
+def test_a_search_with_a_folder_resumes_its_batch_and_comes_to_the_same_trials(tmp_path, monkeypatch):
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    space = {"learning_rate": pjp.log_uniform(1e-5, 1e-1), "clip": pjp.choice(0.1, 0.2)}
+    call = {"num_trials": 4, "batch_size": 2, "config": SMALL, "make": make_probe, "progress": False}
+    plan = plan_trials("probe", space, num_trials=4, batch_size=2, config=SMALL, make=make_probe)
+    assert "4 trials in 2 batches of 2" in str(plan) and f"about {4 * 3 * 32} steps" in str(plan)
+    whole = optuna_search("probe", space, folder=tmp_path / "whole", plan=plan, **call)
+    with pytest.raises(pjp.Interrupted) as error, monkeypatch.context() as patch:
+        patch.setattr(run, "chunks", interrupted(run.chunks))
+        optuna_search("probe", space, folder=tmp_path / "cut", plan=plan, **call)
+    assert [trial.state.name for trial in error.value.result.trials] == ["RUNNING"] * 2
+    stored = [pjp.load(path).metrics for path in (tmp_path / "cut" / "batches").iterdir()]  # what was trained of it
+    assert len(stored) == 1
+    study = optuna_search("probe", space, folder=tmp_path / "cut", plan=plan, **call)
+    assert [trial.params for trial in study.trials] == [trial.params for trial in whole.trials]
+    assert [trial.value for trial in study.trials] == [trial.value for trial in whole.trials]
+    assert sorted(path.name for path in (tmp_path / "cut" / "batches").iterdir()) == ["000000", "000002"]
+    ranked = rank_trials(study)
+    assert [row["score"] for row in ranked] == sorted((trial.value for trial in study.trials), reverse=True)
+    assert best_setting(study, space) == study.best_trial.params
+    with pytest.raises(ValueError, match="belongs to another search, with num_seeds=1 instead of 2"):
+        optuna_search("probe", space, folder=tmp_path / "cut", num_seeds=2, **call)
 
 
 def test_training_some_runs_leaves_the_others_as_they_are(key):

@@ -1,39 +1,93 @@
-"""Search by Optuna, a whole batch of settings at a time, which trains as one sweep."""
+"""Search by Optuna, a whole batch of settings at a time, which trains as one sweep.
+
+study.db         the study, if the storage is not another: sqlite
+batches/NUMBER/  the sweep of the batch that begins with this trial, see `slices`
+"""
 
 import itertools
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from tqdm.auto import tqdm
 
 from purejaxppo.checks import check_whole
+from purejaxppo.experiment.files import differing_fields, kind_of
+from purejaxppo.experiment.lock import claim_folder
 from purejaxppo.experiment.loop import check_on_interrupt, end
-from purejaxppo.experiment.report.statistics import aggregate, filled
-from purejaxppo.experiment.sweeps.plan import plan_sweep
+from purejaxppo.experiment.report.statistics import NO_SCORE, aggregate, filled
+from purejaxppo.experiment.sweeps.plan import Plan, plan_sweep
 from purejaxppo.experiment.sweeps.run import run_sweep
 from purejaxppo.experiment.sweeps.sweep import Sweep
 from purejaxppo.ppo import make_ppo
-from purejaxppo.table import Distribution, paired
-from purejaxppo.text import quote, to_coordinate
+from purejaxppo.table import Distribution, Table, paired, sample
+from purejaxppo.text import quote, show_setting, to_coordinate
 
-INTERRUPTED = "interrupted"  # an attribute of trials
+# Attributes of trials and of studies.
+INTERRUPTED, BATCH, SEARCH = "interrupted", "batch", "search"
 
 
-def optuna_search(
-    env: str,
+@dataclass(frozen=True)
+class SearchPlan:
+    """An Optuna search with the programs of its first batch, compiled; printing it shows what it will do."""
+
+    space: dict[str, Distribution]
+    num_trials: int
+    batch: Plan
+    """Of settings that are drawn from the space; those of the same shape need no other program."""
+
+    def __repr__(self) -> str:
+        sweep = self.batch.sweep
+        num_batches = -(-self.num_trials // len(sweep.table))
+        fields = {name: f"{x.kind}({', '.join(map(str, x.values))})" for name, x in self.space.items()}
+        return "\n".join(
+            [
+                f"{sweep.env}: {self.num_trials} trials in {num_batches} batches of {len(sweep.table)}, over "
+                f"{show_setting(fields)}",
+                f"about {num_batches * self.batch.total_steps:,} steps; a batch is a sweep:",
+                str(self.batch),
+            ]
+        )
+
+
+def plan_trials(
+    env: Any,
     space: Mapping[str, Distribution],
     *,
     num_trials: int,
     batch_size: int,
     num_seeds: int = 1,
+    make: Callable = make_ppo,
+    **shared: Any,
+) -> SearchPlan:
+    """Compiles what the first batch of `optuna_search` needs; see there for the arguments and errors."""
+    _check_space(space)
+    check_whole("num_trials", num_trials)
+    check_whole("batch_size", batch_size)
+    table = sample(jax.random.key(shared.get("seed", 0)), batch_size, sobol=False, **space)
+    table = paired(**table.columns())
+    return SearchPlan(dict(space), num_trials, plan_sweep(Sweep(env, table, num_seeds, **shared), make=make))
+
+
+def optuna_search(
+    env: Any,
+    space: Mapping[str, Distribution],
+    *,
+    num_trials: int,
+    batch_size: int,
+    num_seeds: int = 1,
+    folder: str | Path | None = None,
     storage: str | None = None,
     name: str = "purejaxppo",
     sampler: Any = None,
     progress: bool = True,
     make: Callable = make_ppo,
+    plan: SearchPlan | None = None,
     on_interrupt: Literal["raise", "return"] = "raise",
     **shared: Any,
 ) -> Any:
@@ -42,74 +96,173 @@ def optuna_search(
     The score of a setting is the interquartile mean over its seeds of the last 100 episodes; if all its runs turned
     nan, its trial has failed. An interrupt (Ctrl-C, SIGTERM) ends the search after the current chunk, as in `fit`:
     `Interrupted` is raised with the study as `result`, or the study is returned. No score of the interrupted batch is
-    told; its settings wait in the study and are the next to train. Needs `pip install optuna`.
+    told. With a folder, the next call resumes its training, also after a kill; without, its settings wait in the study
+    and are the next to train. Needs `pip install optuna`. Raises ValueError for a study of another search.
 
     Args:
-        env: the name of the environment.
+        env: the environment, as `Sweep` takes it.
         space: the distribution of every field, as `sample` takes them.
-        num_trials: trials of the study in the end, those of earlier calls included.
+        num_trials: trials of the study in the end, those of earlier calls included; the last batch is a whole one, too.
         batch_size: settings that train together.
         num_seeds: seeds of every setting.
-        storage: a URL such as `sqlite:///study.db` or one of PostgreSQL, by default `sqlite:///purejaxppo.db`; machines
-            with the same storage share the study.
+        folder: keeps the sweep of every batch, in `batches/`, and the study unless there is a `storage`.
+        storage: a URL such as `sqlite:///study.db` or one of PostgreSQL, by default `study.db` in the folder, or
+            `sqlite:///purejaxppo.db` without one; machines with the same storage share the study.
         name: the name of the study; an existing one continues.
         sampler: Optuna's; by default TPE that accounts for running trials, with random numbers from the `seed` of the
             sweep and the number of the trial. So a study that continues, or that machines share, draws new settings.
         progress: whether to show a progress bar.
         make: `make(env, config)` makes the PPO of a group.
+        plan: of `plan_trials` for the same search, whose programs are then used.
         on_interrupt: what the call does after an interrupt: "raise" or "return".
         shared: the other fields of `Sweep`.
 
     Returns:
         The `optuna.Study`.
     """
+    _check_space(space)
+    check_whole("num_trials", num_trials)
+    check_whole("batch_size", batch_size)
+    check_on_interrupt(on_interrupt)
+    if folder is not None and kind_of(folder):
+        raise ValueError(f"folder={folder} already holds a {kind_of(folder)} (name another folder)")
+    with nullcontext() if folder is None else claim_folder(folder):
+        folder = None if folder is None else Path(folder)
+        study = _open_study(folder, storage, name, sampler or _sampler(shared.get("seed", 0)))
+        _check_same(study, Sweep(env, Table(), num_seeds, **shared))
+        batches = _Batches(study, space, batch_size, folder, make, plan.batch if plan else None)
+        interrupted = False
+        with tqdm(
+            total=num_trials, initial=_num_finished(study), unit=" trials", disable=None if progress else True
+        ) as bar:
+            while _num_finished(study) < num_trials and not interrupted:
+                _show_best(bar, study)
+                before = _num_finished(study)
+                interrupted = batches.train(lambda table: Sweep(env, table, num_seeds, **shared))
+                bar.update(_num_finished(study) - before)
+            _show_best(bar, study)
+    done = f"optuna_search was interrupted after {_num_finished(study)} of {num_trials} trials; the same call continues"
+    return end(study, interrupted, on_interrupt, done)
+
+
+def rank_trials(study: Any) -> list[dict[str, Any]]:
+    """The finished trials of a study as rows: `trial`, its number, the fields, and `score`; best first.
+
+    Trials that failed have nan as their score and come last.
+    """
+    trials = [t for t in study.trials if t.state.is_finished() and INTERRUPTED not in t.user_attrs]
+    rows = [{"trial": t.number, **t.params, "score": np.nan if t.value is None else t.value} for t in trials]
+    return sorted(rows, key=lambda row: -np.inf if np.isnan(row["score"]) else row["score"], reverse=True)
+
+
+def best_setting(study: Any, space: Mapping[str, Distribution]) -> dict[str, Any]:
+    """The setting of the best trial of a study. Raises ValueError if none has a score."""
+    first = next(iter(rank_trials(study)), {"score": np.nan})
+    if np.isnan(first["score"]):
+        raise ValueError(NO_SCORE)
+    return {name: _from_optuna(distribution, first[name]) for name, distribution in space.items()}
+
+
+class _Batches:
+    """Trains a study batch by batch. With a folder, the trials of a batch stay open until its sweep is complete."""
+
+    def __init__(
+        self,
+        study: Any,
+        space: Mapping[str, Distribution],
+        batch_size: int,
+        folder: Path | None,
+        make: Callable,
+        plan: Plan | None,
+    ):
+        self.study, self.space, self.batch_size = study, space, batch_size
+        self.folder, self.make, self.plan = folder and folder / "batches", make, plan
+        self.distributions: dict[str, Any] = {field: _to_optuna(distribution) for field, distribution in space.items()}
+
+    def train(self, make_sweep: Callable[[Table], Sweep]) -> bool:
+        """Trains one batch and tells its scores; returns whether it was interrupted."""
+        trials: list[Any] = []
+        try:
+            path = self._next(trials)
+            columns = {f: [_from_optuna(self.space[f], trial.params[f]) for trial in trials] for f in self.space}
+            sweep = make_sweep(paired(**columns))
+            if path is not None and kind_of(path):  # its slices may have another size, and some may be complete
+                plan = plan_sweep(sweep, path, make=self.make)
+            elif self.plan is None or sweep.groups() != self.plan.sweep.groups():
+                plan = self.plan = plan_sweep(sweep, make=self.make)
+            else:
+                plan = replace(self.plan, sweep=sweep)  # a batch of the same shape: nothing compiles
+            scores = run_sweep(plan, path, progress=False).scores
+            values = aggregate(filled(scores), num_resamples=0)["value"].values
+            failed = scores.isnull().all("seed").values
+            _tell(self.study, trials, [None if lost else float(value) for value, lost in zip(values, failed)])
+        except KeyboardInterrupt:
+            if self.folder is None:
+                _put_back(self.study, trials)
+            return True
+        except Exception:
+            _tell(self.study, _open(self.study, trials))
+            raise
+        return False
+
+    def _next(self, trials: list) -> Path | None:
+        """Fills `trials` with the next batch, one that was not finished before any new one; returns its folder."""
+        waiting = self._unfinished()
+        path = self.folder and self.folder / min(waiting) if waiting and self.folder else None
+        trials += waiting.get(path.name, []) if path else []
+        while len(trials) < self.batch_size and not (path and kind_of(path)):
+            trials.append(self.study.ask(self.distributions))
+            if self.folder:
+                path = path or self.folder / f"{trials[0].number:06d}"
+                path.mkdir(parents=True, exist_ok=True)
+                trials[-1].set_user_attr(BATCH, path.name)
+        return path
+
+    def _unfinished(self) -> dict[str, list]:
+        """The open trials whose batches lie in this folder, by the names of these: nobody else trains them."""
+        found: dict[str, list] = {}
+        for trial in self.study.trials if self.folder else ():
+            batch = trial.user_attrs.get(BATCH)
+            if batch and not trial.state.is_finished() and self.folder and (self.folder / batch).is_dir():
+                found.setdefault(batch, []).append(trial)
+        return found
+
+
+def _open_study(folder: Path | None, storage: str | None, name: str, sampler: Any) -> Any:
     import optuna
 
+    default = "sqlite:///purejaxppo.db" if folder is None else f"sqlite:///{folder / 'study.db'}"
+    return optuna.create_study(
+        storage=storage or default, study_name=name, load_if_exists=True, direction="maximize", sampler=sampler
+    )
+
+
+def _check_same(study: Any, sweep: Sweep):
+    """Refuses a study whose trials train something else; a new one learns what is trained."""
+    now = sweep.shared() | {"num_seeds": sweep.num_seeds}
+    before = study.user_attrs.get(SEARCH, now)
+    differing = differing_fields(before, now)
+    if differing:
+        field = differing[0]
+        raise ValueError(
+            f"the study {study.study_name} belongs to another search, with {field}={before.get(field)} instead of "
+            f"{now.get(field)} (name another folder, or another study)"
+        )
+    study.set_user_attr(SEARCH, now)
+
+
+def _check_space(space: Any):
     if not isinstance(space, Mapping):
         raise ValueError(f"space={quote(space)} must be a dictionary of distributions by field, as sample takes them")
     for field, distribution in space.items():
         if not isinstance(distribution, Distribution):
             raise ValueError(f"{field}={quote(distribution)} must be a distribution, such as log_uniform(1e-4, 1e-2)")
-    check_whole("num_trials", num_trials)
-    check_whole("batch_size", batch_size)
-    check_on_interrupt(on_interrupt)
-    distributions: dict[str, Any] = {field: _to_optuna(distribution) for field, distribution in space.items()}
-    study = optuna.create_study(
-        storage=storage or "sqlite:///purejaxppo.db",
-        study_name=name,
-        load_if_exists=True,
-        direction="maximize",
-        sampler=sampler or _sampler(shared.get("seed", 0)),
-    )
-    plan, interrupted = None, False
-    with tqdm(
-        total=num_trials, initial=_num_finished(study), unit=" trials", disable=None if progress else True
-    ) as bar:
-        while _num_finished(study) < num_trials and not interrupted:
-            trials = []
-            try:
-                trials += (study.ask(distributions) for _ in range(batch_size))
-                columns = {f: [_from_optuna(space[f], trial.params[f]) for trial in trials] for f in space}
-                sweep = Sweep(env, paired(**columns), num_seeds, **shared)
-                if plan is None or sweep.groups() != plan.sweep.groups():
-                    plan = plan_sweep(sweep, make=make)
-                plan = replace(plan, sweep=sweep)  # a batch of the same shape: nothing compiles
-                scores = run_sweep(plan, progress=False).scores
-                values = aggregate(filled(scores), num_resamples=0)["value"].values
-                failed = scores.isnull().all("seed").values
-                _tell(study, trials, [None if lost else float(value) for value, lost in zip(values, failed)])
-            except KeyboardInterrupt:
-                interrupted = True
-                _put_back(study, trials)
-            except Exception:
-                _tell(study, _open(study, trials))
-                raise
-            bar.update(len(trials))
-            done = [trial for trial in study.trials if trial.value is not None]
-            if done:
-                bar.set_postfix_str(f"best {study.best_value:.1f}")
-    done = f"optuna_search was interrupted after {_num_finished(study)} of {num_trials} trials; the same call continues"
-    return end(study, interrupted, on_interrupt, done)
+
+
+def _show_best(bar: tqdm, study: Any):
+    done = [trial for trial in study.trials if trial.value is not None]
+    if done:
+        bar.set_postfix_str(f"best {study.best_value:.4g}")
 
 
 def _sampler(seed: int) -> Any:
@@ -137,7 +290,7 @@ def _tell(study: Any, trials: Sequence[Any], scores: Iterable[float | None] = it
     from optuna.trial import TrialState
 
     for trial, score in zip(trials, scores):
-        study.tell(trial, score, state=TrialState.FAIL if score is None else TrialState.COMPLETE)
+        study.tell(trial.number, score, state=TrialState.FAIL if score is None else TrialState.COMPLETE)
 
 
 def _put_back(study: Any, trials: Sequence[Any]):
@@ -173,4 +326,7 @@ def _from_optuna(distribution: Distribution, value):
     """The value as it was given: Optuna stores a tuple as text."""
     if distribution.kind != "choice":
         return value
-    return next(chosen for chosen in distribution.values if to_coordinate(chosen) == value)
+    found = [chosen for chosen in distribution.values if to_coordinate(chosen) == value]
+    if not found:
+        raise ValueError(f"a trial of the study has the value {value}, which choice{distribution.values} lacks")
+    return found[0]
