@@ -16,8 +16,8 @@ from purejaxppo.text import printable
 
 # Command -> the module here that has it, as a function of the same name.
 COMMANDS = {
-    "train": "train", "resume": "train", "sweep": "sweep", "plot": "sweep", "evaluate": "agents", "render": "agents",
-    "export": "agents", "show": "agents", "report": "report", "bench": "bench", "envs": "bench",
+    "train": "train", "resume": "train", "sweep": "sweep", "search": "search", "plot": "sweep", "evaluate": "agents",
+    "render": "agents", "export": "agents", "show": "agents", "report": "report", "bench": "bench", "envs": "bench",
 }  # fmt: skip
 
 # What the system says of a disk that takes no more.
@@ -30,6 +30,7 @@ USAGE = """usage: purejaxppo COMMAND ...
   purejaxppo train ENV [flags]   train one agent or many, by the preset of the environment
   purejaxppo resume RUN          continue a run that was interrupted or killed, or extend one
   purejaxppo sweep ENV [flags]   train many settings with several seeds each, rank and plot them
+  purejaxppo search ENV [flags]  look for the best setting by successive halving, a population, or Optuna
   purejaxppo plot FOLDER         redraw the plots of a sweep or of a run
   purejaxppo evaluate FOLDER     play whole episodes with trained agents, also in Gymnasium (--in gymnasium)
   purejaxppo render FOLDER       draw an episode as a GIF

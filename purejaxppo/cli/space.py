@@ -41,7 +41,7 @@ def make_table(options: SpaceOptions) -> Table:
     """The table that `grid` and `sample` describe, custom parts included. Raises ValueError if nothing varies."""
     from purejaxppo.table import grid, sample
 
-    columns = read_columns(options)
+    columns = _read_columns(options)
     given = {field: [to_named(field, text, options.env)] for field, text in options.plugged.given().items()}
     table = grid(**given | columns)
     distributions = read_distributions(options)
@@ -58,7 +58,24 @@ def make_table(options: SpaceOptions) -> Table:
     return table
 
 
-def read_columns(options: SpaceOptions) -> dict[str, list]:
+def read_space(options: SpaceOptions) -> dict[str, Distribution]:
+    """The distribution of every field, for a search that draws settings itself: a field in `grid` is a choice.
+
+    Raises ValueError without any, or without a number of settings to draw.
+    """
+    from purejaxppo.table import choice
+
+    given = {field: choice(to_named(field, text, options.env)) for field, text in options.plugged.given().items()}
+    space = {name: choice(*values) for name, values in _read_columns(options).items()} | read_distributions(options)
+    if not space or not options.num_samples:
+        raise ValueError(
+            f"num_samples={options.num_samples} and --sample go together: give both, such as --num-samples 32 "
+            "--sample learning_rate=log_uniform:1e-4:1e-2"
+        )
+    return given | space
+
+
+def _read_columns(options: SpaceOptions) -> dict[str, list]:
     """The values of every field in `grid`. Raises ValueError for text of another form, or a field given twice."""
     columns = dict(_parse_column(text, options.env) for text in options.grid)
     if len(columns) < len(options.grid):

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,9 @@ from purejaxppo.experiment.sweeps.slices import Slice, Slices, check_identities,
 from purejaxppo.experiment.sweeps.sweep import Sweep, check_sweep, make_group
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.text import align, count, show_setting
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,15 @@ class Halving:
             for name, update, metric in zip(names, updates.tolist(), self.failed_metric.tolist())
             if metric
         ]
+
+    def plots(self, title: str = "") -> "dict[str, Figure]":
+        """The scores of all settings on their rungs as a plot by name; none if nothing has a score."""
+        from purejaxppo.experiment.report.search_plots import plot_rungs
+
+        if np.isnan(self.ranked()[0]["score"]):
+            return {}
+        steps = [updates * self.ppo.config.steps_per_update for updates in self.rungs]
+        return {"rungs": plot_rungs(self.scores, steps, self.sweep.table.rows(), title)}
 
     def __repr__(self) -> str:
         return f"Halving of {len(self.sweep.table)} settings on {self.sweep.env}, rungs at {self.rungs} updates"

@@ -1,0 +1,196 @@
+"""`purejaxppo search`."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from purejaxppo.cli.options import (
+    ALL_FAILED,
+    NOT_SAVED,
+    check_counts,
+    complete,
+    draw_without_screen,
+    keep_programs,
+    make_folder,
+    parse,
+    prepare_jax,
+    say,
+)
+from purejaxppo.cli.plugged import to_named
+from purejaxppo.cli.space import SpaceOptions, make_table, read_distributions, read_space
+from purejaxppo.table import Table
+from purejaxppo.text import align
+
+# Flag -> the method that it belongs to.
+OWN = {
+    "num_rungs": "halving", "eta": "halving", "num_places": "halving", "every": "pbt", "fraction": "pbt",
+    "batch_size": "optuna", "storage": "optuna",
+}  # fmt: skip
+DEFAULT_SEEDS = {"halving": 8, "pbt": 1, "optuna": 8}
+
+
+@dataclass(frozen=True)
+class SearchOptions(SpaceOptions):
+    """Search for the best setting, and print the command that trains it. Flags that are not given come from the preset
+    of the environment."""
+
+    method: Literal["halving", "pbt", "optuna"] = "halving"
+    """halving: settings that score badly early stop (successive halving). pbt: poor agents continue from copies of good
+    ones, with changed hyperparameters (population-based training). optuna: an Optuna study draws settings."""
+    num_samples: int = 0
+    """Settings to draw from the distributions in `sample`; with --method optuna the trials of the study."""
+    num_seeds: int | None = None
+    """Agents per setting; by default 8, with --method pbt 1. In pbt all are members of one population."""
+    num_rungs: int | None = None
+    """halving: how often a setting is compared at most; 4 by default."""
+    eta: int | None = None
+    """halving: one setting in so many is promoted; 3 by default."""
+    num_places: int | None = None
+    """halving: settings that train side by side; all by default."""
+    every: int | None = None
+    """pbt: updates between two evolutions; a twentieth of the run by default."""
+    fraction: float | None = None
+    """pbt: of the agents, at most replaced by one evolution; 0.25 by default."""
+    batch_size: int | None = None
+    """optuna: settings that train together; 8 by default."""
+    storage: str | None = None
+    """optuna: URL of the study, such as that of a PostgreSQL database that machines share; study.db in the folder by
+    default."""
+
+
+class Method(NamedTuple):
+    """A search that is planned."""
+
+    plan: Any
+    run: Callable[[Path], Any]  # folder -> result
+    report: Callable[[Any], "Report"]  # of the result
+
+
+class Report(NamedTuple):
+    """The result of a search, ready to print and to draw."""
+
+    ranked: list[dict]  # rows, best first; nan is no score
+    best: Callable[[], dict]  # the best setting
+    plots: Callable[[str], Mapping[str, Any]]  # title -> figures by name
+    unsaved: str = ""
+    more: Mapping[str, Any] = {}  # for best.json
+
+
+def search(arguments: list[str]) -> int:
+    """Prints the plan, searches, prints a ranking and the best setting as a command, and leaves data and plots."""
+    prepare_jax(arguments)
+    options = parse(SearchOptions, "search", arguments)
+    counts = "num_seeds", "num_rungs", "num_places", "every", "batch_size"
+    check_counts(options, *counts)
+    check_counts(options, "seed", at_least=0)
+    for name, method in OWN.items():
+        if getattr(options, name) is not None and options.method != method:
+            raise ValueError(f"{name}={getattr(options, name)} belongs to --method {method}, not to {options.method}")
+    options = complete(options, arguments)
+
+    from purejaxppo.experiment.files import check_writable
+    from purejaxppo.experiment.loop import Interrupted
+
+    keep_programs(options.compile_cache)
+    if options.out is not None and not options.dry_run:
+        check_writable(options.out)
+    method = METHODS[options.method](options)
+    say(*str(method.plan).split("\n"))
+    if options.dry_run:
+        return 0
+    out = make_folder(f"search-{options.env}") if options.out is None else options.out
+    interrupted = False
+    try:
+        result = method.run(out)
+    except Interrupted as error:
+        result, interrupted = error.result, True
+    return _finish(options, method.report(result), out, interrupted)
+
+
+def _finish(options: SearchOptions, report: Report, out: Path, interrupted: bool) -> int:
+    """Prints the ranking and the command, writes best.json and plots; returns the exit status."""
+    draw_without_screen()
+    from purejaxppo.experiment.files import replace_file
+    from purejaxppo.experiment.sweeps.best import BEST, save_best, train_command
+
+    scored = [row for row in report.ranked if row["score"] == row["score"]]
+    rows = scored + [row | {"score": "none"} for row in report.ranked[len(scored) :]]
+    say(*(align(rows, 20).split("\n") if rows else ["no setting is trained yet"]))
+    figures = report.plots(options.env)
+    for name, figure in figures.items():
+        replace_file(out / f"{name}.png", lambda half, figure=figure: figure.savefig(half, dpi=150, format="png"))
+    saved = [f"{name}.png" for name in figures]
+    if scored:
+        sweep, setting = _sweep(options), report.best()
+        save_best(out, sweep, setting, scored[0]["score"], method=options.method, **report.more)
+        saved.append(BEST)
+        say("the best setting trains with", f"  {train_command(sweep, setting)}")
+    say(f"  {'not all ' * bool(report.unsaved)}saved in {out}: {', '.join(saved) or 'what is trained'}")
+    if interrupted:
+        say(f"interrupted: the same command with --out {out} continues")
+    if report.unsaved:
+        return NOT_SAVED
+    return 130 if interrupted else 0 if scored else ALL_FAILED
+
+
+def _sweep(options: SearchOptions, table: Table | None = None) -> Any:
+    """What all settings share, with the settings of a table."""
+    from purejaxppo.experiment.sweeps.sweep import Sweep
+
+    env = to_named("env", options.env) if ":" in options.env else options.env
+    given = options.num_seeds or DEFAULT_SEEDS[options.method], options.config, options.hyperparams, options.seed
+    return Sweep(env, Table() if table is None else table, *given)
+
+
+def _own(options: SearchOptions, *names: str) -> dict[str, Any]:
+    """The flags of a method that are given."""
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
+
+
+def _halving(options: SearchOptions) -> Method:
+    from purejaxppo.experiment.sweeps.halving import plan_halving, successive_halving
+
+    own = _own(options, "num_rungs", "eta", "num_places")
+    sweep = _sweep(options, make_table(options))
+    plan = plan_halving(sweep, options.out, **own, allow_changed=options.allow_changed)
+    return Method(
+        plan,
+        run=lambda out: successive_halving(plan, out),
+        report=lambda found: Report(found.ranked(), found.best, found.plots, found.unsaved),
+    )
+
+
+def _pbt(options: SearchOptions) -> Method:
+    from purejaxppo.experiment.sweeps.population import plan_population, population_search
+
+    ranges = {name: (min(x.values), max(x.values)) for name, x in read_distributions(options).items()}
+    plan = plan_population(_sweep(options, make_table(options)), explore=ranges, **_own(options, "every", "fraction"))
+    return Method(
+        plan,
+        run=lambda out: population_search(plan, out, allow_changed=options.allow_changed),
+        report=lambda found: Report(
+            found.ranked(), found.best, found.plots, found.fit.unsaved, {"schedule": found.schedule()}
+        ),
+    )
+
+
+def _optuna(options: SearchOptions) -> Method:
+    from purejaxppo.experiment.report.search_plots import plot_trials
+    from purejaxppo.experiment.sweeps.optuna_search import best_setting, optuna_search, plan_trials, rank_trials
+
+    space = read_space(options)
+    sweep, size = _sweep(options), min(options.batch_size or 8, options.num_samples)
+    search = {"num_trials": options.num_samples, "batch_size": size, "num_seeds": sweep.num_seeds, "seed": sweep.seed}
+    search |= {"config": sweep.config, "hyperparams": sweep.hyperparams}
+    plan = plan_trials(sweep.env, space, **search)
+    return Method(
+        plan,
+        run=lambda out: optuna_search(sweep.env, space, folder=out, storage=options.storage, plan=plan, **search),
+        report=lambda study: Report(
+            rank_trials(study), lambda: best_setting(study, space), lambda title: plot_trials(study, title)
+        ),
+    )
+
+
+METHODS: dict[str, Callable[[SearchOptions], Method]] = {"halving": _halving, "pbt": _pbt, "optuna": _optuna}

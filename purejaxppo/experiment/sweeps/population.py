@@ -1,0 +1,266 @@
+"""Population-based training of the settings of a sweep: all are members of one population (see `evolving`).
+
+A folder of it is that of a run, with the members as its agents.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from purejaxppo.batched import batched, reported_failures, seed_keys
+from purejaxppo.checks import check_whole
+from purejaxppo.config import Hyperparams, spec_of
+from purejaxppo.evolving import evolving, num_replaced
+from purejaxppo.experiment.loop import Interrupted, check_on_interrupt
+from purejaxppo.experiment.memory import bytes_of, memory_of, show_memory
+from purejaxppo.experiment.program import Program, compile_training, first_state
+from purejaxppo.experiment.provenance import as_json
+from purejaxppo.experiment.report.statistics import NO_SCORE
+from purejaxppo.experiment.runs.fit import Fit, fit
+from purejaxppo.experiment.sweeps.columns import run_arguments
+from purejaxppo.experiment.sweeps.sweep import ENV_PREFIX, Sweep, check_sweep, make_group
+from purejaxppo.ppo import PPO, make_ppo
+from purejaxppo.text import align, count, show
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class PopulationPlan:
+    """Population-based training with its program, compiled; printing it shows what it will do."""
+
+    sweep: Sweep
+    explore: dict[str, tuple[float, float]]
+    """The lowest and the highest value of every hyperparameter that changes."""
+    every: int
+    """Updates between two evolutions."""
+    fraction: float
+    ppo: PPO
+    """Of the whole population, see `evolving`."""
+    hyperparams: Hyperparams
+    """At the start, [R]."""
+    env_params: Any
+    """[R, ...]"""
+    program: Program
+    memory: dict[str, int]
+    """Bytes of one member, see `memory_of`."""
+
+    @property
+    def keys(self) -> jax.Array:
+        """The keys of the members, [R]: different ones, since copies go on with keys of their own."""
+        return seed_keys(jax.random.key(self.sweep.seed), jnp.arange(self.sweep.num_runs))
+
+    def __repr__(self) -> str:
+        sweep, config = self.sweep, self.ppo.config
+        members, evolutions = sweep.num_runs, config.num_updates // self.every
+        rows = [
+            {"explored": name, "lowest": show(float(low)), "highest": show(float(high))}
+            for name, (low, high) in self.explore.items()
+        ]
+        return "\n".join(
+            [
+                f"{sweep.env}: a population of {count(members, 'member')} x {config.total_steps:,} steps = "
+                f"{members * config.total_steps:,} steps, compiled in {self.program.compile_seconds:.1f} s",
+                f"{count(evolutions, 'evolution')}, one after every {count(self.every, 'update')}, each of which "
+                f"replaces at most {count(num_replaced(self.fraction, members), 'member')}",
+                align(rows),
+                "memory of a member, in MiB:",
+                show_memory([self.memory]),
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class PopulationSearch:
+    """The result of population-based training."""
+
+    sweep: Sweep
+    fields: tuple[str, ...]
+    """The hyperparameters that were explored."""
+    fit: Fit
+    """State, a `Population`, and metrics of all members; `parent` of the metrics says who was copied."""
+
+    def __repr__(self) -> str:
+        done, total = self.parents.shape[1], self.fit.ppo.config.num_updates
+        return (
+            f"PopulationSearch of {count(len(self.parents), 'member')} on {self.sweep.env} over "
+            f"{', '.join(self.fields)}, {done} of {total} updates"
+        )
+
+    @property
+    def parents(self) -> np.ndarray:
+        """The member from which each continued after each update, [R, U]."""
+        return self.fit.metrics["parent"].values.astype(int)
+
+    @cached_property
+    def scores(self) -> np.ndarray:
+        """The fitness of every member, [R]; nan without one, and for members that the last update replaced."""
+        fitness = np.asarray(self.fit.state.fitness, np.float64)
+        replaced = self.parents[:, -1] != np.arange(len(fitness))
+        return np.where(np.isfinite(fitness) & ~replaced, fitness, np.nan)
+
+    def ranked(self) -> list[dict[str, Any]]:
+        """The members as rows: `member`, `founder` (the member that its line began as), the explored fields now, and
+        `score`; best first, those without a score last.
+        """
+        founders = [int(self.line(member)[0]) for member in range(len(self.scores))]
+        hyperparams = self.fit.state.runs.hyperparams
+        values = {name: np.asarray(hyperparams.get(name)) for name in self.fields}
+        rows = [
+            {"member": i, "founder": founder, **{name: as_json(x[i]) for name, x in values.items()}, "score": score}
+            for i, (founder, score) in enumerate(zip(founders, self.scores.tolist()))
+        ]
+        return sorted(rows, key=lambda row: -np.inf if np.isnan(row["score"]) else row["score"], reverse=True)
+
+    def winner(self) -> int:
+        """The member with the highest score. Raises ValueError if none has one."""
+        if np.isnan(self.scores).all():
+            raise ValueError(NO_SCORE)
+        return int(np.nanargmax(self.scores))
+
+    def best(self) -> dict[str, Any]:
+        """The setting of the winner at the end, field -> value; `schedule` has those that led there.
+
+        Raises ValueError if no member has a score.
+        """
+        first = self.ranked()[0]
+        rest = {name: values[0] for name, values in self.sweep.table.columns().items() if name not in self.fields}
+        self.winner()
+        return {name: first[name] for name in self.fields} | rest
+
+    def plots(self, title: str = "") -> "dict[str, Figure]":
+        """The lineage and the winner's schedule as plots by name; none if no member has a score."""
+        from purejaxppo.experiment.report.search_plots import plot_lineage, plot_schedule
+
+        if np.isnan(self.scores).all():
+            return {}
+        returns, steps = (self.fit.metrics[name].values for name in ("episode_return", "step"))
+        values, line = {name: self.fit.metrics[name].values for name in self.fields}, self.line(self.winner())
+        return {
+            "lineage": plot_lineage(self.parents, returns, steps, line, title),
+            "schedule": plot_schedule(values, returns, steps, line, title),
+        }
+
+    def line(self, member: int) -> np.ndarray:
+        """The member that a member's line was in each update, [U], back to where it began."""
+        line = np.empty(self.parents.shape[1], int)
+        for update in reversed(range(len(line))):
+            member = line[update] = self.parents[member, update]
+        return line
+
+    def schedule(self) -> list[dict[str, Any]]:
+        """The explored fields that the winner's line went through: `from_update`, counted from 1, and their values.
+
+        Empty if no member has a score.
+        """
+        if np.isnan(self.scores).all():
+            return []
+        line = self.line(self.winner())
+        values = np.stack([self.fit.metrics[name].values[line, np.arange(len(line))] for name in self.fields], 1)
+        # An update in which the run of the line was frozen reports nan; its values are those before.
+        known = np.flatnonzero(~np.isnan(values).any(1))
+        changed = [i for k, i in enumerate(known) if k == 0 or (values[i] != values[known[k - 1]]).any()]
+        return [{"from_update": int(i) + 1, **dict(zip(self.fields, map(as_json, values[i])))} for i in changed]
+
+
+def plan_population(
+    sweep: Sweep,
+    *,
+    every: int | None = None,
+    explore: Mapping[str, tuple[float, float]] | None = None,
+    fraction: float = 0.25,
+    factors: Sequence[float] = (0.8, 1.25),
+    make: Callable = make_ppo,
+) -> PopulationPlan:
+    """Compiles what `population_search` needs; see there for the arguments and errors."""
+    check_sweep(sweep)
+    group, *others = sweep.groups()
+    for name, column in sweep.table.columns().items():
+        if len(set(column)) > 1 and (others or name.startswith(ENV_PREFIX)) and spec_of(name) is None:
+            raise ValueError(f"{name} differs between members, but a population explores hyperparameters only")
+    columns = {name: column for name, column in sweep.table.columns().items() if spec_of(name)}
+    explore = {name: (min(x), max(x)) for name, x in columns.items()} | dict(explore or {})
+    if not explore:
+        raise ValueError("explore={} must name one hyperparameter or more (sweep a hyperparameter)")
+    num_updates = group.config.num_updates
+    every = max(1, num_updates // 20) if every is None else every
+    check_whole("every", every, at_most=num_updates, of="the updates of the run")
+    num_replaced(fraction, sweep.num_runs)
+    one = make_group(group, make)
+    ppo = evolving(one, every=every, explore=explore, fraction=fraction, factors=factors)
+    _, hyperparams, env_params = run_arguments(sweep, one, list(sweep.runs().values()))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), sweep.num_runs))
+    state = jax.eval_shape(ppo.init, keys, hyperparams, env_params)
+    with reported_failures():
+        program = compile_training(ppo, state, -(-num_updates // 100))
+    memory = memory_of(batched(one), state.runs, bytes_of(program) // sweep.num_runs)
+    return PopulationPlan(sweep, explore, every, fraction, ppo, hyperparams, env_params, program, memory)
+
+
+def population_search(
+    sweep: Sweep | PopulationPlan,
+    folder: str | Path | None = None,
+    *,
+    every: int | None = None,
+    explore: Mapping[str, tuple[float, float]] | None = None,
+    fraction: float | None = None,
+    factors: Sequence[float] | None = None,
+    progress: bool = True,
+    save_every: float = 60.0,
+    make: Callable | None = None,
+    allow_changed: Sequence[str] = (),
+    on_interrupt: Literal["raise", "return"] = "raise",
+) -> PopulationSearch:
+    """Trains all runs of a sweep as one population, whose poor members continue from good ones (see `evolving`).
+
+    The settings are those that the members begin with. An interrupt (Ctrl-C, SIGTERM) ends the call after the current
+    chunk, as in `fit`: `Interrupted` is raised with the `result` so far, or this result is returned.
+
+    Args:
+        sweep: the settings, of hyperparameters alone, and the seeds; a `PopulationPlan` of `plan_population` is
+            compiled already.
+        folder: keeps everything, as the folder of a run. The same call resumes there, see `fit`.
+        every: updates between two evolutions, by default a twentieth of the run.
+        explore: the lowest and highest value of hyperparameters to change. Those that are swept change as well, by
+            default within their values.
+        fraction: of the members, at most replaced by one evolution, in (0, 0.5]; by default 0.25.
+        factors: positive numbers, one of which multiplies an explored hyperparameter; by default 0.8 and 1.25.
+        progress: whether to show a progress bar.
+        save_every: seconds between two checkpoints.
+        make: `make(env, config)` makes the PPO of one member.
+        allow_changed: what may differ from what the folder was trained with, see `fit`.
+        on_interrupt: what the call does after an interrupt: "raise" or "return".
+
+    Raises:
+        ValueError: before it compiles, if the members differ in anything but hyperparameters, or for a folder of
+            something else.
+    """
+    check_on_interrupt(on_interrupt)
+    options = {"every": every, "explore": explore, "fraction": fraction, "factors": factors, "make": make}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if isinstance(sweep, PopulationPlan) and given:
+        raise ValueError(f"{min(given)} cannot be changed after planning (pass it to plan_population)")
+    plan = sweep if isinstance(sweep, PopulationPlan) else plan_population(sweep, **given)
+    state = first_state(plan.ppo, plan.keys, plan.hyperparams, plan.env_params)
+    try:
+        found = fit(
+            plan.ppo,
+            state,
+            program=plan.program,
+            folder=folder,
+            progress=progress,
+            save_every=save_every,
+            notes={"search": "pbt"},
+            allow_changed=allow_changed,
+            on_interrupt=on_interrupt,
+        )
+    except Interrupted as error:
+        raise Interrupted(str(error), PopulationSearch(plan.sweep, tuple(plan.explore), error.result)) from None
+    return PopulationSearch(plan.sweep, tuple(plan.explore), found)
