@@ -62,6 +62,7 @@ if TYPE_CHECKING:  # what LAZY imports when it is first used
     from purejaxppo.experiment.sweeps.halving import successive_halving
     from purejaxppo.experiment.sweeps.optuna_search import optuna_search
     from purejaxppo.experiment.sweeps.plan import plan_sweep
+    from purejaxppo.experiment.sweeps.population import population_search
     from purejaxppo.experiment.sweeps.result import SweepResult
     from purejaxppo.experiment.sweeps.run import run_sweep
     from purejaxppo.experiment.sweeps.sweep import Sweep
@@ -76,10 +77,11 @@ __all__ = [
     "compile_training", "concatenate", "evaluate_agents", "evaluate_in_gymnasium", "evolving", "export",
     "first_state", "fit", "frame_stack", "from_linen", "from_nnx", "gae", "grid", "integers", "layers", "linear",
     "load", "load_agents", "log_uniform", "make_env", "make_ppo", "memories", "optuna_search", "paired", "plan_sweep",
-    "plot_curves", "plot_heatmap", "plot_importance", "plot_learning_curve", "plot_parallel", "ppo_loss", "preset",
-    "privileged", "randomize", "record_episode", "render", "resume", "run_sweep", "runs", "sample", "schedule",
-    "sharded", "sinks", "statistics", "sticky_actions", "successive_halving", "time_limit", "uniform",
-    "use_deterministic_kernels", "use_one_thread", "with_hyperparams", "with_step", "write_report",
+    "plot_curves", "plot_heatmap", "plot_importance", "plot_learning_curve", "plot_parallel", "population_search",
+    "ppo_loss", "preset", "privileged", "randomize", "record_episode", "render", "resume", "run_sweep", "runs",
+    "sample", "schedule", "sharded", "sinks", "statistics", "sticky_actions", "successive_halving", "time_limit",
+    "uniform", "use_deterministic_kernels", "use_one_thread", "with_hyperparams", "with_step",
+    "write_report",
 ]  # fmt: skip
 
 # The host needs xarray and matplotlib, which `import purejaxppo` should not load. Name -> module; a name that is not in
@@ -105,6 +107,7 @@ LAZY = {
     "plot_importance": "purejaxppo.experiment.report.sweep_plots",
     "plot_learning_curve": "purejaxppo.experiment.report.curve",
     "plot_parallel": "purejaxppo.experiment.report.sweep_plots",
+    "population_search": "purejaxppo.experiment.sweeps.population",
     "preset": "purejaxppo.experiment.presets",
     "record_episode": "purejaxppo.experiment.agents.render",
     "render": "purejaxppo.experiment.agents.render",

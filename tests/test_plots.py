@@ -10,6 +10,7 @@ from scipy import stats
 from purejaxppo.experiment.report.curve import plot_learning_curve
 from purejaxppo.experiment.report.metrics import mean_interval
 from purejaxppo.experiment.report.ranking import importance
+from purejaxppo.experiment.report.search_plots import plot_lineage, plot_rungs, plot_schedule, plot_trials
 from purejaxppo.experiment.report.sweep_plots import (
     plot_curves,
     plot_heatmap,
@@ -292,3 +293,50 @@ def test_a_sweep_is_drawn_by_what_was_swept():
     assert set(plot_sweep(grid())) == {"learning_curves", "heatmap", "parallel", "importance"}
     assert set(plot_sweep(sample())) == {"learning_curves", "parallel", "importance"}
     assert set(plot_sweep(grid().isel(clip=0, discount=0))) == {"learning_curves"}
+
+
+def test_rungs_show_where_settings_stop_and_name_the_best():
+    nan = np.nan
+    scores = np.array([[1.0, nan, nan], [3.0, 7.0, 9.0], [2.0, 8.0, nan], [-np.inf, nan, nan], [3.5, 6.0, 9.0]])
+    figure = plot_rungs(scores, [100, 300, 900], [{"clip": x} for x in (0.1, 0.2, 0.3, 0.4, 0.5)], "CartPole-v1")
+    (ax,) = axes_of(figure)
+    thick = [line for line in ax.lines if line.get_linewidth() == 2.5]
+    assert len(thick) == 1 and thick[0].get_ydata().tolist() == [3.0, 7.0, 9.0]  # of equals the first, as in `ranked`
+    assert legend_of(figure)[1] == ["clip=0.2", "failed: 1"] or legend_of(figure)[1] == ["failed: 1", "clip=0.2"]
+    assert [text.get_text() for text in ax.get_xticklabels()] == [
+        "100 steps\n5 settings", "300 steps\n3 settings", "900 steps\n2 settings",
+    ]  # fmt: skip
+
+
+def test_a_lineage_shows_every_copy_and_the_line_of_the_winner():
+    parents = np.array([[0, 0, 0], [1, 0, 1], [2, 2, 1]])  # 1 continues from 0 after update 2, 2 from 1 after update 3
+    returns = np.array([[1, 2, 3.0], [1, np.nan, 2], [0, 0, 0]])
+    figure = plot_lineage(parents, returns, np.array([10, 20, 30]), np.array([0, 0, 1]), "CartPole-v1")
+    ax, _ = axes_of(figure)
+    mesh, arrows = ax.collections
+    np.testing.assert_array_equal(mesh.get_array(), [[1, 2, 3], [1, 1, 2], [0, 0, 0]])
+    assert [arrow.tolist() for arrow in arrows.get_segments()] == [[[20, 0], [20, 1]], [[30, 1], [30, 2]]]
+    (line,) = (line for line in ax.lines if line.get_linewidth() == 2.5)
+    assert line.get_xydata().tolist() == [[0, 0], [10, 0], [10, 0], [20, 0], [20, 1], [30, 1]]
+
+
+def test_a_schedule_is_that_of_the_line_of_the_winner():
+    values = np.array([[1e-4, 1e-4, 1e-4], [1e-2, 1e-2, 5e-3]])
+    returns = np.array([[1, np.nan, 3.0], [4, 5, 6]])
+    figure = plot_schedule({"learning_rate": values}, returns, np.array([10, 20, 30]), np.array([0, 1, 1]))
+    top, below = axes_of(figure)
+    mine = [line.get_ydata().tolist() for ax in (top, below) for line in ax.lines if line.get_linewidth() == 2]
+    assert mine == [[1, 5, 6], [], [1e-4, 1e-2, 5e-3]]  # the empty one is the entry of the legend
+    assert below.get_yscale() == "log" and below.get_ylabel() == "learning rate"
+
+
+@pytest.mark.full
+def test_a_study_is_drawn_by_optuna_without_its_style():
+    optuna = pytest.importorskip("optuna")
+    before = dict(matplotlib.rcParams)
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0))
+    assert plot_trials(study) == {}
+    study.optimize(lambda trial: trial.suggest_float("clip", 0, 1) + 0 * trial.suggest_int("seed", 0, 9), n_trials=8)
+    figures = plot_trials(study, "CartPole-v1")
+    assert list(figures) == ["history", "slices", "importances"] and dict(matplotlib.rcParams) == before
+    assert all(heading_of(figure) == "CartPole-v1" for figure in figures.values())

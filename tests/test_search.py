@@ -1,3 +1,4 @@
+import shlex
 import signal
 import threading
 import time
@@ -11,10 +12,15 @@ import pytest
 import purejaxppo as pjp
 from probes import SMALL, copy_cue
 from purejaxppo.batched import reported_failures
+from purejaxppo.cli.options import parse
+from purejaxppo.cli.train import TrainOptions
+from purejaxppo.experiment.runs import fit as fit_module
 from purejaxppo.experiment.sweeps import halving as halving_module
 from purejaxppo.experiment.sweeps import run
+from purejaxppo.experiment.sweeps.best import train_command
 from purejaxppo.experiment.sweeps.halving import Ladder, plan_halving, successive_halving, train_runs
 from purejaxppo.experiment.sweeps.optuna_search import best_setting, optuna_search, plan_trials, rank_trials
+from purejaxppo.experiment.sweeps.population import plan_population, population_search
 from purejaxppo.experiment.sweeps.slices import Slice, open_slices
 
 pytestmark = pytest.mark.full
@@ -249,3 +255,85 @@ def test_training_some_runs_leaves_the_others_as_they_are(key):
         after, metrics = train_runs(program, states, np.array([4, 0, 2]), 2, pool)
     assert after.num_updates.tolist() == [2, 0, 2, 0, 2] and {x.shape for x in metrics.values()} == {(3, 2)}
     np.testing.assert_array_equal(jax.random.key_data(after[[1, 3]].key), jax.random.key_data(states[[1, 3]].key))
+
+
+@pytest.fixture(scope="module")
+def population_plan():
+    return plan_population(make_sweep([1e-6, 1e-2, 1e-6 * 2, 1e-5], num_updates=12), every=3, make=make_probe)
+
+
+@pytest.fixture(scope="module")
+def population(population_plan):
+    return population_search(population_plan, progress=False)
+
+
+def test_the_plan_of_a_population_says_its_evolutions_and_ranges(population_plan):
+    text = str(population_plan)
+    assert "8 members x 384 steps = 3,072 steps" in text
+    assert "4 evolutions, one after every 3 updates, each of which replaces at most 2 members" in text
+    assert population_plan.explore == {"learning_rate": (1e-6, 1e-2)}
+    assert len({tuple(key) for key in jax.random.key_data(population_plan.keys).tolist()}) == 8
+
+
+def test_the_winner_of_a_population_is_its_fittest_member_and_its_line_leads_back_to_its_founder(population):
+    state, parents = population.fit.state, population.parents
+    ranked, winner = population.ranked(), population.winner()
+    assert ranked[0]["member"] == winner and ranked[0]["score"] == state.fitness[winner] == max(state.fitness)
+    own = parents[:, -1] == np.arange(8)
+    assert {row["member"] for row in ranked if np.isnan(row["score"])} == set(np.flatnonzero(~own).tolist())
+    line = population.line(winner)
+    for update in range(1, 12):  # forwards: who stands in the line continues from who stood in it before
+        assert parents[line[update], update - 1] == line[update - 1]
+    assert ranked[0]["founder"] == line[0]
+    rates = population.fit.metrics["learning_rate"].values
+    expected = [rates[line[update], update] for update in range(12)]
+    schedule = population.schedule()
+    followed = [[row for row in schedule if row["from_update"] <= update + 1][-1] for update in range(12)]
+    np.testing.assert_allclose([row["learning_rate"] for row in followed], expected, rtol=1e-6)
+    assert population.best() == {"learning_rate": ranked[0]["learning_rate"]}
+
+
+def test_a_population_resumes_in_its_folder_to_the_bit(population_plan, population, tmp_path, monkeypatch):
+    with pytest.raises(pjp.Interrupted) as error, monkeypatch.context() as patch:
+        patch.setattr(fit_module, "chunks", interrupted(fit_module.chunks))
+        population_search(population_plan, tmp_path, progress=False)
+    assert 0 < error.value.result.parents.shape[1] < 12
+    resumed = population_search(population_plan, tmp_path, progress=False)
+    np.testing.assert_array_equal(resumed.parents, population.parents)
+    assert str(resumed.ranked()) == str(population.ranked())  # nan is not nan
+
+
+@pytest.mark.parametrize(
+    "sweep, options, words",
+    [
+        (lambda: make_sweep(RATES, num_envs=[2, 4]), {}, "num_envs differs between members"),
+        (lambda: make_sweep(RATES), {"explore": {"num_envs": (2, 4)}}, "'num_envs', which is not a hyperparameter"),
+        (lambda: make_sweep(RATES), {"every": 46}, "every=46 must be at most 45, the updates of the run"),
+        (lambda: make_sweep([1e-3], num_seeds=2), {}, "of 2 runs rounds down to 0 runs to replace"),
+        (lambda: pjp.Sweep("probe", config=SMALL, hyperparams=pjp.Hyperparams()), {}, "explore={} must name one"),
+    ],
+)
+def test_a_population_that_cannot_be_is_refused(sweep, options, words):
+    with pytest.raises(ValueError, match=words):
+        population_search(sweep(), make=make_probe, **options)
+
+
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        ({"learning_rate": 1e-3, "num_envs": 16, "widths": (32, 16)}, ["--widths 32 16", "--num-updates 292"]),
+        (
+            {"clip_value_loss": False, "normalize_observation": True, "target_kl": float("inf")},
+            ["--no-clip-value-loss"],
+        ),
+        ({"extra.beta": 0.25, "discount": 0.5, "loss": "losses:mine"}, ["--extra beta 0.25", "--loss losses:mine"]),
+    ],
+)
+def test_the_command_of_the_best_setting_trains_with_it(setting, words):
+    sweep = pjp.Sweep("CartPole-v1")
+    command = train_command(sweep, setting)
+    program, subcommand, *arguments = shlex.split(command)
+    assert (program, subcommand) == ("purejaxppo", "train") and all(word in command for word in words)
+    options = parse(TrainOptions, "train", arguments)
+    assert options.config == sweep.config_of(setting) and options.hyperparams == sweep.hyperparams_of(setting)
+    assert "env.gravity=9" in train_command(sweep, {"env.gravity": 9}).split()

@@ -176,9 +176,15 @@ def _pbt(options: SearchOptions) -> Method:
 
 
 def _optuna(options: SearchOptions) -> Method:
+    try:
+        import optuna
+    except ImportError:
+        raise ValueError("method=optuna needs the package optuna (pip install optuna)") from None
+
     from purejaxppo.experiment.report.search_plots import plot_trials
     from purejaxppo.experiment.sweeps.optuna_search import best_setting, optuna_search, plan_trials, rank_trials
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     space = read_space(options)
     sweep, size = _sweep(options), min(options.batch_size or 8, options.num_samples)
     search = {"num_trials": options.num_samples, "batch_size": size, "num_seeds": sweep.num_seeds, "seed": sweep.seed}

@@ -17,7 +17,7 @@ from purejaxppo.text import quote
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised by `fit`, `run_sweep`, `successive_halving` and `optuna_search` after Ctrl-C or SIGTERM.
+    """Raised after Ctrl-C or SIGTERM by `fit`, `run_sweep` and the searches.
 
     They finish the current chunk and keep everything first. So a loop over them ends too, and nothing is lost.
     """
@@ -106,10 +106,12 @@ def newest(values: np.ndarray, before: Any) -> np.ndarray:
     return before
 
 
-def show_means(latest: Mapping[str, Any]) -> str:
-    """The newest numbers of runs as text for a progress bar: their means."""
-    means = {name: np.nanmean(x) for name, x in latest.items() if not np.isnan(x).all()}
-    return "  ".join(f"{name.removeprefix('episode_')} {mean:.4g}" for name, mean in means.items())
+def show_newest(latest: Mapping[str, Any]) -> str:
+    """The newest numbers of runs as text for a progress bar: their means, and the return of the best of several."""
+    known = {name: x for name, x in latest.items() if not np.isnan(x).all()}
+    returns = known.get("episode_return", np.nan)
+    best = [f"best {np.nanmax(returns):.4g}"] if np.size(returns) > 1 else []
+    return "  ".join([f"{name.removeprefix('episode_')} {np.nanmean(x):.4g}" for name, x in known.items()] + best)
 
 
 def warn(sentence: str):

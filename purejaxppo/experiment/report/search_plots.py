@@ -1,5 +1,6 @@
 """Plots of searches: rungs of halving, lineage and schedule of a population, trials of an Optuna study."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from purejaxppo.experiment.report.curve import COLORS, tidy
 from purejaxppo.text import count, in_words, show_setting
 
 WINNER, OTHERS = COLORS[3], "0.6"
+THIN = {"color": OTHERS, "linewidth": 0.6, "alpha": 0.6}
 MAX_COLUMNS = 300  # of a lineage; more cannot be seen
 
 
@@ -32,7 +34,7 @@ def plot_rungs(
     figure, ax = plt.subplots(figsize=(6.4, 4), layout="constrained")
     reached, places = (~np.isnan(scores)).sum(1), np.arange(len(steps))
     last = np.array([row[max(n - 1, 0)] for row, n in zip(scores, reached)])
-    order = np.lexsort((np.nan_to_num(last, nan=-np.inf, neginf=-np.inf), reached))
+    order = np.lexsort((-np.arange(len(last)), np.nan_to_num(last, nan=-np.inf, neginf=-np.inf), reached))
     best = order[-1]
     for setting in order:
         shown = np.where(np.isfinite(scores[setting]), scores[setting], np.nan)
@@ -62,7 +64,7 @@ def plot_lineage(
 ) -> Figure:
     """Draws a population over time: a lane for every member, coloured by its return, and an arrow for every copy.
 
-    The line of the winner, back to where it began, is orange.
+    The line of the winner, back to where it began, is orange. Where no episode ended, the colour is that before.
 
     Args:
         parents: [R, U] the member from which each continues after each update.
@@ -74,18 +76,14 @@ def plot_lineage(
     num_members = len(parents)
     figure, ax = plt.subplots(figsize=(8, 1.6 + 0.28 * min(num_members, 32)), layout="constrained")
     edges, means = _in_columns(returns, steps)
-    image = ax.pcolormesh(edges, np.arange(num_members + 1) - 0.5, means, cmap="YlGnBu", alpha=0.85, linewidth=0)
-    for child, update in zip(*np.nonzero(parents != np.arange(num_members)[:, None])):
-        parent = parents[child, update]
-        arrow = {
-            "arrowstyle": "-|>",
-            "color": "0.25",
-            "linewidth": 0.8,
-            "shrinkA": 0,
-            "shrinkB": 0,
-            "mutation_scale": 7,
-        }
-        ax.annotate("", (steps[update], child), (steps[update], parent), arrowprops=arrow)
+    lanes = np.arange(num_members + 1) - 0.5
+    image = ax.pcolormesh(edges, lanes, _held(means), cmap="YlGnBu", alpha=0.7, linewidth=0)
+    child, update = np.nonzero(parents != np.arange(num_members)[:, None])
+    parent, at = parents[child, update], steps[update] + _beside(update, steps)
+    ax.vlines(at, parent, child, color="black", linewidth=0.8)
+    ax.plot(at, parent, "o", color="black", markersize=2.5)
+    for marker, chosen in (("v", child > parent), ("^", child < parent)):  # the axis points down
+        ax.plot(at[chosen], child[chosen], marker, color="black", markersize=5)
     ax.plot([0, *np.repeat(steps[:-1], 2), steps[-1]], np.repeat(line, 2), color=WINNER, linewidth=2.5, zorder=3)
     ax.set(xlabel="environment steps of a member", ylabel="member", title=title, ylim=(num_members - 0.5, -0.5))
     ax.yaxis.set_major_locator(MaxNLocator(min(num_members, 16), integer=True))
@@ -114,8 +112,9 @@ def plot_schedule(
     edges, means = _in_columns(returns, steps)
     _, mine = _in_columns(returns[line, np.arange(len(line))][None], steps)
     top, *others = axes[:, 0]
-    top.plot(edges[1:], means.T, color=OTHERS, linewidth=0.6, alpha=0.6)
-    top.plot(edges[1:], mine[0], color=WINNER, linewidth=2)
+    for row, style in ((mine[0], {"color": WINNER, "linewidth": 2, "zorder": 3}), *((row, THIN) for row in means)):
+        known = ~np.isnan(row)
+        top.plot(edges[1:][known], row[known], **style)
     top.set_ylabel("episode return")
     for ax, (name, x) in zip(others, values.items()):
         _draw_field(ax, x, steps, line)
@@ -135,31 +134,39 @@ def plot_trials(study: Any, title: str = "") -> dict[str, Figure]:
 
     Returns nothing for a study without a score.
     """
+    from optuna.exceptions import ExperimentalWarning
     from optuna.visualization import matplotlib as plots
 
     done = [trial for trial in study.trials if trial.value is not None]
     varied = {name for name in done[0].params if len({t.params[name] for t in done}) > 1} if done else set()
     figures = {}
-    with plt.rc_context():  # Optuna sets a style for the whole process
+    with plt.rc_context(), warnings.catch_warnings():  # Optuna sets a style for the whole process
+        warnings.simplefilter("ignore", ExperimentalWarning)
         if done:
-            figures["history"] = _figure(plots.plot_optimization_history(study, target_name="score"))
+            figures["history"] = _figure(plots.plot_optimization_history(study, target_name="score"), title)
         if varied:
-            figures["slices"] = _figure(plots.plot_slice(study, params=sorted(varied), target_name="score"))
+            figures["slices"] = _figure(plots.plot_slice(study, params=sorted(varied), target_name="score"), title)
         if len(varied) > 1 and len(done) > 3:
             found = plots.plot_param_importances(study, params=sorted(varied), target_name="score")
-            figures["importances"] = _figure(found)
+            figures["importances"] = _figure(found, title)
     return figures
 
 
-def _figure(axes: Any) -> Figure:
-    figure = np.ravel(axes)[0].figure
+def _figure(axes: Any, title: str) -> Figure:
+    """The figure of axes that Optuna drew, under our title."""
+    axes = np.ravel(axes)
+    figure = axes[0].figure
     figure.set_layout_engine("constrained")
+    for ax in axes:
+        ax.set_title("", loc="left")
+        ax.set_title("")
+    figure.suptitle(title)
     return figure
 
 
 def _draw_field(ax: Axes, values: np.ndarray, steps: np.ndarray, line: np.ndarray):
     """The values [R, U] of one field, with a logarithmic axis if they are positive and span a factor of five."""
-    ax.step(steps, values.T, color=OTHERS, linewidth=0.6, alpha=0.6)
+    ax.step(steps, values.T, **THIN)
     ax.step(steps, values[line, np.arange(len(line))], color=WINNER, linewidth=2)
     known = values[np.isfinite(values)]
     if known.size and known.min() > 0 and known.max() > 5 * known.min():
@@ -172,3 +179,17 @@ def _in_columns(returns: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.
     known = ~np.isnan(returns)
     total, number = (np.stack([x[:, span].sum(1) for span in spans], 1) for x in (np.where(known, returns, 0), known))
     return np.array([0, *(steps[span[-1]] for span in spans)]), np.where(number, total / np.maximum(number, 1), np.nan)
+
+
+def _held(means: np.ndarray) -> np.ndarray:
+    """Means [R, C] with the one before in place of those that are nan."""
+    known = np.where(np.isnan(means), 0, np.arange(means.shape[1]))
+    return np.take_along_axis(means, np.maximum.accumulate(known, axis=1), axis=1)
+
+
+def _beside(updates: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """How far copies [C], by their updates, are drawn beside each other, so that those of one update do not overlap."""
+    known, number = np.unique(updates, return_counts=True)
+    gaps = np.diff(steps[known], append=steps[-1] + 0.02 * steps[-1])
+    width = min(0.01 * steps[-1], 0.8 * gaps.min(initial=np.inf) / number.max(initial=1))
+    return width * np.array([(updates[:i] == update).sum() for i, update in enumerate(updates)], float)

@@ -24,7 +24,7 @@ from purejaxppo.experiment.loop import (
     end,
     newest,
     noted_interrupt,
-    show_means,
+    show_newest,
     step_bar,
     warn,
 )
@@ -290,7 +290,7 @@ def _train(
             for sink in sinks:
                 sink(labelled.drop_vars([UPDATE, METRIC]))
             latest = {n: newest(metrics[n], before) if n in metrics else before for n, before in latest.items()}
-            bar.set_postfix_str(show_means(latest), refresh=False)
+            bar.set_postfix_str(show_newest(latest), refresh=False)
             bar.update(labelled.sizes["updates"] * journal.steps_per_update)
             if interrupt.is_set():
                 break

@@ -144,7 +144,9 @@ def read_newest_settings(folder: Path) -> RunSettings:
 
 
 def read_launch(settings: RunSettings, folder: str | Path) -> Launch:
-    """How a run was started. Raises ValueError if it was started in Python, or if its settings are damaged."""
+    """How a run was started. Raises ValueError if a call or a search started it, or if its settings are damaged."""
+    if "search" in settings.notes:
+        raise ValueError(f"the run in {folder} belongs to a search: repeat the command or the call that started it")
     if "launch" not in settings.notes:
         raise ValueError(f"the run in {folder} was started in Python: call fit(..., folder=...) again to continue it")
     try:

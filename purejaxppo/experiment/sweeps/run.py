@@ -27,7 +27,7 @@ from purejaxppo.experiment.loop import (
     end,
     newest,
     noted_interrupt,
-    show_means,
+    show_newest,
     step_bar,
     warn,
 )
@@ -233,7 +233,7 @@ class Session:
                 if RETURN in new:
                     self.returns[wave[0].name] = latest = newest(new[RETURN][rows], latest)
                     returns = np.concatenate(list(self.returns.values()))
-                    self.bar.set_postfix_str(show_means({RETURN: returns}), refresh=False)
+                    self.bar.set_postfix_str(show_newest({RETURN: returns}), refresh=False)
                 self.bar.update(steps)
             if done == config.num_updates or self.interrupt.is_set():
                 break

@@ -1,0 +1,123 @@
+"""`purejaxppo search`, in this process but for kills."""
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+from purejaxppo.cli.main import main
+
+pytestmark = pytest.mark.full
+
+TINY = "--num-envs 4 --num-steps 16 --num-minibatches 2 --num-epochs 1 --widths 8".split()
+RATE = ["--sample", "learning_rate=log_uniform:1e-4:1e-2"]
+HALVING = [*RATE, "--num-samples", "4", "--num-seeds", "2", "--num-rungs", "2", "--eta", "2", "--num-updates", "6"]
+PBT = [*RATE, "--method", "pbt", "--num-samples", "4", "--every", "2", "--num-updates", "6"]
+OPTUNA = [*RATE, "--method", "optuna", "--grid", "clip=0.1,0.2", "--num-samples", "4", "--batch-size", "2"]
+OPTUNA += ["--num-seeds", "1", "--num-updates", "6"]
+
+
+def run(capsys, *arguments):
+    """Exit status, standard output and standard error of a command."""
+    try:
+        status = main(list(arguments))
+    except SystemExit as stop:
+        status = stop.code
+    return status, *capsys.readouterr()
+
+
+def ranking(printed):
+    """The lines of a command from the ranking to the best setting."""
+    lines = printed.splitlines()
+    (first,) = (i for i, line in enumerate(lines) if line.split()[-1:] == ["score"])
+    return lines[first : lines.index("the best setting trains with") + 2]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Every program compiles once."""
+    jax.config.update("jax_enable_compilation_cache", True)
+    yield ["--compile-cache", str(tmp_path_factory.mktemp("programs"))]
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
+@pytest.mark.parametrize(
+    "flags, plan, files",
+    [
+        (HALVING, "halving of 4 settings x 2 seeds, one in 2 reaches the next rung", {"slices", "rungs.png"}),
+        (PBT, "a population of 4 members x 384 steps", {"checkpoints", "metrics.nc", "lineage.png", "schedule.png"}),
+        (OPTUNA, "4 trials in 2 batches of 2", {"study.db", "batches", "history.png", "slices.png", "importances.png"}),
+    ],
+    ids=["halving", "pbt", "optuna"],
+)
+def test_a_search_is_planned_run_ranked_and_drawn_and_repeats_nothing(flags, plan, files, cache, tmp_path, capsys):
+    if "optuna" in flags:
+        pytest.importorskip("optuna")
+    folder = tmp_path / "search"
+    command = ["search", "CartPole-v1", *TINY, *flags, *cache, "--out", str(folder)]
+    status, printed, _ = run(capsys, *command, "--dry-run")
+    assert status == 0 and plan in printed and "memory of a" in printed and not folder.exists()
+    status, printed, _ = run(capsys, *command)
+    assert status == 0 and files | {"best.json"} <= {path.name for path in folder.iterdir()}
+    best = json.loads((folder / "best.json").read_text())
+    assert printed.splitlines()[-2].strip() == best["command"]
+    assert shlex.split(best["command"])[:3] == ["purejaxppo", "train", "CartPole-v1"]
+    assert best["method"] in (*flags, "halving") and 1e-4 < best["setting"]["learning_rate"] < 1e-2
+    assert best["score"] == pytest.approx(float(ranking(printed)[1].split()[-1]), rel=1e-4)
+    stored = {path: path.stat().st_mtime_ns for pattern in ("*.npz", "state") for path in folder.rglob(pattern)}
+    status, again, _ = run(capsys, *command)
+    assert status == 0 and ranking(again) == ranking(printed)
+    assert all(path.stat().st_mtime_ns == changed for path, changed in stored.items()) and stored
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([], "nothing is swept"),
+        (["--method", "optuna"], "--num-samples=0 and --sample go together"),
+        (["--method", "optuna", *RATE], "--num-samples=0 and --sample go together"),
+        (["--method", "optuna", "--num-samples", "4"], "--num-samples=4 and --sample go together"),
+        (["--method", "optuna", "--num-rungs", "3"], "--num-rungs=3 belongs to --method halving, not to optuna"),
+        (["--every", "3"], "--every=3 belongs to --method pbt, not to halving"),
+        (["--batch-size", "0"], "--batch-size=0 must be at least 1"),
+        ([*RATE, *RATE, "--num-samples", "4"], "names a field twice"),
+        ([*RATE, "--num-samples", "4"], "--num-rungs=4 needs eta^(num_rungs - 1) = 27 settings"),
+        (["--grid", "num_envs=4,8", "--num-rungs", "2", "--eta", "2"], "the settings need 2 programs"),
+        (["--method", "pbt", "--grid", "num_envs=4,8,16,32"], "num_envs differs between members"),
+        (["--method", "pbt", "--grid", "clip=0.1,0.2"], "try 4 runs, or"),
+        (["--method", "pbt", "--grid", "clip=.1,.2,.3,.4", "--fraction", "0.9"], "--fraction=0.9 must be a number"),
+        (["--methd", "pbt"], "did you mean --method?"),
+    ],
+)
+def test_a_search_that_cannot_be_is_one_sentence_and_status_two(flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    status, _, error = run(capsys, "search", "CartPole-v1", *flags)
+    assert status == 2 and words in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_search_whose_settings_all_fail_says_so(cache, tmp_path, capsys):
+    flags = "--grid learning_rate=1e30,1e29 --num-seeds 1 --num-rungs 2 --eta 2 --num-updates 4".split()
+    status, printed, errors = run(capsys, "search", "CartPole-v1", *TINY, *flags, *cache, "--out", str(tmp_path / "x"))
+    assert status == 4 and "turned nan" in errors and printed.count("none") == 2
+    assert not (tmp_path / "x" / "best.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [HALVING, PBT, OPTUNA], ids=["halving", "pbt", "optuna"])
+def test_a_search_that_is_killed_again_and_again_comes_to_the_result_of_one_that_is_not(flags, tmp_path):
+    flags = [*TINY, *flags[:-1], "3000"]
+    command = [sys.executable, "-W", "ignore", "-m", "purejaxppo", "search", "CartPole-v1", *flags, "--out"]
+    whole = subprocess.run([*command, str(tmp_path / "whole")], capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    for seconds in (4, 6, 8, 10):
+        with subprocess.Popen([*command, str(tmp_path / "cut")], stdout=subprocess.DEVNULL) as process:
+            time.sleep(seconds)
+            process.kill()
+    done = subprocess.run([*command, str(tmp_path / "cut")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ranking(done.stdout) == ranking(whole.stdout)
