@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from purejaxppo.batched import batched
+from purejaxppo.batched import AXIS, batched
 from purejaxppo.checks import check_whole
 from purejaxppo.config import Hyperparams, spec_of, suggest
 from purejaxppo.ppo import PPO, TrainState, replace_step
@@ -47,6 +48,7 @@ def evolving(
     explore: str | Sequence[str] | Mapping[str, tuple[float, float]] = ("learning_rate", "entropy_coefficient"),
     fraction: float = 0.25,
     factors: Sequence[float] = (0.8, 1.25),
+    devices: int | Sequence[Any] | None = None,
 ) -> PPO:
     """The same PPO over R runs that evolve after every `every` updates: again a PPO, whose state is a `Population`.
 
@@ -71,19 +73,24 @@ def evolving(
         explore: hyperparameters to change, by name, or with their ranges as {name: (lowest, highest)}.
         fraction: of the runs, at most replaced by one evolution, in (0, 0.5].
         factors: positive numbers, one of which multiplies an explored hyperparameter.
+        devices: distributes the runs, as in `batched`; only copies pass between devices.
 
     Raises:
         ValueError: before anything compiles.
     """
     check_type("ppo", ppo, PPO, "as make_ppo returns it")
     if ppo.many:
-        raise ValueError("evolving takes the PPO of one run, and this one is batched already (leave out batched)")
+        raise ValueError(
+            "evolving takes the PPO of one run, and this one is batched already (leave out batched, and pass its "
+            "devices= to evolving)"
+        )
     check_whole("every", every)
     ranges = explored_ranges(explore, factors)
     _check_fraction(fraction)
     if "target_kl" in ranges and not ppo.config.stop_on_kl:
         raise ValueError("explore names 'target_kl', which has no effect while stop_on_kl=False (set it to True)")
-    many = batched(ppo)
+    many = batched(ppo, devices)
+    place = partial(_place, None if devices is None else many.mesh)
     freeze = many.freeze
     assert freeze is not None
     select = partial(evolve, explore=explore, fraction=fraction, factors=factors)
@@ -94,12 +101,13 @@ def evolving(
         num_replaced(fraction, key.size)
         check_hyperparams(hyperparams, key.size)
         _check_plain(hyperparams, ranges)
-        return Population(
+        population = Population(
             runs=many.init(key, hyperparams, env_params),
             key=jax.random.fold_in(key[0], 2**32 - 1),  # differs from the keys that the run splits from it
             fitness=jnp.full(key.shape, -jnp.inf, jnp.float32),  # not nan, which stops a program under jax_debug_nans
             num_episodes=jnp.zeros(key.shape, jnp.int32),
         )
+        return place(population)
 
     @wraps(many.collect)
     def collect(state: Population):
@@ -132,10 +140,20 @@ def evolving(
         runs, parent = select(evolve_key, runs, jnp.where(due & ~frozen, fitness, -jnp.inf))
         fitness = fitness[parent]  # a copy has the fitness of its parent until its own episodes end
         num_episodes = jnp.where(due, 0, num_episodes)
-        return Population(runs=runs, key=key, fitness=fitness, num_episodes=num_episodes), metrics | {"parent": parent}
+        population = Population(runs=runs, key=key, fitness=fitness, num_episodes=num_episodes)
+        return place(population), metrics | {"parent": parent}
 
     changes = (*many.changes, partial(evolving, every=every, explore=explore, fraction=fraction, factors=factors))
     return replace_step(many, step)._replace(init=init, collect=collect, learn=learn, freeze=None, changes=changes)
+
+
+def _place(mesh: Mesh | None, population: Population) -> Population:
+    """The population with all that has an axis R distributed across a mesh, as each step leaves it."""
+    if mesh is None:
+        return population
+    share = NamedSharding(mesh, PartitionSpec(AXIS))
+    where = jax.tree.map(lambda _: share, population).replace(key=NamedSharding(mesh, PartitionSpec()))
+    return jax.lax.with_sharding_constraint(population, where)
 
 
 def count_episodes(state: Population, metrics: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:

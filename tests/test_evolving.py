@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -333,3 +336,36 @@ def test_a_run_without_fitness_is_no_nan_under_debug_nans(key):
 def test_a_schedule_is_not_explored(ppo, key):
     with pytest.raises(ValueError, match="learning_rate is a schedule"):
         evolving(ppo, every=1).init(jax.random.split(key, 4), Hyperparams(learning_rate=pjp.linear(1e-3, 0.0)))
+
+
+@pytest.mark.slow
+def test_a_population_on_two_devices_evolves_as_on_one():
+    program = """if True:
+        import jax, numpy as np
+        import purejaxppo as pjp
+        config = pjp.Config(num_envs=4, num_steps=32, num_updates=8, num_minibatches=2, widths=(8,))
+        ppo = pjp.make_ppo("CartPole-v1", config)
+        hyperparams = pjp.Hyperparams(learning_rate=np.array([1e-5, 1e-4, 1e-3, 1e-2], np.float32))
+        found = []
+        for devices in (None, 2):
+            many = pjp.evolving(ppo, every=2, devices=devices)
+            state = jax.jit(many.init)(jax.random.split(jax.random.key(0), 4), hyperparams)
+            fitted = pjp.fit(many, state, updates_per_chunk=3, num_updates=5, progress=False)
+            fitted = pjp.fit(many, fitted.state, updates_per_chunk=3, progress=False)
+            found.append((fitted.metrics, fitted.state))
+            print(len(fitted.state.num_updates.devices()))
+        (one, _), (two, _) = found
+        np.testing.assert_array_equal(one["parent"], two["parent"])
+        np.testing.assert_allclose(one["loss"], two["loss"], rtol=1e-3)
+        assert (one["parent"] != np.arange(4)[:, None]).sum() > 1
+        try:
+            jax.jit(many.init)(jax.random.split(jax.random.key(0), 5))
+        except ValueError as error:
+            print(error)
+    """
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "1", "2", "5 runs must be a multiple of the 2 devices that share them (try 6)",
+    ]  # fmt: skip

@@ -272,7 +272,7 @@ def test_the_plan_of_a_population_says_its_evolutions_and_ranges(population_plan
     assert "8 members x 384 steps = 3,072 steps" in text
     assert "4 evolutions, one after every 3 updates, each of which replaces at most 2 members" in text
     assert population_plan.explore == {"learning_rate": (1e-6, 1e-2)}
-    assert len({tuple(key) for key in jax.random.key_data(population_plan.keys).tolist()}) == 8
+    assert len({tuple(key) for key in jax.random.key_data(population_plan.start().runs.key).tolist()}) == 8
 
 
 def test_the_winner_of_a_population_is_its_fittest_member_and_its_line_leads_back_to_its_founder(population):

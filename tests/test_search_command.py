@@ -1,5 +1,6 @@
 """`purejaxppo search`, in this process but for kills."""
 
+import contextlib
 import json
 import shlex
 import subprocess
@@ -90,6 +91,7 @@ def test_a_search_is_planned_run_ranked_and_drawn_and_repeats_nothing(flags, pla
         (["--method", "pbt", "--grid", "num_envs=4,8,16,32"], "num_envs differs between members"),
         (["--method", "pbt", "--grid", "clip=0.1,0.2"], "try 4 runs, or"),
         (["--method", "pbt", "--grid", "clip=.1,.2,.3,.4", "--fraction", "0.9"], "--fraction=0.9 must be a number"),
+        (["--save-every", "-1"], "--save-every=-1.0 must be a number of seconds"),
         (["--methd", "pbt"], "did you mean --method?"),
     ],
 )
@@ -110,14 +112,27 @@ def test_a_search_whose_settings_all_fail_says_so(cache, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [HALVING, PBT, OPTUNA], ids=["halving", "pbt", "optuna"])
 def test_a_search_that_is_killed_again_and_again_comes_to_the_result_of_one_that_is_not(flags, tmp_path):
-    flags = [*TINY, *flags[:-1], "3000"]
+    flags = [*TINY, *flags[:-1], "3000", "--save-every", "0"]
     command = [sys.executable, "-W", "ignore", "-m", "purejaxppo", "search", "CartPole-v1", *flags, "--out"]
     whole = subprocess.run([*command, str(tmp_path / "whole")], capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr
-    for seconds in (4, 6, 8, 10):
-        with subprocess.Popen([*command, str(tmp_path / "cut")], stdout=subprocess.DEVNULL) as process:
-            time.sleep(seconds)
+    cut, kept = tmp_path / "cut", []
+    for _ in range(3):
+        with subprocess.Popen([*command, str(cut)], stdout=subprocess.DEVNULL) as process:
+            while process.poll() is None and saves(cut) in (kept[-1:] or [frozenset()]):
+                time.sleep(0.01)
+            assert process.poll() is None
             process.kill()
-    done = subprocess.run([*command, str(tmp_path / "cut")], capture_output=True, text=True)
+        kept.append(saves(cut))
+    assert len({*kept}) == 3  # each call kept something, and the next one continued
+    done = subprocess.run([*command, str(cut)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert ranking(done.stdout) == ranking(whole.stdout)
+
+
+def saves(folder):
+    """The saved states in a folder, each with the time at which it was written."""
+    found = [*folder.rglob("slices/*.npz"), *folder.glob("checkpoints/" + "[0-9]" * 10)]
+    with contextlib.suppress(FileNotFoundError):  # replaced just now
+        return frozenset((path.name, path.stat().st_mtime_ns) for path in found)
+    return saves(folder)

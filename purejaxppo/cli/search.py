@@ -25,7 +25,7 @@ from purejaxppo.text import align
 # Flag -> the method that it belongs to.
 OWN = {
     "num_rungs": "halving", "eta": "halving", "num_places": "halving", "every": "pbt", "fraction": "pbt",
-    "batch_size": "optuna", "storage": "optuna",
+    "num_devices": "pbt", "batch_size": "optuna", "storage": "optuna",
 }  # fmt: skip
 DEFAULT_SEEDS = {"halving": 8, "pbt": 1, "optuna": 8}
 
@@ -42,6 +42,8 @@ class SearchOptions(SpaceOptions):
     """Settings to draw from the distributions in `sample`; with --method optuna the trials of the study."""
     num_seeds: int | None = None
     """Agents per setting; by default 8, with --method pbt 1. In pbt all are members of one population."""
+    save_every: float = 60.0
+    """Seconds between two saves of what is training; what is complete is saved at once."""
     num_rungs: int | None = None
     """halving: how often a setting is compared at most; 4 by default."""
     eta: int | None = None
@@ -52,6 +54,8 @@ class SearchOptions(SpaceOptions):
     """pbt: updates between two evolutions; a twentieth of the run by default."""
     fraction: float | None = None
     """pbt: of the agents, at most replaced by one evolution; 0.25 by default."""
+    num_devices: int | None = None
+    """pbt: devices, or CPU cores, that share the agents evenly; 1 by default."""
     batch_size: int | None = None
     """optuna: settings that train together; 8 by default."""
     storage: str | None = None
@@ -81,9 +85,11 @@ def search(arguments: list[str]) -> int:
     """Prints the plan, searches, prints a ranking and the best setting as a command, and leaves data and plots."""
     prepare_jax(arguments)
     options = parse(SearchOptions, "search", arguments)
-    counts = "num_seeds", "num_rungs", "num_places", "every", "batch_size"
+    counts = "num_seeds", "num_rungs", "num_places", "every", "num_devices", "batch_size"
     check_counts(options, *counts)
     check_counts(options, "seed", at_least=0)
+    if not options.save_every >= 0:
+        raise ValueError(f"save_every={options.save_every} must be a number of seconds, at least 0")
     for name, method in OWN.items():
         if getattr(options, name) is not None and options.method != method:
             raise ValueError(f"{name}={getattr(options, name)} belongs to --method {method}, not to {options.method}")
@@ -156,7 +162,7 @@ def _halving(options: SearchOptions) -> Method:
     plan = plan_halving(sweep, options.out, **own, allow_changed=options.allow_changed)
     return Method(
         plan,
-        run=lambda out: successive_halving(plan, out),
+        run=lambda out: successive_halving(plan, out, save_every=options.save_every),
         report=lambda found: Report(found.ranked(), found.best, found.plots, found.unsaved),
     )
 
@@ -164,11 +170,14 @@ def _halving(options: SearchOptions) -> Method:
 def _pbt(options: SearchOptions) -> Method:
     from purejaxppo.experiment.sweeps.population import plan_population, population_search
 
+    own = _own(options, "every", "fraction")
     ranges = {name: (min(x.values), max(x.values)) for name, x in read_distributions(options).items()}
-    plan = plan_population(_sweep(options, make_table(options)), explore=ranges, **_own(options, "every", "fraction"))
+    plan = plan_population(_sweep(options, make_table(options)), explore=ranges, devices=options.num_devices, **own)
     return Method(
         plan,
-        run=lambda out: population_search(plan, out, allow_changed=options.allow_changed),
+        run=lambda out: population_search(
+            plan, out, save_every=options.save_every, allow_changed=options.allow_changed
+        ),
         report=lambda found: Report(
             found.ranked(), found.best, found.plots, found.fit.unsaved, {"schedule": found.schedule()}
         ),
@@ -192,7 +201,9 @@ def _optuna(options: SearchOptions) -> Method:
     plan = plan_trials(sweep.env, space, **search)
     return Method(
         plan,
-        run=lambda out: optuna_search(sweep.env, space, folder=out, storage=options.storage, plan=plan, **search),
+        run=lambda out: optuna_search(
+            sweep.env, space, folder=out, storage=options.storage, plan=plan, save_every=options.save_every, **search
+        ),
         report=lambda study: Report(
             rank_trials(study), lambda: best_setting(study, space), lambda title: plot_trials(study, title)
         ),

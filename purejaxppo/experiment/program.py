@@ -271,5 +271,6 @@ def _placed_as(state, shapes):
 
 
 def _devices(state: Any) -> set:
-    """The devices that hold a state."""
-    return state.num_updates.devices() if isinstance(state.num_updates, jax.Array) else {jax.devices()[0]}
+    """The devices that hold a state, or for which its shapes are meant."""
+    sharding = getattr(state.num_updates, "sharding", None)
+    return sharding.device_set if sharding else {jax.devices()[0]}

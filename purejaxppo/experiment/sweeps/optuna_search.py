@@ -86,6 +86,7 @@ def optuna_search(
     name: str = "purejaxppo",
     sampler: Any = None,
     progress: bool = True,
+    save_every: float = 60.0,
     make: Callable = make_ppo,
     plan: SearchPlan | None = None,
     on_interrupt: Literal["raise", "return"] = "raise",
@@ -112,6 +113,7 @@ def optuna_search(
         sampler: Optuna's; by default TPE that accounts for running trials, with random numbers from the `seed` of the
             sweep and the number of the trial. So a study that continues, or that machines share, draws new settings.
         progress: whether to show a progress bar.
+        save_every: seconds between two saves of a batch that is training, see `run_sweep`.
         make: `make(env, config)` makes the PPO of a group.
         plan: of `plan_trials` for the same search, whose programs are then used.
         on_interrupt: what the call does after an interrupt: "raise" or "return".
@@ -130,7 +132,7 @@ def optuna_search(
         folder = None if folder is None else Path(folder)
         study = _open_study(folder, storage, name, sampler or _sampler(shared.get("seed", 0)))
         _check_same(study, Sweep(env, Table(), num_seeds, **shared))
-        batches = _Batches(study, space, batch_size, folder, make, plan.batch if plan else None)
+        batches = _Batches(study, space, batch_size, folder, save_every, make, plan.batch if plan else None)
         interrupted = False
         with tqdm(
             total=num_trials, initial=_num_finished(study), unit=" trials", disable=None if progress else True
@@ -172,10 +174,11 @@ class _Batches:
         space: Mapping[str, Distribution],
         batch_size: int,
         folder: Path | None,
+        save_every: float,
         make: Callable,
         plan: Plan | None,
     ):
-        self.study, self.space, self.batch_size = study, space, batch_size
+        self.study, self.space, self.batch_size, self.save_every = study, space, batch_size, save_every
         self.folder, self.make, self.plan = folder and folder / "batches", make, plan
         self.distributions: dict[str, Any] = {field: _to_optuna(distribution) for field, distribution in space.items()}
 
@@ -192,7 +195,7 @@ class _Batches:
                 plan = self.plan = plan_sweep(sweep, make=self.make)
             else:
                 plan = replace(self.plan, sweep=sweep)  # a batch of the same shape: nothing compiles
-            scores = run_sweep(plan, path, progress=False).scores
+            scores = run_sweep(plan, path, save_every=self.save_every, progress=False).scores
             values = aggregate(filled(scores), num_resamples=0)["value"].values
             failed = scores.isnull().all("seed").values
             _tell(self.study, trials, [None if lost else float(value) for value, lost in zip(values, failed)])

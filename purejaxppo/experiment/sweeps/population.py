@@ -15,8 +15,8 @@ import numpy as np
 
 from purejaxppo.batched import batched, reported_failures, seed_keys
 from purejaxppo.checks import check_whole
-from purejaxppo.config import Hyperparams, spec_of
-from purejaxppo.evolving import evolving, num_replaced
+from purejaxppo.config import spec_of
+from purejaxppo.evolving import Population, evolving, num_replaced
 from purejaxppo.experiment.loop import Interrupted, check_on_interrupt
 from purejaxppo.experiment.memory import bytes_of, memory_of, show_memory
 from purejaxppo.experiment.program import Program, compile_training, first_state
@@ -44,18 +44,13 @@ class PopulationPlan:
     fraction: float
     ppo: PPO
     """Of the whole population, see `evolving`."""
-    hyperparams: Hyperparams
-    """At the start, [R]."""
-    env_params: Any
-    """[R, ...]"""
     program: Program
     memory: dict[str, int]
     """Bytes of one member, see `memory_of`."""
 
-    @property
-    def keys(self) -> jax.Array:
-        """The keys of the members, [R]: different ones, since copies go on with keys of their own."""
-        return seed_keys(jax.random.key(self.sweep.seed), jnp.arange(self.sweep.num_runs))
+    def start(self) -> Population:
+        """The population at the start. Its members have keys of their own: a copy goes on with its own."""
+        return _start(self.sweep, self.ppo, first_state)
 
     def __repr__(self) -> str:
         sweep, config = self.sweep, self.ppo.config
@@ -177,6 +172,7 @@ def plan_population(
     explore: Mapping[str, tuple[float, float]] | None = None,
     fraction: float = 0.25,
     factors: Sequence[float] = (0.8, 1.25),
+    devices: int | Sequence[Any] | None = None,
     make: Callable = make_ppo,
 ) -> PopulationPlan:
     """Compiles what `population_search` needs; see there for the arguments and errors."""
@@ -194,14 +190,24 @@ def plan_population(
     check_whole("every", every, at_most=num_updates, of="the updates of the run")
     num_replaced(fraction, sweep.num_runs)
     one = make_group(group, make)
-    ppo = evolving(one, every=every, explore=explore, fraction=fraction, factors=factors)
-    _, hyperparams, env_params = run_arguments(sweep, one, list(sweep.runs().values()))
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), sweep.num_runs))
-    state = jax.eval_shape(ppo.init, keys, hyperparams, env_params)
+    ppo = evolving(one, every=every, explore=explore, fraction=fraction, factors=factors, devices=devices)
+    state = jax.eval_shape(lambda: _start(sweep, ppo))
+    num_devices = 1 if ppo.mesh is None else ppo.mesh.size
+    if num_devices > 1:  # whose shapes alone do not say where they lie
+        state = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _start(sweep, ppo, first_state)
+        )
     with reported_failures():
         program = compile_training(ppo, state, -(-num_updates // 100))
-    memory = memory_of(batched(one), state.runs, bytes_of(program) // sweep.num_runs)
-    return PopulationPlan(sweep, explore, every, fraction, ppo, hyperparams, env_params, program, memory)
+    memory = memory_of(batched(one), state.runs, bytes_of(program) * num_devices // sweep.num_runs)
+    return PopulationPlan(sweep, explore, every, fraction, ppo, program, memory)
+
+
+def _start(sweep: Sweep, ppo: PPO, start: Callable | None = None) -> Population:
+    """The population of all runs of a sweep; `start` is called as `first_state`."""
+    _, hyperparams, env_params = run_arguments(sweep, ppo, list(sweep.runs().values()))
+    keys = seed_keys(jax.random.key(sweep.seed), jnp.arange(sweep.num_runs))
+    return start(ppo, keys, hyperparams, env_params) if start else ppo.init(keys, hyperparams, env_params)
 
 
 def population_search(
@@ -212,6 +218,7 @@ def population_search(
     explore: Mapping[str, tuple[float, float]] | None = None,
     fraction: float | None = None,
     factors: Sequence[float] | None = None,
+    devices: int | Sequence[Any] | None = None,
     progress: bool = True,
     save_every: float = 60.0,
     make: Callable | None = None,
@@ -232,6 +239,7 @@ def population_search(
             default within their values.
         fraction: of the members, at most replaced by one evolution, in (0, 0.5]; by default 0.25.
         factors: positive numbers, one of which multiplies an explored hyperparameter; by default 0.8 and 1.25.
+        devices: devices, or their number, that share the members evenly; by default one.
         progress: whether to show a progress bar.
         save_every: seconds between two checkpoints.
         make: `make(env, config)` makes the PPO of one member.
@@ -243,16 +251,22 @@ def population_search(
             something else.
     """
     check_on_interrupt(on_interrupt)
-    options = {"every": every, "explore": explore, "fraction": fraction, "factors": factors, "make": make}
+    options = {
+        "every": every,
+        "explore": explore,
+        "fraction": fraction,
+        "factors": factors,
+        "devices": devices,
+        "make": make,
+    }
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if isinstance(sweep, PopulationPlan) and given:
         raise ValueError(f"{min(given)} cannot be changed after planning (pass it to plan_population)")
     plan = sweep if isinstance(sweep, PopulationPlan) else plan_population(sweep, **given)
-    state = first_state(plan.ppo, plan.keys, plan.hyperparams, plan.env_params)
     try:
         found = fit(
             plan.ppo,
-            state,
+            plan.start(),
             program=plan.program,
             folder=folder,
             progress=progress,
