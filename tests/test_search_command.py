@@ -91,6 +91,7 @@ def test_a_search_is_planned_run_ranked_and_drawn_and_repeats_nothing(flags, pla
         (["--method", "pbt", "--grid", "num_envs=4,8,16,32"], "num_envs differs between members"),
         (["--method", "pbt", "--grid", "clip=0.1,0.2"], "try 4 runs, or"),
         (["--method", "pbt", "--grid", "clip=.1,.2,.3,.4", "--fraction", "0.9"], "--fraction=0.9 must be a number"),
+        (["--method", "pbt", "--grid", "clip=.1,.2", "--num-devices", "999"], "--num-devices=999 must be at most"),
         (["--save-every", "-1"], "--save-every=-1.0 must be a number of seconds"),
         (["--methd", "pbt"], "did you mean --method?"),
     ],

@@ -9,6 +9,7 @@ from purejaxppo.cli.options import (
     ALL_FAILED,
     NOT_SAVED,
     check_counts,
+    check_num_devices,
     complete,
     draw_without_screen,
     keep_programs,
@@ -170,6 +171,7 @@ def _halving(options: SearchOptions) -> Method:
 def _pbt(options: SearchOptions) -> Method:
     from purejaxppo.experiment.sweeps.population import plan_population, population_search
 
+    check_num_devices(options.num_devices)
     own = _own(options, "every", "fraction")
     ranges = {name: (min(x.values), max(x.values)) for name, x in read_distributions(options).items()}
     plan = plan_population(_sweep(options, make_table(options)), explore=ranges, devices=options.num_devices, **own)
