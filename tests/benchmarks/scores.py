@@ -41,7 +41,7 @@ def main():
     options = parser.parse_args()
     kept = json.loads(options.out.read_text()) if options.out.exists() else {}
     for env in options.only:
-        if options.again or env not in kept or kept[env]["settings"] != settings_of(env):
+        if options.again or env not in kept or kept[env].get("settings") != settings_of(env):
             kept[env] = score(env, options.num_seeds)
             options.out.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
             print(describe(env, kept[env]), flush=True)
