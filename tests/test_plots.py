@@ -331,7 +331,7 @@ def test_a_schedule_is_that_of_the_line_of_the_winner():
 
 
 @pytest.mark.full
-def test_a_study_is_drawn_by_optuna_without_its_style():
+def test_a_study_is_drawn_by_optuna_without_its_style(tmp_path):
     optuna = pytest.importorskip("optuna")
     before = dict(matplotlib.rcParams)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0))
@@ -340,3 +340,7 @@ def test_a_study_is_drawn_by_optuna_without_its_style():
     figures = plot_trials(study, "CartPole-v1")
     assert list(figures) == ["history", "slices", "importances"] and dict(matplotlib.rcParams) == before
     assert all(heading_of(figure) == "CartPole-v1" for figure in figures.values())
+    single = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0))
+    single.optimize(lambda trial: trial.suggest_float("clip", 0, 1), n_trials=4)
+    for name, figure in (figures | plot_trials(single)).items():
+        figure.savefig(tmp_path / f"{name}.png")

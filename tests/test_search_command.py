@@ -19,7 +19,7 @@ RATE = ["--sample", "learning_rate=log_uniform:1e-4:1e-2"]
 HALVING = [*RATE, "--num-samples", "4", "--num-seeds", "2", "--num-rungs", "2", "--eta", "2", "--num-updates", "6"]
 PBT = [*RATE, "--method", "pbt", "--num-samples", "4", "--every", "2", "--num-updates", "6"]
 OPTUNA = [*RATE, "--method", "optuna", "--grid", "clip=0.1,0.2", "--num-samples", "4", "--batch-size", "2"]
-OPTUNA += ["--num-seeds", "1", "--num-updates", "6"]
+OPTUNA += ["--loss", "purejaxppo:ppo_loss", "--num-seeds", "1", "--num-updates", "6"]
 
 
 def run(capsys, *arguments):

@@ -124,15 +124,14 @@ def _finish(options: SearchOptions, report: Report, out: Path, interrupted: bool
     scored = [row for row in report.ranked if row["score"] == row["score"]]
     rows = scored + [row | {"score": "none"} for row in report.ranked[len(scored) :]]
     say(*(align(rows, 20).split("\n") if rows else ["no setting is trained yet"]))
-    figures = report.plots(options.env)
-    for name, figure in figures.items():
-        replace_file(out / f"{name}.png", lambda half, figure=figure: figure.savefig(half, dpi=150, format="png"))
-    saved = [f"{name}.png" for name in figures]
     if scored:
         sweep, setting = _sweep(options), report.best()
         save_best(out, sweep, setting, scored[0]["score"], method=options.method, **report.more)
-        saved.append(BEST)
         say("the best setting trains with", f"  {train_command(sweep, setting)}")
+    figures = report.plots(options.env)
+    for name, figure in figures.items():
+        replace_file(out / f"{name}.png", lambda half, figure=figure: figure.savefig(half, dpi=150, format="png"))
+    saved = [*[BEST] * bool(scored), *(f"{name}.png" for name in figures)]
     say(f"  {'not all ' * bool(report.unsaved)}saved in {out}: {', '.join(saved) or 'what is trained'}")
     if interrupted:
         say(f"interrupted: the same command with --out {out} continues")

@@ -156,7 +156,8 @@ def _figure(axes: Any, title: str) -> Figure:
     """The figure of axes that Optuna drew, under our title."""
     axes = np.ravel(axes)
     figure = axes[0].figure
-    figure.set_layout_engine("constrained")
+    beside = len(axes) == 1 and len(figure.axes) == 2  # one panel and its colour bar, whose grid has no height
+    figure.set_layout_engine("tight" if beside else "constrained")
     for ax in axes:
         ax.set_title("", loc="left")
         ax.set_title("")

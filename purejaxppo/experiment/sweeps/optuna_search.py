@@ -25,7 +25,7 @@ from purejaxppo.experiment.sweeps.plan import Plan, plan_sweep
 from purejaxppo.experiment.sweeps.run import run_sweep
 from purejaxppo.experiment.sweeps.sweep import Sweep
 from purejaxppo.ppo import make_ppo
-from purejaxppo.table import Distribution, Table, paired, sample
+from purejaxppo.table import Distribution, Named, Table, paired, sample
 from purejaxppo.text import quote, show_setting, to_coordinate
 
 # Attributes of trials and of studies.
@@ -242,7 +242,7 @@ def _open_study(folder: Path | None, storage: str | None, name: str, sampler: An
 
 def _check_same(study: Any, sweep: Sweep):
     """Refuses a study whose trials train something else; a new one learns what is trained."""
-    now = sweep.shared() | {"num_seeds": sweep.num_seeds}
+    now = sweep.shared() | {"env": str(sweep.env), "num_seeds": sweep.num_seeds}
     before = study.user_attrs.get(SEARCH, now)
     differing = differing_fields(before, now)
     if differing:
@@ -319,7 +319,8 @@ def _to_optuna(distribution: Distribution):
 
     values = distribution.values
     if distribution.kind == "choice":
-        return distributions.CategoricalDistribution([to_coordinate(value) for value in values])
+        plain = [str(value) if isinstance(value, Named) else to_coordinate(value) for value in values]
+        return distributions.CategoricalDistribution(plain)
     if distribution.kind == "integers":
         return distributions.IntDistribution(*values)
     return distributions.FloatDistribution(*values, log=distribution.kind == "log_uniform")
