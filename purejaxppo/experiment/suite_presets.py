@@ -26,6 +26,7 @@ MINATAR = {"num_envs": 64, "num_steps": 128, "num_minibatches": 8, "widths": (12
 
 TRIED = {
     "brax/inverted_pendulum": Settings(300_000, PHYSICS, {"learning_rate": 1e-3, "entropy_coefficient": 0.0}),
+    "brax/reacher": Settings(1_000_000, PHYSICS, {"learning_rate": 1e-3, "discount": 0.95, "entropy_coefficient": 0.0}),
     "playground/CartpoleBalance": Settings(
         1_000_000, PHYSICS, {"learning_rate": 1e-3, "discount": 0.995, "entropy_coefficient": 0.0}
     ),
@@ -37,9 +38,13 @@ TRIED = {
         1_000_000, BOARD | {"scale_reward": True}, {"learning_rate": 1e-3, "discount": 0.997}
     ),
     "pgx/minatar-breakout": Settings(2_000_000, MINATAR, {"learning_rate": 1e-3}),
+    "craftax/Craftax-Classic-Symbolic-v1": Settings(
+        1_000_000,
+        {"num_envs": 64, "num_steps": 64, "num_minibatches": 8, "widths": (256, 256)},
+        {"learning_rate": 3e-4, "gae_lambda": 0.8, "max_grad_norm": 1.0},
+    ),
 }
 UNTRIED = {
-    "brax/reacher": Settings(1_000_000, PHYSICS, {"learning_rate": 1e-3, "discount": 0.95, "entropy_coefficient": 0.0}),
     "brax/hopper": Settings(1_000_000, PHYSICS, {"learning_rate": 5e-4, "entropy_coefficient": 0.0}),
     "brax/walker2d": Settings(1_000_000, PHYSICS, {"learning_rate": 5e-4, "entropy_coefficient": 0.0}),
     "brax/swimmer": Settings(1_000_000, PHYSICS, {"learning_rate": 5e-4, "entropy_coefficient": 0.0}),
@@ -49,11 +54,6 @@ UNTRIED = {
         5_000_000, GRID | {"num_envs": 64, "memory": "gru", "segment_length": 64}, {"learning_rate": 1e-3}
     ),
     "pgx/minatar-asterix": Settings(3_000_000, MINATAR, {"learning_rate": 1e-3}),
-    "craftax/Craftax-Classic-Symbolic-v1": Settings(
-        1_000_000,
-        {"num_envs": 64, "num_steps": 64, "num_minibatches": 8, "widths": (256, 256)},
-        {"learning_rate": 3e-4, "gae_lambda": 0.8, "max_grad_norm": 1.0},
-    ),
 }
 
 # google/brax, notebooks/training.ipynb: batches of trajectories of 5 to 50 steps, here one rollout of as many steps.

@@ -59,7 +59,7 @@ WORKS = {
     "seeds-512": replace(NARROW, num_seeds=512, total_steps=4_096),
     "pixels-mlp": replace(PIXELS, total_steps=500_000),
     "pixels-cnn": replace(PIXELS, total_steps=100_000, encoder="cnn"),
-    "recurrent": Work(recurrent=True, total_steps=250_000),
+    "recurrent": Work(recurrent=True, total_steps=50_000),
     "continuous": Work(env="Pendulum-v1", num_envs=32, num_steps=64, normalize=True),
     "long-1M": replace(NARROW, total_steps=1_000_000),
     "long-10M": replace(NARROW, total_steps=10_000_000),
