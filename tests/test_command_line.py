@@ -311,6 +311,7 @@ def test_a_sweep_is_planned_run_ranked_drawn_and_drawn_anew(tmp_path, capsys):
     assert status == 0 and {path.name for path in (tmp_path / "pictures").iterdir()} == pictures
 
 
+@pytest.mark.slow
 def test_shares_of_a_sweep_say_what_is_missing_and_how_it_is_collected(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "sweep"
     command = ["sweep", "CartPole-v1", *TINY, "--grid", "clip=.1,.2", "--num-seeds", "2", "--slice-size", "2"]

@@ -319,7 +319,7 @@ def test_the_command_writes_where_it_is_told(tmp_path, capsys):
     assert status == 2 and "--out=/dev/null/x cannot be written" in complaint
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_an_unfinished_run_is_shown_by_its_newest_checkpoint(tmp_path, capsys):
     assert run(capsys, "train", "CartPole-v1", *TINY, "--num-seeds", "2", "--out", str(tmp_path))[0] == 0
     (tmp_path / "policy.npz").unlink()

@@ -456,7 +456,9 @@ def test_a_slice_of_a_writer_that_was_killed_on_another_machine_is_trained_in_th
         assert run(small_slices, tmp_path).steps == 8 * SMALL.total_steps
 
 
-def test_the_progress_bar_shows_the_mean_return_of_the_runs_that_are_training(small_slices, tmp_path, monkeypatch):
+def test_the_progress_bar_shows_the_mean_and_the_best_return_of_the_runs_that_are_training(
+    small_slices, tmp_path, monkeypatch
+):
     shown = []
     monkeypatch.setattr(tqdm, "set_postfix_str", lambda bar, text, refresh: shown.append(text))
     result = run(replace(small_slices, share=Share(0, 4)), tmp_path)  # one slice, and chunks of one update
@@ -464,7 +466,7 @@ def test_the_progress_bar_shows_the_mean_return_of_the_runs_that_are_training(sm
     assert np.isnan(returns).any() and not np.isnan(returns).all()
     known = [[row[: i + 1][~np.isnan(row[: i + 1])] for row in returns] for i in range(3)]
     newest = [[row[-1] for row in rows if len(row)] for rows in known]
-    assert shown == [f"return {np.mean(row):.4g}" if row else "" for row in newest]
+    assert shown == [f"return {np.mean(row):.4g}  best {max(row):.4g}" if row else "" for row in newest]
 
 
 def test_a_sweep_does_not_wait_for_the_folder_of_a_run(tmp_path):

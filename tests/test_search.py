@@ -194,6 +194,7 @@ def interrupted(chunks):
     return loop
 
 
+@pytest.mark.slow
 def test_optuna_is_asked_for_batches_and_a_study_goes_on_from_its_storage(tmp_path, monkeypatch):
     optuna = pytest.importorskip("optuna")
     optuna.logging.set_verbosity(optuna.logging.WARNING)

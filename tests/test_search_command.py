@@ -51,7 +51,12 @@ def cache(tmp_path_factory):
     [
         (HALVING, "halving of 4 settings x 2 seeds, one in 2 reaches the next rung", {"slices", "rungs.png"}),
         (PBT, "a population of 4 members x 384 steps", {"checkpoints", "metrics.nc", "lineage.png", "schedule.png"}),
-        (OPTUNA, "4 trials in 2 batches of 2", {"study.db", "batches", "history.png", "slices.png", "importances.png"}),
+        pytest.param(
+            OPTUNA,
+            "4 trials in 2 batches of 2",
+            {"study.db", "batches", "history.png", "slices.png", "importances.png"},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["halving", "pbt", "optuna"],
 )
