@@ -314,7 +314,7 @@ def test_episodes_begin_in_as_many_different_states_as_there_are_resets(limited)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.policy))
     print(limited.name, num_different(state.actors.env_state), num_different(direct))
     np.testing.assert_allclose(num_different(state.actors.env_state), num_different(direct), rtol=0.1)
-    assert num_different(direct) > 300
+    assert num_different(direct) > 200  # 2048 has few boards to begin with
 
 
 def num_different(states):
