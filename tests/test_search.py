@@ -338,3 +338,9 @@ def test_the_command_of_the_best_setting_trains_with_it(setting, words):
     options = parse(TrainOptions, "train", arguments)
     assert options.config == sweep.config_of(setting) and options.hyperparams == sweep.hyperparams_of(setting)
     assert "env.gravity=9" in train_command(sweep, {"env.gravity": 9}).split()
+
+
+@pytest.mark.parametrize("number, rungs", [(1, (20,)), (3, (6, 18)), (8, (6, 18)), (9, (2, 6, 18))])
+def test_few_settings_are_compared_less_often(number, rungs):
+    sweep = make_sweep(np.geomspace(1e-4, 1e-2, number), 20)
+    assert plan_halving(sweep, make=make_probe).rungs == rungs

@@ -46,7 +46,7 @@ class SearchOptions(SpaceOptions):
     save_every: float = 60.0
     """Seconds between two saves of what is training; what is complete is saved at once."""
     num_rungs: int | None = None
-    """halving: how often a setting is compared at most; 4 by default."""
+    """halving: how often a setting is compared at most; 4 by default, or fewer if there are too few settings."""
     eta: int | None = None
     """halving: one setting in so many is promoted; 3 by default."""
     num_places: int | None = None

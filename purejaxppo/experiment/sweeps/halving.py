@@ -179,7 +179,7 @@ def plan_halving(
     sweep: Sweep,
     folder: str | Path | None = None,
     *,
-    num_rungs: int = 4,
+    num_rungs: int | None = None,
     eta: int = 3,
     num_places: int | None = None,
     make: Callable = make_ppo,
@@ -235,7 +235,7 @@ def successive_halving(
         sweep: the settings and seeds; a `HalvingPlan` of `plan_halving` is compiled already.
         folder: keeps all runs, as that of a sweep. The same call resumes there; another `eta` or number of rungs, or
             more settings, use what it holds.
-        num_rungs: how often a setting is compared at most, by default 4.
+        num_rungs: how often a setting is compared at most, by default 4, or fewer if there are too few settings.
         eta: the inverse of the fraction that is promoted, by default 3.
         num_places: settings that train side by side, by default all.
         progress: whether to show a progress bar.
@@ -491,9 +491,11 @@ def _start(sweep: Sweep, ppo: PPO, runs: Sequence[tuple[int, int]], start: Calla
     return start(ppo, keys, *columns) if start else ppo.init(keys, *columns)
 
 
-def _rungs(sweep: Sweep, num_rungs: int, eta: int) -> tuple[int, ...]:
-    check_whole("num_rungs", num_rungs)
+def _rungs(sweep: Sweep, num_rungs: int | None, eta: int) -> tuple[int, ...]:
     check_whole("eta", eta, at_least=2)
+    if num_rungs is None:
+        num_rungs = max(n for n in range(1, 5) if eta ** (n - 1) <= len(sweep.table))
+    check_whole("num_rungs", num_rungs)
     groups = sweep.groups()
     if len(groups) > 1:
         raise ValueError(
