@@ -91,7 +91,7 @@ def test_a_search_is_planned_run_ranked_and_drawn_and_repeats_nothing(flags, pla
         (["--every", "3"], "--every=3 belongs to --method pbt, not to halving"),
         (["--batch-size", "0"], "--batch-size=0 must be at least 1"),
         ([*RATE, *RATE, "--num-samples", "4"], "names a field twice"),
-        ([*RATE, "--num-samples", "4"], "--num-rungs=4 needs eta^(num_rungs - 1) = 27 settings"),
+        ([*RATE, "--num-samples", "4", "--num-rungs", "4"], "--num-rungs=4 needs eta^(num_rungs - 1) = 27 settings"),
         (["--grid", "num_envs=4,8", "--num-rungs", "2", "--eta", "2"], "the settings need 2 programs"),
         (["--method", "pbt", "--grid", "num_envs=4,8,16,32"], "num_envs differs between members"),
         (["--method", "pbt", "--grid", "clip=0.1,0.2"], "try 4 runs, or"),
