@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 import purejaxppo as pjp
 
-NORMALIZED: dict[str, Any] = {"normalize_observation": True, "scale_reward": True}
-RECURRENT: dict[str, Any] = NORMALIZED | {
+RECURRENT: dict[str, Any] = {
+    "normalize_observation": True,
+    "scale_reward": True,
     "memory": "gru",
     "segment_length": 32,
     "num_epochs": 10,

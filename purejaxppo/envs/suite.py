@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.interpreters.partial_eval import dce_jaxpr
 
+from purejaxppo.dependence import used_leaves
 from purejaxppo.envs.base import Box, Env, Step, in_32_bits
 from purejaxppo.text import quote
 
@@ -179,15 +179,14 @@ def _check_effect(env: Env) -> None:
         return
     action = jnp.zeros(env.action_space.shape)
     try:
-        program = jax.make_jaxpr(play)(env.params, action)
+        used, _ = used_leaves(play, env.params, action)
     except Exception as error:  # of any kind: the suite decides
         raise Refusal(
             f"traced={tuple(env.params)} cannot be traced: {type(error).__name__}: {_first_line(error)} (try numbers, "
             "such as opt.gravity)"
         ) from error
-    used = dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars))[1]
-    for path, has_effect in zip(sorted(env.params), used):
-        if not has_effect:
+    for path, parts in used.items():
+        if not any(jax.tree.leaves(parts)):
             raise Refusal(f"traced={path!r} has no effect on an episode (of Brax's physics, mjx reads opt.gravity)")
 
 

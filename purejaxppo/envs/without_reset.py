@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.interpreters.partial_eval import dce_jaxpr
+
+from purejaxppo.dependence import used_leaves
 
 GYMNAX = "gymnax.environments."
 NEVER = 2**30  # a time limit that no episode reaches; an environment may add to it
@@ -152,8 +153,7 @@ def _ends_by_time(env, key, state, action, params) -> bool:
         return env.step_env(key, state, action, params.replace(max_steps_in_episode=limit))[3]
 
     arrays = jax.tree.map(jnp.asarray, (params.max_steps_in_episode, key, state, action, params))
-    program = jax.make_jaxpr(terminated)(*jax.tree.map(_shape, arrays))
-    return dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars))[1][0]
+    return used_leaves(terminated, *jax.tree.map(_shape, arrays))[0]
 
 
 def _copy(env, wrapped):

@@ -15,6 +15,7 @@ import numpy as np
 from flax.errors import InvalidRngError, ModifyScopeVariableError
 
 from purejaxppo.config import Config
+from purejaxppo.dependence import used_leaves
 from purejaxppo.envs.base import Box, Discrete, MultiDiscrete, Space
 from purejaxppo.envs.check import place
 from purejaxppo.envs.roles import allowed_actions, has_privileged, mask_of
@@ -149,7 +150,7 @@ def check_network(network: Network, obs: Any, observation_space: Any, action_spa
             actions depend on privileged parts of the observations.
     """
     num_envs = config.num_envs
-    many = jax.tree.map(lambda x: jnp.zeros((2, num_envs, *x.shape), x.dtype), obs)
+    many = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, num_envs, *x.shape), x.dtype), obs)
 
     def forward(key, many):
         memory = network.initial_memory(num_envs)
@@ -203,9 +204,9 @@ def check_network(network: Network, obs: Any, observation_space: Any, action_spa
 
 def _check_actor(distribution: Callable, obs: Any, space: Any) -> None:
     """Refuses distributions, as a function of observations, that read what only the critic may read."""
-    read = jax.export.export(jax.jit(distribution), platforms=["cpu"])(obs).module_kept_var_idx
-    for i, (path, part) in enumerate(jax.tree.leaves_with_path(space)):
-        if part.privileged and i in read:
+    (used,) = used_leaves(distribution, obs)
+    for (path, part), is_read in zip(jax.tree.leaves_with_path(space), jax.tree.leaves(used)):
+        if part.privileged and is_read:
             raise ValueError(
                 f"network computes the distribution of actions from {jax.tree_util.keystr(path)}, which is privileged: "
                 "only the value may depend on it"
