@@ -84,6 +84,14 @@ def unmasked(name: str) -> Variant:
     return Variant(without_mask(name), config, hyperparams)
 
 
+def memory_of_xland(**config: Any) -> Variant:
+    """A corridor of XLand-MiniGrid whose right end is shown where it begins, seen as in MiniGrid: 7 x 7 cells."""
+    _, hyperparams = pjp.preset("xland/MiniGrid-MemoryS8")
+    rollout = {"num_envs": 64, "num_steps": 64, "num_minibatches": 8}
+    env = pjp.make_env("xland/MiniGrid-MemoryS8", view_size=7)
+    return Variant(env, pjp.Config(**rollout, **config).with_total_steps(800_000), hyperparams)
+
+
 CARTPOLE = pjp.Hyperparams(learning_rate=1e-3, clip=pjp.linear(0.2, 0.0), entropy_coefficient=0.0)
 PENDULUM = pjp.Hyperparams(learning_rate=1e-3, discount=0.95, entropy_coefficient=0.0)
 VARIANTS: dict[str, Callable[[], Variant]] = {
@@ -95,5 +103,9 @@ VARIANTS: dict[str, Callable[[], Variant]] = {
     "Pendulum-v1 without velocities": partial(
         recurrent, pendulum_without_velocities, PENDULUM, num_envs=4, num_steps=1024, num_minibatches=32
     ),
+    "xland/MiniGrid-MemoryS8 with a view of 7": partial(
+        memory_of_xland, memory="gru", segment_length=64, memory_inputs=True
+    ),
+    "xland/MiniGrid-MemoryS8 with a view of 7, without a memory": memory_of_xland,
     "jumanji/Snake-v1 without its mask": partial(unmasked, "jumanji/Snake-v1"),
 }

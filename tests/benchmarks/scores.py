@@ -10,6 +10,7 @@ means over seeds with 95 % intervals, and the worst seed. Environments of suites
 
 import argparse
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -49,9 +50,9 @@ def main():
 
 
 def settings_of(name: str) -> dict[str, str]:
-    """What is trained, beside the defaults, as text."""
+    """What is trained, beside the defaults, as text that is the same in every process."""
     _, config, hyperparams = variant(name)
-    return {field: repr(value) for field, value in changed_settings(config, hyperparams).items()}
+    return {field: re.sub(r" at 0x\w+", "", repr(x)) for field, x in changed_settings(config, hyperparams).items()}
 
 
 def variant(name: str) -> Variant:
