@@ -19,7 +19,7 @@ ROOT = PACKAGE.parent
     [
         ["ruff", "check"],
         ["ruff", "format", "--check"],
-        ["codespell_lib", "purejaxppo", "tests", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"],
+        ["codespell_lib", "purejaxppo", "tests", "README.md", "notebooks/README.md", "CONTRIBUTING.md", "CHANGELOG.md"],
         ["basedpyright", "--pythonpath", sys.executable],
     ],
     ids=lambda tool: " ".join(tool[:2]),
