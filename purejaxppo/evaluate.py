@@ -9,9 +9,9 @@ from flax import struct
 
 from purejaxppo.checks import check_whole
 from purejaxppo.config import Config
-from purejaxppo.envs.base import Env
+from purejaxppo.envs.base import Env, count_lost_as_zero
 from purejaxppo.networks.network import Network
-from purejaxppo.rollout import Policy, add_time, apply_policy, count_lost_as_zero, start, step_envs
+from purejaxppo.rollout import Policy, add_time, apply_policy, start, step_envs
 from purejaxppo.text import shorten
 from purejaxppo.validate import as_key
 

@@ -10,7 +10,7 @@ import numpy as np
 from flax import struct
 
 from purejaxppo.config import Config
-from purejaxppo.envs.base import Env, Step, action_space, bound_action
+from purejaxppo.envs.base import Env, Step, action_space, bound_action, count_lost_as_zero
 from purejaxppo.networks.network import Network
 from purejaxppo.networks.orthogonal import orthogonalize
 from purejaxppo.normalize import no_moments, observation_moments, standardize_observations
@@ -436,11 +436,6 @@ def step_envs(keys: jax.Array, env_state: Any, action: jax.Array, env_params: An
         metrics=jax.tree.map(number, result.metrics),
         episode_metrics=jax.tree.map(number, result.episode_metrics),
     )
-
-
-def count_lost_as_zero(done: jax.Array, x: jax.Array) -> jax.Array:
-    """A reward or a metric, 0 where it is nan in a step that ends an episode."""
-    return jnp.where(done & jnp.isnan(x), 0, x)
 
 
 def begin_where(done: jax.Array, start: Any, reached: Any) -> Any:

@@ -12,6 +12,8 @@ from test_command_line import TINY, run
 
 from probes import SMALL
 from purejaxppo import (
+    ActionMask,
+    Box,
     Categorical,
     Discrete,
     Env,
@@ -23,6 +25,7 @@ from purejaxppo import (
     grid,
     make_ppo,
     preset,
+    privileged,
     run_sweep,
     runs,
 )  # fmt: skip
@@ -53,7 +56,7 @@ def alone(name, config=SMALL):
     ppo = make_ppo(name, config)
     state = ppo.init(jax.random.key(0))
     first = lambda tree: jax.tree.map(lambda x: x[None], tree)
-    return Agents(ppo, first(state.policy), first(state.env_params), name)
+    return Agents(ppo, first(state.policy), first(state.env_params), ppo.env.name)
 
 
 def test_a_preset_of_an_unknown_name_is_refused_with_the_nearest():
@@ -144,6 +147,39 @@ def test_gymnasium_shows_previous_actions_and_rewards():
     policies = jax.tree.map(lambda x: x[None], ppo.init(jax.random.key(0)).policy)
     played = evaluate_in_gymnasium(Agents(ppo, policies, (), "endless"), num_episodes=2, greedy=True, max_steps=3)
     np.testing.assert_array_equal(played["episode_return"], [[5, 5]])
+
+
+class Masked(gymnasium.Env):
+    """Allows one action, which changes in every step: it pays 1, another -100. Episodes have six steps."""
+
+    def __init__(self):
+        self.action_space = gymnasium.spaces.Discrete(3)
+        self.observation_space = gymnasium.spaces.Dict(
+            {"allowed": gymnasium.spaces.MultiBinary(3), "x": gymnasium.spaces.Box(-1, 1, (2,))}
+        )
+
+    def reset(self, *, seed=None, options=None):
+        self.time = 0
+        return self.observe(), {}
+
+    def step(self, action):
+        reward = 1.0 if action == self.time % 3 else -100.0
+        self.time += 1
+        return self.observe(), reward, self.time == 6, False, {}
+
+    def observe(self):
+        return {"allowed": np.eye(3, dtype=np.int8)[self.time % 3], "x": np.ones(2, np.float32)}
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_masks_of_gymnasium_are_respected_and_what_only_the_critic_sees_is_not_needed(greedy):
+    spaces = {"allowed": ActionMask((3,)), "x": Box(-1, 1, (2,)), "clock": privileged(Box(shape=(1,)))}
+    obs = {"allowed": jnp.ones(3, bool), "x": jnp.ones(2), "clock": jnp.zeros(1)}
+    step = lambda key, state, action, params: Step(state, obs, 0.0, action > 2, action > 2)
+    env = Env(lambda key, params: ((), obs), step, (), Discrete(3), spaces, "Masked-v0")
+    gymnasium.register("Masked-v0", entry_point="test_agents:Masked", disable_env_checker=True)
+    played = evaluate_in_gymnasium(alone(env), num_episodes=3, greedy=greedy)
+    np.testing.assert_array_equal(played["episode_return"], np.full((1, 3), 6))
 
 
 def test_the_interval_is_over_agents_or_over_the_episodes_of_one(agents):

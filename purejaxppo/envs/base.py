@@ -29,6 +29,11 @@ class Step(NamedTuple):
     episode_metrics: dict[str, jax.Array] = {}  # numbers []; reported as means over the last steps of episodes
 
 
+def count_lost_as_zero(done: jax.Array, x: jax.Array) -> jax.Array:
+    """A reward or a metric of a `Step`, 0 where it is nan in one that ends an episode."""
+    return jnp.where(done & jnp.isnan(x), 0, x)
+
+
 class Env(NamedTuple):
     """One environment, without a batch axis; it never resets itself."""
 

@@ -5,7 +5,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from purejaxppo.envs.base import Box, Env, Space, action_space, flatten_observation, observation_space
+from purejaxppo.envs.base import (
+    Box,
+    Env,
+    Space,
+    action_space,
+    count_lost_as_zero,
+    flatten_observation,
+    observation_space,
+)
 
 ACTION, REWARD = "previous_action", "previous_reward"
 OBSERVATION = "observation"
@@ -33,7 +41,7 @@ def with_memory_inputs(env: Env) -> Env:
     def step(key, state, action, params):
         result = env.step(key, state, action, params)
         ended = result.terminated | result.truncated
-        reward = jnp.where(ended & jnp.isnan(result.reward), 0, result.reward)  # see `Step`
+        reward = count_lost_as_zero(ended, result.reward)
         return result._replace(obs=show_previous(result.obs, action, reward, action_space(env, params)))
 
     actions = action_space(env, env.params)

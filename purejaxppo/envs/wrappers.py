@@ -22,6 +22,7 @@ from purejaxppo.envs.base import (
     Step,
     action_space,
     bound_action,
+    count_lost_as_zero,
     observation_space,
     privileged,
 )
@@ -157,11 +158,7 @@ def action_repeat(env: Env, num_repeats: int) -> Env:
 def _as_numbers(result: Step) -> Step:
     """A step whose reward and metrics can be summed: as float32, and without the nan of a last step (see `Step`)."""
     ended = result.terminated | result.truncated
-
-    def number(x):
-        x = jnp.asarray(x, jnp.float32)
-        return jnp.where(ended & jnp.isnan(x), 0, x)
-
+    number = lambda x: count_lost_as_zero(ended, jnp.asarray(x, jnp.float32))
     return result._replace(reward=number(result.reward), metrics=jax.tree.map(number, result.metrics))
 
 

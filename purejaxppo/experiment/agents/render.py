@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from purejaxppo.checks import check_whole
-from purejaxppo.envs.base import action_space, bound_action
+from purejaxppo.envs.base import action_space, bound_action, count_lost_as_zero
 from purejaxppo.experiment.agents.load import check_agent
 from purejaxppo.ppo import PPO, bind
 from purejaxppo.record import Record
-from purejaxppo.rollout import Policy, add_time, apply_policy, count_lost_as_zero
+from purejaxppo.rollout import Policy, add_time, apply_policy
 from purejaxppo.text import quote
 from purejaxppo.validate import as_env_params, as_key
 
