@@ -49,6 +49,7 @@ if TYPE_CHECKING:  # what LAZY imports when it is first used
     from purejaxppo.experiment.agents.load import load, load_agents
     from purejaxppo.experiment.agents.render import record_episode, render
     from purejaxppo.experiment.agents.report import write_report
+    from purejaxppo.experiment.distributed import join_processes
     from purejaxppo.experiment.jax_setup import cache_compilation, use_deterministic_kernels, use_one_thread
     from purejaxppo.experiment.loop import Interrupted
     from purejaxppo.experiment.presets import a2c, preset
@@ -75,7 +76,8 @@ __all__ = [
     "Sweep", "SweepResult", "Table", "TanhNormal", "TrainState", "a2c", "action_repeat", "adam",
     "adaptive_learning_rate", "batched", "cache_compilation", "check_env", "check_shapes", "choice",
     "compile_training", "concatenate", "evaluate_agents", "evaluate_in_gymnasium", "evolving", "export",
-    "first_state", "fit", "frame_stack", "from_linen", "from_nnx", "gae", "grid", "integers", "layers", "linear",
+    "first_state", "fit", "frame_stack", "from_linen", "from_nnx", "gae", "grid", "integers", "join_processes",
+    "layers", "linear",
     "load", "load_agents", "log_uniform", "make_env", "make_ppo", "memories", "optuna_search", "paired", "plan_sweep",
     "plot_curves", "plot_heatmap", "plot_importance", "plot_learning_curve", "plot_parallel", "population_search",
     "ppo_loss", "preset", "privileged", "randomize", "record_episode", "render", "resume", "run_sweep", "runs",
@@ -98,6 +100,7 @@ LAZY = {
     "export": "purejaxppo.experiment.agents.export",
     "first_state": "purejaxppo.experiment.program",
     "fit": "purejaxppo.experiment.runs.fit",
+    "join_processes": "purejaxppo.experiment.distributed",
     "load": "purejaxppo.experiment.agents.load",
     "load_agents": "purejaxppo.experiment.agents.load",
     "optuna_search": "purejaxppo.experiment.sweeps.optuna_search",

@@ -41,15 +41,20 @@ USAGE = """usage: purejaxppo COMMAND ...
   purejaxppo envs [SUITE]        list the environments with their presets, and the suites
   purejaxppo COMMAND --help      all flags of a command
 
-exit status: 0, or 2 for bad input, 3 if results could not be written, 4 if every agent turned nan, 130 after an
-interrupt
+exit status: 0, or 2 for bad input, 3 if results could not be written, 4 if every agent turned nan, 5 if a process of
+--distributed was lost, 130 after an interrupt
 """
 
 
 def script():
     """The command as a process of its own. SIGTERM interrupts as Ctrl-C does."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    status = main()
+    if any(word.partition("=")[0] == "--distributed" for word in sys.argv):
+        from purejaxppo.cli.distributed import run
+
+        status = run(main, sys.argv[1:])
+    else:
+        status = main()
     sys.stderr.flush()
     if status == INTERRUPTED:
         os._exit(status)  # XLA may still be compiling in a thread, which aborts the process that Python exits
@@ -141,10 +146,18 @@ def name_flags(sentence: str, options: Any, arguments: list[str]) -> str:
 
 
 def _refuse(sentence: str, status: int = 2) -> int:
-    print("purejaxppo:", *map(printable, sentence.split("\n")), file=sys.stderr)
+    _say_once("purejaxppo:", sentence)
     return status
 
 
 def _warn(message, category, *_args, **_kwargs):
     if category is UserWarning:
-        print("purejaxppo: warning:", *map(printable, str(message).split("\n")), file=sys.stderr)
+        _say_once("purejaxppo: warning:", str(message))
+
+
+def _say_once(beginning: str, sentence: str):
+    """Prints a sentence on standard error, unless another process of this command has done so."""
+    from purejaxppo.experiment.distributed import is_news
+
+    if is_news(sentence):
+        print(beginning, *map(printable, sentence.split("\n")), file=sys.stderr)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import tyro
 
 from purejaxppo.checks import check_whole
+from purejaxppo.cli.distributed import first_speaks
 from purejaxppo.cli.plugged import Plugged, make_plugged
 from purejaxppo.config import Config, Hyperparams, nearest
 from purejaxppo.ppo import PPO
@@ -93,9 +94,10 @@ def parse(kind: type[Options], command: str, arguments: list[str]) -> Options:
     elif ":" not in env:
         check_name(env)
     default = kind(env) if ":" in env else kind(env, **preset(env)._asdict())
-    options, unknown = tyro.cli(
-        kind, args=arguments, default=default, prog=f"purejaxppo {command}", return_unknown_args=True
-    )
+    with first_speaks():
+        options, unknown = tyro.cli(
+            kind, args=arguments, default=default, prog=f"purejaxppo {command}", return_unknown_args=True
+        )
     if unknown:
         flag = unknown[0].partition("=")[0]
         raise ValueError(f"{flag} is not a flag of purejaxppo {command} ({_suggest_flag(flag, kind)})")
@@ -117,14 +119,13 @@ def check_counts(options: Any, *names: str, at_least: int = 1):
             check_whole(name, getattr(options, name), at_least=at_least)
 
 
-def check_num_devices(number: int | None):
-    """Refuses more devices than there are; None passes."""
+def check_num_devices(number: int | None, present: int | None = None):
+    """Refuses more devices than are present, by default all that JAX has; None passes."""
     import jax
 
-    if number is not None and number > jax.device_count():
-        raise ValueError(
-            f"num_devices={number} must be at most {jax.device_count()}, the number of devices (on a CPU: of cores)"
-        )
+    present = jax.device_count() if present is None else present
+    if number is not None and number > present:
+        raise ValueError(f"num_devices={number} must be at most {present}, the number of devices (on a CPU: of cores)")
 
 
 def complete(options: Any, arguments: list[str]) -> Any:

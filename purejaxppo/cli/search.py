@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from purejaxppo.cli.distributed import join_others
 from purejaxppo.cli.options import (
     ALL_FAILED,
     NOT_SAVED,
@@ -85,6 +86,7 @@ class Report(NamedTuple):
 def search(arguments: list[str]) -> int:
     """Prints the plan, searches, prints a ranking and the best setting as a command, and leaves data and plots."""
     prepare_jax(arguments)
+    join_others(arguments)
     options = parse(SearchOptions, "search", arguments)
     counts = "num_seeds", "num_rungs", "num_places", "every", "num_devices", "batch_size"
     check_counts(options, *counts)

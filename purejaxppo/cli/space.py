@@ -5,6 +5,7 @@ from pathlib import Path
 
 import tyro
 
+from purejaxppo.cli.distributed import Distributed
 from purejaxppo.cli.options import TrainingOptions, whole_number
 from purejaxppo.cli.plugged import to_named
 from purejaxppo.config import Config, spec_of
@@ -35,6 +36,10 @@ class SpaceOptions(TrainingOptions):
     """Print the plan and stop."""
     out: Path | None = None
     """Folder for the results. The same command with the same folder resumes; by default a new one in runs/."""
+    distributed: Distributed = None
+    """Train as one of several processes, on the devices of all: the same command in each, with a folder that all see.
+    SLURM, Open MPI and Kubernetes tell the rest; elsewhere 0/2 HOST:PORT is the first of two, at whose address they
+    meet."""
 
 
 def make_table(options: SpaceOptions) -> Table:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from purejaxppo.cli.distributed import check_folder, join_others
 from purejaxppo.cli.options import (
     ALL_FAILED,
     NOT_SAVED,
@@ -68,15 +69,21 @@ class PlotOptions:
 def sweep(arguments: list[str]) -> int:
     """Prints the plan, trains, prints a ranking, and leaves data and plots."""
     prepare_jax(arguments)
+    join_others(arguments)
     options, table = _parse_sweep(arguments)
 
+    import jax
+
+    from purejaxppo.experiment.distributed import is_first
     from purejaxppo.experiment.files import check_writable
     from purejaxppo.experiment.loop import Interrupted
     from purejaxppo.experiment.sweeps.plan import plan_sweep
     from purejaxppo.experiment.sweeps.run import run_sweep
     from purejaxppo.experiment.sweeps.sweep import Sweep
 
-    check_num_devices(options.num_devices)
+    check_num_devices(options.num_devices, jax.local_device_count())  # each process has its own slices
+    if not options.dry_run:
+        check_folder(options)
     share = _read_share(options)
     env = to_named("env", options.env) if ":" in options.env else options.env
     wanted = Sweep(env, table, options.num_seeds, options.config, options.hyperparams, options.seed)
@@ -102,7 +109,7 @@ def sweep(arguments: list[str]) -> int:
     if plan.share:
         _say_speed(f"share {plan.share}: ", result)
         _say_missing(wanted, out)
-    else:
+    elif is_first():
         _report(result, out, options.env)
     if result.interrupted:
         ranked = "" if plan.share else " and ranked by what they have done"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import tyro
 
+from purejaxppo.cli.distributed import Distributed, first_speaks, join_others
 from purejaxppo.cli.options import (
     ALL_FAILED,
     NOT_SAVED,
@@ -54,6 +55,10 @@ class TrainOptions(TrainingOptions):
     """Environment steps of each agent; sets num_updates to as many whole updates as fit."""
     out: Path | None = None
     """Folder for the results; runs/ENV-TIME by default."""
+    distributed: Distributed = None
+    """Train as one of several processes, on the devices of all: the same command in each, with a folder that all see.
+    SLURM, Open MPI and Kubernetes tell the rest; elsewhere 0/2 HOST:PORT is the first of two, at whose address they
+    meet."""
     save_every: float = 60.0
     """Seconds between two checkpoints; one is written at the end too."""
     keep: int = 2
@@ -79,6 +84,8 @@ class ResumeOptions:
     """Have a GPU compute the same bits in every run (see `train`)."""
     compile_cache: str | None = None
     """Folder that keeps compiled programs, or off (see `train`)."""
+    distributed: Distributed = None
+    """Resume in several processes (see `train`), as many as now."""
     env: str | None = None
     """The environment again, if it was given as module:name."""
     allow_changed: tuple[str, ...] = ()
@@ -89,6 +96,7 @@ class ResumeOptions:
 def train(arguments: list[str]) -> int:
     """Trains, prints a table, and leaves a folder."""
     prepare_jax(arguments)
+    join_others(arguments)
     options = parse(TrainOptions, "train", arguments)
     check_counts(options, "num_seeds", "num_devices", "keep", "evaluate_every")
     check_counts(options, "seed", at_least=0)
@@ -118,7 +126,9 @@ def train(arguments: list[str]) -> int:
 def resume(arguments: list[str]) -> int:
     """Resumes a run, prints a table, and completes its folder."""
     prepare_jax(arguments)
-    options = tyro.cli(ResumeOptions, args=arguments, prog="purejaxppo resume")
+    join_others(arguments)
+    with first_speaks():
+        options = tyro.cli(ResumeOptions, args=arguments, prog="purejaxppo resume")
 
     from purejaxppo.experiment.jax_setup import cores_as_devices
     from purejaxppo.experiment.lock import claim_folder

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from purejaxppo.experiment.distributed import is_first
 from purejaxppo.experiment.program import Program
 from purejaxppo.text import quote
 
@@ -85,7 +86,7 @@ def chunks(
 
 
 def step_bar(*, total: int | None = None, initial: int = 0, description: str = "", progress: bool = True) -> tqdm:
-    """A progress bar that counts environment steps; without a terminal it is silent.
+    """A progress bar that counts environment steps; silent without a terminal, and in all processes but the first.
 
     Args:
         total: steps in the end.
@@ -95,7 +96,7 @@ def step_bar(*, total: int | None = None, initial: int = 0, description: str = "
     """
     return tqdm(
         total=total, initial=initial, desc=description or None, unit=" steps", unit_scale=True, mininterval=0.2,
-        disable=None if progress else True,
+        disable=None if progress and is_first() else True,
     )  # fmt: skip
 
 

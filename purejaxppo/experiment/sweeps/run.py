@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from tqdm.auto import tqdm
 
 from purejaxppo.checks import check_number
+from purejaxppo.experiment.distributed import check_seen, gather
 from purejaxppo.experiment.files import check_writable, existing, from_arrays, to_arrays
 from purejaxppo.experiment.lock import LockLost
 from purejaxppo.experiment.loop import (
@@ -116,7 +116,9 @@ def run_sweep(
         stored = find_slices(folder, sweep).read()
         division = divide(sweep, stored, read_division(folder), plan.division.slice_sizes)
         slices = open_slices(folder, sweep, plan.identities, plan.allow_changed, division)
-    _wait_for_all_processes("begin")
+    gather()
+    if folder is not None:
+        check_seen(Path(folder))
     division = read_division(folder) or division  # that of the first process
     plan, own = _as_divided(plan, folder, stored, division)
 
@@ -131,7 +133,7 @@ def run_sweep(
         session.claims.await_writers(interrupt)  # they may have been killed
         for compiled in plan.groups:
             session.run(compiled, [slice_ for slice_ in own[compiled.group] if slice_.name in session.claims.left])
-    _wait_for_all_processes("end")
+    gather()
     seconds = time.perf_counter() - start
     with turn(folder):  # of calls that end at the same time, the last writes the results of all
         stored, left = slices.read(), session.claims.describe_left() if session.claims.left else ""
@@ -325,8 +327,3 @@ def _check_disk(folder: str | Path | None, plan: Plan):
             f"folder={folder} has {free / 2**30:.1f} GiB free, but the results of {plan.sweep.num_runs} runs take "
             f"about {plan.stored_bytes / 2**30:.1f} GiB (name a folder on another disk, or sweep less)"
         )
-
-
-def _wait_for_all_processes(where: str):
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"sweep {where}")

@@ -1,0 +1,262 @@
+"""Processes that know each other, by `jax.distributed`: they begin together, agree, and end if one of them is lost."""
+
+import contextlib
+import hashlib
+import importlib.util
+import itertools
+import os
+import time
+import uuid
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax._src import distributed  # its client has no public name; Orbax takes it from here too
+from jax.experimental import multihost_utils
+
+from purejaxppo.text import quote
+
+HEARTBEAT = 10  # seconds without a sign after which JAX takes a process for dead and ends the others
+PATIENCE = 300  # seconds to wait for the others at the start
+LONGEST = 7 * 24 * 3600  # seconds that a process waits at the end for others, which JAX ends if one of them dies
+
+SHOWN_AFTER = 60  # seconds in which a disk over a network shows what another machine has written
+FOLDER = "purejaxppo"  # of our keys in the store of the first process
+EXAMPLE = "0/2 10.0.0.1:1234 is the first of two processes, at whose address they meet"
+
+# The cluster -> the variables that tell the index of a process, their number, and its place on its machine.
+VARIABLES = {
+    "ompi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),  # set by SLURM too where it started mpirun
+    "k8s": ("JOB_COMPLETION_INDEX", "", ""),
+}
+# What JAX needs to find the address of the first process -> the remedy without.
+NEEDED = {
+    "ompi": ("OMPI_MCA_orte_hnp_uri", "from version 5 on, Open MPI tells no address: give it, HOST:PORT"),
+    "slurm": ("SLURM_STEP_NODELIST", "start the command with srun, or give the address, HOST:PORT"),
+    "k8s": ("KUBERNETES_SERVICE_HOST", f"run it as an indexed job of Kubernetes, or give all: {EXAMPLE}"),
+}
+
+
+class Processes(NamedTuple):
+    """Where this process stands among those that train together."""
+
+    index: int
+    """From 0; the first one writes what all share, and shows progress."""
+    number: int | None = None
+    """None if JAX finds it out."""
+    address: str | None = None
+    """HOST:PORT of the first process; None if JAX finds it out."""
+    device: int | None = None
+    """The GPU that the process uses, by its number on the machine; None for all of the machine."""
+    cluster: str | None = None
+    """The cluster that tells the rest."""
+
+
+def read_processes(words: Sequence[str], environment: Mapping[str, str] = os.environ) -> Processes:
+    """Reads "I/N" and "HOST:PORT"; what is not given comes from the variables of SLURM, Open MPI or Kubernetes.
+
+    Args:
+        words: what the user gave, in any order.
+        environment: variables by their names.
+
+    Raises:
+        ValueError: for anything else, or if variables are missing.
+    """
+    places, addresses = [x for x in words if "/" in x], [x for x in words if "/" not in x]
+    index, number = _read_place(*places, words=words) if places else (None, None)
+    address = _read_address(*addresses, words=words) if addresses else None
+    if index is not None and address is not None:
+        return Processes(index, number, address)
+    cluster = next((name for name, variables in VARIABLES.items() if variables[0] in environment), None)
+    if cluster is None:
+        raise ValueError(
+            f"distributed{'=' + ' '.join(words) if words else ''} finds no variables of SLURM, Open MPI or Kubernetes "
+            f"(give all: {EXAMPLE})"
+        )
+    told = [int(value) if (value := environment.get(name, "")).isdecimal() else None for name in VARIABLES[cluster]]
+    index, number = (told[0], told[1]) if index is None else (index, number)
+    needed, remedy = NEEDED[cluster]
+    if index is None or (address is None or number is None) and needed not in environment:
+        missing = VARIABLES[cluster][0] if index is None else needed
+        raise ValueError(f"distributed needs the variable {missing}, which is not set here ({remedy})")
+    device = None if environment.get("JAX_LOCAL_DEVICE_IDS") else told[2]
+    return Processes(index, number, address, device, cluster if address is None or number is None else None)
+
+
+def _read_place(*places: str, words: Sequence[str]) -> tuple[int, int]:
+    with contextlib.suppress(ValueError):
+        (place,) = places
+        index, number = map(int, place.split("/"))
+        if 0 <= index < number:
+            return index, number
+    raise ValueError(f"distributed={' '.join(words)} must say the index of this process and their number: {EXAMPLE}")
+
+
+def _read_address(*addresses: str, words: Sequence[str]) -> str:
+    with contextlib.suppress(ValueError):
+        (address,) = addresses
+        host, _, port = address.rpartition(":")
+        if host and 0 < int(port) < 2**16:
+            return address
+    raise ValueError(f"distributed={' '.join(words)} must say the host and the port of the first process: {EXAMPLE}")
+
+
+def join_processes(place: str | None = None, address: str | None = None):
+    """Begins `jax.distributed`: `jax.devices()` are then those of all processes, and `run_sweep` and `fit` use them.
+
+    Call it first, before JAX computes anything, in every process. If one of them dies, JAX ends the others after about
+    ten seconds. Raises ValueError if the processes do not find each other.
+
+    Args:
+        place: the index of this process, from 0, and the number of all, as "0/2". By default the variables of SLURM,
+            Open MPI or Kubernetes tell.
+        address: host and port of the first process, as "10.0.0.1:1234"; by default the cluster tells.
+    """
+    for name, value in (("place", place), ("address", address)):
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{name}={quote(value)} must be text ({EXAMPLE})")
+    begin(read_processes([word for word in (place, address) if word is not None]))
+
+
+def begin(processes: Processes):
+    """As `join_processes`, from what `read_processes` returned."""
+    if processes.cluster == "k8s" and importlib.util.find_spec("kubernetes") is None:
+        raise ValueError("distributed needs the package kubernetes here (pip install kubernetes)")
+    try:
+        jax.distributed.initialize(
+            processes.address, processes.number, processes.index, processes.device,
+            # JAX has no name for Kubernetes, which it finds by itself.
+            cluster_detection_method=(processes.cluster or "deactivate").replace("k8s", "") or None,
+            initialization_timeout=PATIENCE, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=LONGEST,
+        )  # fmt: skip
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        where = f"at {processes.address} " if processes.address else ""
+        raise ValueError(f"the processes did not find each other {where}({reason})") from None
+
+
+def is_first() -> bool:
+    """Whether this process writes what all share, and speaks for all; true if it is alone."""
+    return distributed.global_state.process_id == 0
+
+
+def process_count() -> int:
+    """How many processes have joined; 1 without `jax.distributed`."""
+    return distributed.global_state.num_processes
+
+
+def spans_processes(tree: Any) -> bool:
+    """Whether arrays of a pytree lie on devices of several processes."""
+    return any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in jax.tree.leaves(tree))
+
+
+def to_host(tree: Any) -> Any:
+    """A pytree with its arrays whole in the memory of every process; all must call it if it spans processes."""
+
+    def whole(x):
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(whole(jax.random.key_data(x)))
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(whole, tree)
+
+
+_rounds = itertools.count()
+_times_said: Counter[str] = Counter()
+
+
+def gather(word: str = "") -> list[str]:
+    """What every process says, in their order. All must call it, equally often; it waits for the last of them.
+
+    It needs no device, so what devices compute meanwhile does not hold it up.
+    """
+    if process_count() == 1:
+        return [word]
+    number = next(_rounds)
+    said = _meet(f"{number:012d}", word)
+    if number:
+        _store().key_value_delete(_key(f"{number - 1:012d}"))  # which all have read, since all are here
+    return said
+
+
+def _meet(place: str, word: str, seconds: float = LONGEST) -> list[str]:
+    """What every process says at a place where they meet once. Raises TimeoutError if not all come."""
+    wait, deadline = 0.001, time.monotonic() + seconds
+    _store().key_value_set(_key(place), word)
+    while len(found := _store().key_value_dir_get(f"{FOLDER}/{place}/")) < process_count():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{len(found)} of {process_count()} processes came to {place}")
+        time.sleep(wait)  # in Python, so that a signal ends it
+        wait = min(2 * wait, 0.2)
+    return [said for _, said in sorted(found)]
+
+
+def _store() -> Any:
+    """The store of words that the first process keeps for all."""
+    return distributed.global_state.client
+
+
+def _key(place: str) -> str:
+    """The key of what this process says at a place."""
+    return f"{FOLDER}/{place}/{distributed.global_state.process_id:06d}"
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag of any process is set; all must call it."""
+    return "1" in gather("1" if flag else "0")
+
+
+def broadcast(word: str) -> str:
+    """What the first process says; all must call it."""
+    return gather(word)[0]
+
+
+def is_news(sentence: str) -> bool:
+    """Whether no other process has said a sentence; true if this one is alone, or the first one does not answer."""
+    if process_count() == 1:
+        return True
+    _times_said[sentence] += 1
+    digest = hashlib.sha256(sentence.encode()).hexdigest()
+    try:
+        key = f"{FOLDER}/said/{digest}/{_times_said[sentence]}"
+        return _store().key_value_increment(key, 1) == 1
+    except Exception:  # whatever the client raises
+        return True
+
+
+def check_seen(folder: Path):
+    """Raises ValueError unless all processes see what the first one writes into a folder, which exists there."""
+    if process_count() == 1:
+        return
+    probe = folder / f"seen.{uuid.uuid4().hex}.half"
+    if is_first():
+        probe.touch()
+    probe = folder / broadcast(probe.name)
+    deadline = time.monotonic() + SHOWN_AFTER
+    while not (seen := probe.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    blind = [index for index, said in enumerate(gather(str(seen))) if said == "False"]
+    if is_first():
+        probe.unlink(missing_ok=True)
+    if blind:
+        raise ValueError(
+            f"folder={folder} is another one in process {blind[0]} than in process 0 (name one on a disk that all see)"
+        )
+
+
+def leave(status: int) -> bool:
+    """Ends `jax.distributed` with the others; says whether all came.
+
+    After success it waits for those that still work; after a failure for a moment, in which others fail alike.
+    """
+    try:
+        _meet("end", "", HEARTBEAT if status else LONGEST)
+        jax.distributed.shutdown()
+    except Exception:  # whatever the client raises
+        return False
+    return True
