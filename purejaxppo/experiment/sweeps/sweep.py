@@ -4,8 +4,10 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple, TypedDict
+
+import numpy as np
 
 from purejaxppo.checks import check_whole
 from purejaxppo.config import EXTRA, Config, Hyperparams, rename_older, show_older, spec_of, suggest
@@ -119,8 +121,9 @@ class Sweep:
                 "gru_width, of older versions, stands for memory='gru' and its memory_width, but the sweep has another "
                 "memory (sweep over memory_width)"
             )
-        for row in self.table.rows():
-            _check_effect(row, self.config_of(row), self.hyperparams_of(row))
+        self._check_hyperparams()
+        for row, config in zip(self.table.rows(), self.configs):
+            _check_effect(row, config, row.get("target_kl", self.hyperparams.target_kl))
 
     def __str__(self) -> str:
         swept = ", ".join(self.table.names) or "nothing"
@@ -139,6 +142,13 @@ class Sweep:
         """The environment's name under a setting."""
         return row.get("env", self.env)
 
+    @cached_property
+    def configs(self) -> tuple[Config, ...]:
+        """The static settings under every setting; those that are equal are one object."""
+        found: dict[str, Config] = {}
+        static = [{name: value for name, value in row.items() if name in CONFIG_FIELDS} for row in self.table.rows()]
+        return tuple(found.get(key) or found.setdefault(key, self.config_of(x)) for x in static for key in [repr(x)])
+
     def config_of(self, row: dict) -> Config:
         """The static settings under a setting."""
         static = {name: value for name, value in row.items() if name in CONFIG_FIELDS}
@@ -151,23 +161,28 @@ class Sweep:
 
     def hyperparams_of(self, row: dict) -> Hyperparams:
         """The hyperparameters under a setting."""
-        changed = {name: value for name, value in row.items() if spec_of(name)}
-        for name, value in changed.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(f"{name}={quote(value)} must be a number")
+        changed = {name: _as_number(name, value) for name, value in row.items() if spec_of(name)}
         return self.hyperparams.set(changed)
+
+    def _check_hyperparams(self):
+        """Refuses values of hyperparameters that are out of range, a whole column at a time."""
+        columns = {name: axis[name] for axis in self.table.axes for name in axis if spec_of(name)}
+        self.hyperparams.set({name: np.array([_as_number(name, x) for x in xs]) for name, xs in columns.items()})
 
     def groups(self) -> list[Group]:
         """The settings by all that is static: each group shares one compiled program."""
+        return list(self._groups)
+
+    @cached_property
+    def _groups(self) -> tuple[Group, ...]:
         groups: dict[Group, list[int]] = {}
-        for i, row in enumerate(self.table.rows()):
-            groups.setdefault(self.group_of(row), []).append(i)
-        return [group._replace(settings=tuple(settings)) for group, settings in groups.items()]
+        for i, (row, config) in enumerate(zip(self.table.rows(), self.configs)):
+            groups.setdefault(Group(self.env_of(row), config, _plugged_of(row)), []).append(i)
+        return tuple(group._replace(settings=tuple(settings)) for group, settings in groups.items())
 
     def group_of(self, row: dict) -> Group:
         """The group of a setting, without its members."""
-        plugged = tuple((name, row[name]) for name in PLUGGED if name in row)
-        return Group(self.env_of(row), self.config_of(row), plugged)
+        return Group(self.env_of(row), self.config_of(row), _plugged_of(row))
 
     def name_group(self, group: Group) -> str:
         """The group in one line of text, by which its identity is kept: what is swept and makes a group.
@@ -204,9 +219,13 @@ class Sweep:
 
     def runs(self, settings: Iterable[int] | None = None) -> dict[str, tuple[int, int]]:
         """All runs, or those of some settings: name on disk -> (setting, seed)."""
-        rows = self.table.rows()
-        settings = range(len(rows)) if settings is None else settings
-        return {name_run(rows[i], seed): (i, seed) for i in settings for seed in range(self.num_seeds)}
+        names, seeds = self._names, range(self.num_seeds)
+        settings = range(len(self.table)) if settings is None else settings
+        return {names[i * self.num_seeds + seed]: (i, seed) for i in settings for seed in seeds}
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
+        return tuple(name_run(row, seed) for row in self.table.rows() for seed in range(self.num_seeds))
 
     def shared(self) -> dict[str, Any]:
         """What all settings have in common, as flat JSON data: name -> value."""
@@ -304,12 +323,27 @@ def check_field(name: str):
     )
 
 
-def _check_effect(row: dict, config: Config, hyperparams: Hyperparams):
+def _plugged_of(row: dict) -> tuple[tuple[str, str], ...]:
+    """The fields of a setting whose values are plugged in."""
+    return tuple((name, row[name]) for name in PLUGGED if name in row)
+
+
+def _as_number(name: str, value: Any) -> float:
+    """A value of a hyperparameter. Raises ValueError for anything but a number."""
+    try:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError
+        return float(value)
+    except (TypeError, OverflowError):
+        raise ValueError(f"{name}={quote(value)} must be a number") from None
+
+
+def _check_effect(row: dict, config: Config, target_kl: Any):
     """Refuses a setting with one of `target_kl` and `stop_on_kl`, unless the sweep compares it with the other."""
     set_alone = "stop_on_kl" if config.stop_on_kl else "target_kl"
     lacking = "target_kl" if config.stop_on_kl else "stop_on_kl"
     if set_alone in row or lacking not in row:
-        check_target_kl(hyperparams.target_kl, config)
+        check_target_kl(target_kl, config)
 
 
 def _to_number(value):
