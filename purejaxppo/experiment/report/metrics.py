@@ -10,6 +10,8 @@ from numpy.typing import ArrayLike
 
 from purejaxppo.config import Config
 
+FEW_UPDATES = 64  # of a large sweep, more are read only where they are needed
+
 
 def label(metrics: Mapping[str, ArrayLike], config: Config, updates_before: int = 0) -> xarray.Dataset:
     """Metrics [U] or [R, U] with labelled axes: (`run`,) `updates`, counted from 1, and `step` along `updates`.
@@ -78,17 +80,37 @@ def split_vectors(metrics: xarray.Dataset) -> dict[str, xarray.DataArray]:
     return numbers
 
 
-def last_episodes(metrics: xarray.Dataset, num_episodes: int = 100) -> xarray.DataArray:
+def last_episodes(
+    metrics: xarray.Dataset, num_episodes: int = 100, needed: xarray.DataArray | bool = True
+) -> xarray.DataArray:
     """Mean return of the last `num_episodes` training episodes of each run; nan where none ended.
 
     Metrics hold only the mean return of each update. So the oldest update that is needed counts with the weight of the
     episodes that are still missing.
+
+    Args:
+        metrics: with the dimension `updates`.
+        num_episodes: most episodes that count.
+        needed: whether each run is; the number of others may be wrong.
     """
+    metrics = _newest_updates(metrics[["num_episodes", "episode_return"]], num_episodes, needed)
     count = metrics["num_episodes"].astype(np.float64)
     newer = count.isel(updates=slice(None, None, -1)).cumsum("updates").isel(updates=slice(None, None, -1)) - count
     weight = (num_episodes - newer).clip(0, count)
     total = weight.sum("updates")
     return (metrics["episode_return"].fillna(0) * weight).sum("updates") / total.where(total > 0)
+
+
+def _newest_updates(metrics: xarray.Dataset, num_episodes: int, needed: xarray.DataArray | bool) -> xarray.Dataset:
+    """The last updates in which so many episodes of each run ended that is needed; all if there are not so many."""
+    length = FEW_UPDATES
+    while length < metrics.sizes["updates"]:
+        newest = metrics.isel(updates=slice(-length, None))
+        enough = newest["num_episodes"].sum("updates") >= num_episodes
+        if (enough | ~xarray.DataArray(needed)).all():
+            return newest
+        length *= 4
+    return metrics
 
 
 def learning_curve(metrics: xarray.Dataset, num_points: int = 100) -> xarray.DataArray:

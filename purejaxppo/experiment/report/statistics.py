@@ -79,7 +79,8 @@ def _silent(metrics: xarray.Dataset) -> xarray.DataArray:
 
 def final_scores(metrics: xarray.Dataset, num_episodes: int = 100) -> xarray.DataArray:
     """Mean return of the last `num_episodes` training episodes of each run; nan if it turned nan or ended none."""
-    return last_episodes(metrics, num_episodes).where(~lost(metrics).any("updates"))
+    alive = ~lost(metrics).any("updates")
+    return last_episodes(metrics, num_episodes, needed=alive).where(alive)
 
 
 def area_under_curve(metrics: xarray.Dataset) -> xarray.DataArray:

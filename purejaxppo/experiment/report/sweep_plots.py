@@ -35,6 +35,8 @@ from purejaxppo.experiment.report.ranking import importance, rank
 from purejaxppo.experiment.report.statistics import aggregate, lost, swept_fields
 from purejaxppo.text import in_words, show_value
 
+MAX_NUMBERS = 400  # in the cells of a heat map; more take long to draw, and cannot be read
+
 
 def plot_sweep(
     metrics: xarray.Dataset,
@@ -152,8 +154,8 @@ def plot_heatmap(
     """Draws the final score, a statistic over seeds, for all values of two fields of a grid; the best is framed.
 
     The other fields stay at the best setting, which the heading names. Runs without a score count as the lowest of all;
-    a cell states how many it has, and is grey if it has failed, without any score. Raises ValueError unless `x` and `y`
-    are two fields of a grid and some run has a score.
+    a cell states how many it has, and is grey if it has failed, without any score. More than 400 cells have no text.
+    Raises ValueError unless `x` and `y` are two fields of a grid and some run has a score.
 
     Args:
         metrics: of a sweep of one environment, with the dimensions of its table, `seed` and `updates`.
@@ -178,9 +180,10 @@ def plot_heatmap(
     highest = best_index(scores, statistic)
     values = scores_of_pair(scores, x, y, statistic)
     rows, columns = values["value"].shape
-    ax = ax or _axes(2.6 + 0.75 * columns, 1.7 + 0.5 * rows)
+    is_small = rows * columns <= MAX_NUMBERS
+    ax = ax or _axes(2.6 + (0.75 if is_small else 0.3) * columns, 1.7 + (0.5 if is_small else 0.3) * rows)
     image = ax.imshow(values["value"], plt.get_cmap("YlGnBu").with_extremes(bad="0.85"), origin="lower", aspect="auto")
-    for (j, i), value in np.ndenumerate(values["value"].values):
+    for (j, i), value in np.ndenumerate(values["value"].values) if is_small else ():
         missing = values["missing"].values[j, i]
         text = "failed" if np.isnan(value) else _short(value) + (f"\n{missing} missing" if missing else "")
         color = "white" if np.asarray(image.norm(value)) > 0.55 else "black"  # black where it is nan
