@@ -16,7 +16,8 @@ from test_records import DEFAULTS, SWEEP_SESSION, make_settings
 
 import purejaxppo as pjp
 from probes import SMALL
-from purejaxppo.experiment.files import SWEEP, save_dataset, save_json
+from purejaxppo.experiment.datasets import save_dataset
+from purejaxppo.experiment.files import SWEEP, save_json
 from purejaxppo.experiment.runs.settings import write_settings
 from purejaxppo.experiment.sweeps.slices import Slice, Slices
 

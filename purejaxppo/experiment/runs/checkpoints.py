@@ -21,6 +21,7 @@ import numpy as np
 import xarray
 
 from purejaxppo.checks import check_whole
+from purejaxppo.experiment.datasets import read_dataset, write_dataset
 from purejaxppo.experiment.files import check_digests, check_room, flush_to_disk, is_full, to_arrays, write_digests
 from purejaxppo.experiment.records import OtherVersion, read_record
 from purejaxppo.experiment.runs.settings import RunSettings
@@ -136,7 +137,7 @@ def _write(path: Path, state: Any, metrics: xarray.Dataset, settings: RunSetting
         check_room(half, metrics.nbytes + sum(x.nbytes + BYTES_PER_LEAF for x in arrays.values()))
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((half / "state").absolute(), arrays)
-        metrics.to_netcdf(half / "metrics.nc", engine="scipy")
+        write_dataset(half / "metrics.nc", metrics)
         (half / "settings.json").write_text(json.dumps(settings.to_json(), indent=2) + "\n")
         write_digests(half, ["metrics.nc", "settings.json", *_files_of_state(half)])
         for file in (*half.rglob("*"), half):
@@ -184,6 +185,6 @@ def _read(path: Path) -> Checkpoint:
 
     _check(path)
     arrays = ocp.PyTreeCheckpointer().restore((path / "state").absolute())
-    metrics = xarray.load_dataset(path / "metrics.nc", engine="scipy")
+    metrics = read_dataset(path / "metrics.nc")
     settings = read_record(path / "settings.json", RunSettings.from_json)
     return Checkpoint(arrays, metrics, settings, path)

@@ -19,15 +19,14 @@ import xarray
 
 from purejaxppo.batched import batched
 from purejaxppo.config import Config, Hyperparams
+from purejaxppo.experiment.datasets import read_dataset, save_dataset
 from purejaxppo.experiment.files import (
     DIGESTS,
     SETTINGS,
     ArrayFile,
     check_digests,
     from_arrays,
-    read_dataset,
     save_arrays,
-    save_dataset,
     to_arrays,
     write_digests,
 )

@@ -382,7 +382,7 @@ class Training:
             from_arrays(whole.state, like_one, f"the slice {slice_.name}")  # raises for another shape
             for name, x in arrays.items():
                 x[runs] = whole.state[name]
-            self.metrics[setting] = whole.metrics
+            self.metrics[setting] = {name: np.asarray(x) for name, x in whole.metrics.items()}
         self.states = from_arrays(arrays, like)
 
 

@@ -173,7 +173,7 @@ def plan_sweep(
         raise ValueError(f"share={part} needs a folder, the same for all shares (folder=...)")
     known = jax.local_devices()
     devices = known if devices is None else choose_devices(devices, known)
-    stored = find_slices(folder, sweep).read()
+    stored = find_slices(folder, sweep).read(verify=True)
     kept = read_division(folder)
     sizes = _sizes(sweep, divide(sweep, stored, kept), slice_size)
     ppos = {group: make_group(group, make) for group in sizes}

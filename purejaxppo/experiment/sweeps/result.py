@@ -1,7 +1,6 @@
 """The result of a sweep: labelled metrics, the best setting, the state and the policy of any run."""
 
 import contextlib
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,17 +13,18 @@ import numpy as np
 import pandas
 import xarray
 
-from purejaxppo.experiment.files import from_arrays, save_dataset, shapes_of
+from purejaxppo.experiment.datasets import save_dataset
+from purejaxppo.experiment.files import from_arrays, shapes_of
 from purejaxppo.experiment.identity import check_loaded, identify_ppo
 from purejaxppo.experiment.report.failures import METRIC, UPDATE, describe_failure
-from purejaxppo.experiment.report.metrics import label_metric, to_dataframe
+from purejaxppo.experiment.report.metrics import to_dataframe
 from purejaxppo.experiment.report.ranking import best, rank
 from purejaxppo.experiment.report.statistics import final_scores, unfinished
+from purejaxppo.experiment.sweeps.metrics import label_sweep
 from purejaxppo.experiment.sweeps.slices import Slice, Slices, by_run, read_identities, read_sweep
 from purejaxppo.experiment.sweeps.sweep import Sweep, make_group, name_run
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.rollout import Policy
-from purejaxppo.summary import FAILURE
 from purejaxppo.text import count, shorten, show_setting, to_coordinate
 
 RESULTS = "results.nc"
@@ -55,7 +55,8 @@ class SweepResult:
     @property
     def num_unfinished(self) -> int:
         """Runs that have updates to make yet; their scores are of what they have done."""
-        return int(unfinished(self.metrics).sum())
+        rate = self._learning_rate
+        return int(unfinished(self.metrics[["episode_return", rate, UPDATE]]).sum())  # one metric tells, not all
 
     def __repr__(self) -> str:
         metrics = shorten(", ".join(map(str, self.metrics)), 90)
@@ -99,11 +100,15 @@ class SweepResult:
 
     def _untrained(self) -> list[str]:
         """The runs without any update, as text."""
-        metrics = self.metrics[f"{'current_' * ('learning_rate' in self.sweep.table.names)}learning_rate"]
-        nothing = metrics.isel(updates=0).isnull() & (self.metrics["failed_update"] == 0)
+        nothing = self.metrics[self._learning_rate].isel(updates=0).isnull() & (self.metrics[UPDATE] == 0)
         nothing = nothing.values.reshape(len(self.sweep.table), self.sweep.num_seeds)
         rows = self.sweep.table.rows()
         return [f"{show_setting(rows[setting])} seed={seed}".strip() for setting, seed in np.argwhere(nothing)]
+
+    @property
+    def _learning_rate(self) -> str:
+        """The metric that every update of a run has."""
+        return f"{'current_' * ('learning_rate' in self.sweep.table.names)}learning_rate"
 
     def failed(self) -> list[str]:
         """A sentence for every run that turned nan."""
@@ -220,96 +225,3 @@ def load_sweep(
     sweep = read_sweep(folder).with_values(values or {})
     slices = Slices(sweep, Path(folder))
     return SweepResult(sweep, label_sweep(sweep, slices.read(), slices.machine()), slices, make, allow_changed)
-
-
-def label_sweep(sweep: Sweep, slices: Sequence[Slice], machine: Mapping) -> xarray.Dataset:
-    """The metrics of all runs with names to their axes; nan, and 0 episodes, for updates that are not done.
-
-    `machine` is where they were made (see `describe_machine`). Raises ValueError without any slice.
-    """
-    if not slices:
-        raise ValueError("no run of this sweep has been trained yet (run the sweep first)")
-    rows = sweep.table.rows()
-    runs = sweep.runs()
-    configs = [sweep.config_of(row) for row in rows]
-    num_updates = max(config.num_updates for config in configs)
-    like = {
-        name: x for slice_ in slices for name, x in slice_.metrics.items() if name != FAILURE
-    }  # groups report others
-    arrays = {
-        name: np.full(
-            (len(rows), sweep.num_seeds, num_updates, *_longest(slices, name)),
-            0 if x.dtype.kind in "iu" else np.nan,
-            x.dtype,
-        )
-        for name, x in like.items()
-    }
-    failed = np.zeros((len(rows), sweep.num_seeds), np.int32)
-    causes = np.full(failed.shape, "", object)
-    for name, (slice_, i) in by_run(slices).items():
-        if slice_.num_updates > configs[runs[name][0]].num_updates:
-            raise ValueError(f"the slice {slice_.name} has done {slice_.num_updates} updates, more than its runs have")
-        for metric, x in slice_.metrics.items():
-            if metric != FAILURE:
-                arrays[metric][runs[name]][tuple(map(slice, x.shape[1:]))] = x[i]
-        failed[runs[name]], causes[runs[name]] = slice_.failure(i)
-    dims, shape, coords = _axes(sweep)
-    update = np.arange(1, num_updates + 1)
-    steps = np.stack([np.where(update <= c.num_updates, update * float(c.steps_per_update), np.nan) for c in configs])
-    # The current value of a swept and scheduled field is a metric of the same name.
-    names = {name: f"current_{name}" if name in sweep.table.names else name for name in arrays}
-    variables = {
-        names[n]: label_metric(n, (*dims, "seed", "updates"), x.reshape(*shape, *x.shape[1:]))
-        for n, x in arrays.items()
-    }
-    variables[UPDATE] = (*dims, "seed"), failed.reshape(*shape, -1)
-    variables[METRIC] = (*dims, "seed"), causes.astype(str).reshape(*shape, -1)
-    coords |= {
-        "seed": np.arange(sweep.num_seeds, dtype=np.int32),
-        "updates": update.astype(np.int32),
-        "step": _where_it_varies(dims, steps.reshape(*shape, -1)),
-    }
-    return xarray.Dataset(variables, coords, _attributes(sweep, machine))
-
-
-def _longest(slices: Sequence[Slice], name: str) -> tuple[int, ...]:
-    """The shape of a metric in one update; if groups report vectors of different lengths, the longest."""
-    return max(slice_.metrics[name].shape[2:] for slice_ in slices if name in slice_.metrics)
-
-
-def _attributes(sweep: Sweep, machine: Mapping) -> dict:
-    """The origin of the metrics: plain text, and JSON under `sweep` and `machine`."""
-    return {
-        "env": str(sweep.env),
-        **{name: machine["versions"].get(name, "unknown") for name in ("purejaxppo", "jax")},
-        "device": machine["device"]["kind"],
-        "matmul_precision": sweep.config.matmul_precision,
-        "sweep": json.dumps(sweep.to_json()),
-        "machine": json.dumps(machine),
-    }
-
-
-def _axes(sweep: Sweep):
-    """Names and lengths of the dimensions of settings, and their coordinates."""
-    dims, shape, coords = [], [], {}
-    joint = sum(len(axis) > 1 for axis in sweep.table.axes)
-    for axis in sweep.table.axes:
-        columns = {name: np.array([to_coordinate(value) for value in column]) for name, column in axis.items()}
-        dim = next(iter(axis)) if len(axis) == 1 else "setting"
-        if dim == "setting" and joint > 1:
-            dim = f"setting_{sum(name.startswith('setting') for name in dims) + 1}"
-        length = len(next(iter(columns.values())))
-        dims.append(dim)
-        shape.append(length)
-        coords |= {name: (dim, column) for name, column in columns.items()}
-        coords.setdefault(dim, (dim, np.arange(length, dtype=np.int32)))
-    return dims, shape, coords
-
-
-def _where_it_varies(dims: list[str], steps: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
-    """Steps [*settings, updates] along the dimensions in which they differ."""
-    for axis in reversed(range(len(dims))):
-        first = np.take(steps, [0], axis)
-        if np.array_equal(np.broadcast_to(first, steps.shape), steps, equal_nan=True):
-            steps, dims = np.take(steps, 0, axis), dims[:axis] + dims[axis + 1 :]
-    return (*dims, "updates"), steps

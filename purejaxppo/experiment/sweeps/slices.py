@@ -11,7 +11,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -20,9 +20,11 @@ import numpy as np
 
 from purejaxppo.batched import causes
 from purejaxppo.checks import check_whole
+from purejaxppo.experiment.datasets import LARGE
 from purejaxppo.experiment.files import (
     SWEEP,
     ArrayFile,
+    Place,
     differing_fields,
     kind_of,
     prepare,
@@ -39,13 +41,36 @@ from purejaxppo.text import shorten, show_setting
 
 
 @dataclass(frozen=True)
+class StoredMetric:
+    """A metric [runs, updates] in the file of a slice, which `numpy.asarray` opens and reads.
+
+    Raises ValueError then if it is damaged. If the slice has been trained further, the later updates are left out.
+    """
+
+    path: Path
+    name: str
+    place: Place
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        found = self.place.read(self.path)
+        if found is None:  # written again, or damaged
+            with ArrayFile(self.path) as arrays:
+                found = np.asarray(arrays[f"metrics/{self.name}"])[:, : self.shape[1]]
+        if found.shape != self.shape or found.dtype != self.dtype:
+            raise ValueError(f"{self.path} has changed: {self.name} is another metric (read the sweep again)")
+        return found.astype(dtype or self.dtype, copy=False)
+
+
+@dataclass(frozen=True)
 class Slice:
     """Some runs, their metrics so far and their states."""
 
     runs: tuple[str, ...]
     """Names of the runs (see `name_run`); the last may repeat, to fill the slice."""
-    metrics: dict[str, np.ndarray]
-    """[runs, updates done]"""
+    metrics: Mapping[str, np.ndarray] | Mapping[str, StoredMetric]
+    """[runs, updates done]; `Slices.read` leaves them in their files."""
     state: dict[str, np.ndarray]
     """Leaves of the TrainState [runs, ...], by their paths; `Slices.read` leaves out most of them."""
     leaves: tuple[str, ...] = ()
@@ -56,13 +81,15 @@ class Slice:
         """Updates done, including those of runs that are frozen."""
         return next(iter(self.metrics.values())).shape[1] if self.metrics else 0
 
-    def failure(self, run: int) -> tuple[int, str]:
-        """The update in which a run turned nan, and what was not finite first; (0, "") if it did not."""
-        done = int(self.state["num_updates"][run])
-        if done == self.num_updates:
-            return 0, ""
-        code = self.metrics[FAILURE][run, -1] if FAILURE in self.metrics else 0
-        return done + 1, str(name_causes(code, causes(self.metrics, self.leaves or self.state)))
+    def failures(self) -> dict[int, tuple[int, str]]:
+        """The runs that turned nan: row -> the update in which it did, and what was not finite first."""
+        done = self.state["num_updates"]
+        rows = np.flatnonzero(done != self.num_updates).tolist()
+        if not rows:
+            return {}
+        codes = np.asarray(self.metrics[FAILURE])[:, -1] if FAILURE in self.metrics else np.zeros_like(done)
+        known = causes(self.metrics, self.leaves or self.state)
+        return {row: (int(done[row]) + 1, str(name_causes(codes[row], known))) for row in rows}
 
     @property
     def name(self) -> str:
@@ -127,17 +154,20 @@ class Slices:
             data["sessions"][data["sessions"].index(self.session)] |= {"steps": steps, "run_seconds": run_seconds}
             save_json(self.folder / SWEEP, data)
 
-    def read(self, warn: bool = True) -> list[Slice]:
-        """All slices with their metrics; of the states only `num_updates`.
+    def read(self, warn: bool = True, verify: bool = False) -> list[Slice]:
+        """All slices, with metrics that are read when they are used; of the states only `num_updates`.
 
-        Files that are damaged or are not slices of this sweep are `ignored`, and a warning names each.
+        Files that are damaged or are not slices of this sweep are `ignored`, and a warning names each. The numbers in
+        large files are only verified when they are used, unless `verify` is set.
         """
         slices, self.ignored = list(self.in_memory.values()), []
-        for path in sorted((self.folder / "slices").glob("*.npz")) if self.folder else ():
+        paths = sorted((self.folder / "slices").glob("*.npz")) if self.folder else []
+        verify = verify or sum(path.stat().st_size for path in paths) <= LARGE
+        for path in paths:
             if path.stem in self.in_memory:
                 continue
             try:
-                slices.append(self._read(path, ("num_updates",)))
+                slices.append(self._read(path, ("num_updates",), verify))
             except ValueError as error:
                 self.ignored.append(str(error))
                 if warn:
@@ -149,13 +179,14 @@ class Slices:
         """One slice with all leaves of its states, or those of some paths. Raises ValueError if its file is damaged."""
         if name in self.in_memory:
             return self.in_memory[name]
-        return self._read(self._path(name), leaves)
+        slice_ = self._read(self._path(name), leaves)
+        return replace(slice_, metrics={name: np.asarray(x) for name, x in slice_.metrics.items()})
 
     def _path(self, name: str) -> Path:
         assert self.folder
         return self.folder / "slices" / f"{name}.npz"
 
-    def _read(self, path: Path, leaves: Collection[str] | None) -> Slice:
+    def _read(self, path: Path, leaves: Collection[str] | None, verify: bool = False) -> Slice:
         """A slice from its file, with some leaves of its states. Raises ValueError if it is not one of this sweep."""
         with ArrayFile(path) as arrays:
             if leaves is None:
@@ -176,9 +207,15 @@ class Slices:
             found = [*metrics.values(), *(arrays[f"state/{leaf}"] for leaf in leaves)]
             if len(num_updates) != 1 or any(x.shape[:1] != (len(runs),) for x in found):
                 raise ValueError(f"{path} is damaged: its arrays do not fit its {len(runs)} runs")
+            if verify:
+                arrays.verify(metrics)
+            names = [name.removeprefix("metrics/") for name in metrics]
             return Slice(
                 runs,
-                {name.removeprefix("metrics/"): np.asarray(x) for name, x in metrics.items()},
+                {
+                    name: StoredMetric(path, name, arrays.place(x.name), x.shape, x.dtype)
+                    for name, x in zip(names, metrics.values())
+                },
                 {leaf: np.asarray(arrays[f"state/{leaf}"]) for leaf in leaves},
                 tuple(name.removeprefix("state/") for name in arrays if name.startswith("state/")),
             )
