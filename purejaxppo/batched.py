@@ -84,7 +84,7 @@ def batched(ppo: PPO, devices: int | Sequence[Any] | None = None) -> PPO:
         key = as_key(key, axes=1)
         check_axis(len(key), ONE, policy=policy)
         env_params = _per_run(as_env_params(env_params, ppo.env, len(key)), ppo.env.params, len(key))
-        return jax.vmap(lambda *args: ppo.evaluate(*args, **options))(key, policy, env_params)
+        return on_devices(jax.vmap(lambda *args: ppo.evaluate(*args, **options)))(key, policy, env_params)
 
     @wraps(ppo.act)
     def act(policy: Any, obs: Any, key: jax.Array | None = None, memory: Any = None, env_params: Any = None):

@@ -16,6 +16,7 @@ from purejaxppo.text import shorten
 from purejaxppo.validate import as_key
 
 EVALUATION = 2**31
+EPISODES = 128  # of an evaluation, by default
 
 
 class Evaluation(struct.PyTreeNode):
@@ -34,7 +35,7 @@ def evaluate(
     env: Env,
     network: Network,
     config: Config,
-    num_episodes: int = 128,
+    num_episodes: int = EPISODES,
     greedy: bool = False,
     max_steps: int = 10_000,
 ) -> Evaluation:

@@ -104,11 +104,11 @@ def test_halving_resumes_and_comes_to_the_result_of_an_uninterrupted_call(plan, 
     options = {"progress": False, "save_every": 0}
     trained = []
 
-    def counted(program, states, runs, length, pool):
+    def counted(program, states, runs, length, *rest):
         trained.append(len(runs) * length)
         if len(trained) == 4:
             signal.raise_signal(signal.SIGINT)
-        return train_runs(program, states, runs, length, pool)
+        return train_runs(program, states, runs, length, *rest)
 
     monkeypatch.setattr(halving_module, "train_runs", counted)
     with pytest.raises(pjp.Interrupted, match="resumes from") as error:
@@ -128,6 +128,10 @@ def test_halving_resumes_and_comes_to_the_result_of_an_uninterrupted_call(plan, 
     loaded = pjp.load(tmp_path, make=make_probe)
     assert isinstance(loaded, pjp.SweepResult) and loaded.num_unfinished == 2 * 7  # one is complete, one turned nan
     np.testing.assert_array_equal(loaded.metrics["episode_return"], halving.metrics["episode_return"])
+    ranked, rows = loaded.ranked(), halving.ranked()
+    assert loaded.best() == halving.best() and ranked["rung"].values.tolist() == [row["updates"] for row in rows]
+    np.testing.assert_allclose(ranked["learning_rate"], [row["learning_rate"] for row in rows])
+    np.testing.assert_array_equal(ranked["rung_score"], [row["score"] for row in rows])
 
 
 def test_halving_refuses_the_folder_of_a_sweep_with_other_slices(tmp_path):

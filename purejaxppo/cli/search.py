@@ -81,6 +81,7 @@ class Report(NamedTuple):
     plots: Callable[[str], Mapping[str, Any]]  # title -> figures by name
     unsaved: str = ""
     more: Mapping[str, Any] = {}  # for best.json
+    criterion: str = ""  # what the score is, in words
 
 
 def search(arguments: list[str]) -> int:
@@ -88,7 +89,7 @@ def search(arguments: list[str]) -> int:
     prepare_jax(arguments)
     join_others(arguments)
     options = parse(SearchOptions, "search", arguments)
-    counts = "num_seeds", "num_rungs", "num_places", "every", "num_devices", "batch_size"
+    counts = "evaluate_every", "num_seeds", "num_rungs", "num_places", "every", "num_devices", "batch_size"
     check_counts(options, *counts)
     check_counts(options, "seed", at_least=0)
     if not options.save_every >= 0:
@@ -125,10 +126,12 @@ def _finish(options: SearchOptions, report: Report, out: Path, interrupted: bool
 
     scored = [row for row in report.ranked if row["score"] == row["score"]]
     rows = scored + [row | {"score": "none"} for row in report.ranked[len(scored) :]]
+    say(*[f"score: {report.criterion}"] * bool(rows and report.criterion))
     say(*(align(rows, 20).split("\n") if rows else ["no setting is trained yet"]))
     if scored:
         sweep, setting = _sweep(options), report.best()
-        save_best(out, sweep, setting, scored[0]["score"], method=options.method, **report.more)
+        more = {"method": options.method, "score_of": report.criterion, **report.more}
+        save_best(out, sweep, setting, scored[0]["score"], **more)
         say("the best setting trains with", f"  {train_command(sweep, setting)}")
     figures = report.plots(options.env)
     for name, figure in figures.items():
@@ -148,7 +151,7 @@ def _sweep(options: SearchOptions, table: Table | None = None) -> Any:
 
     env = to_named("env", options.env) if ":" in options.env else options.env
     given = options.num_seeds or DEFAULT_SEEDS[options.method], options.config, options.hyperparams, options.seed
-    return Sweep(env, Table() if table is None else table, *given)
+    return Sweep(env, Table() if table is None else table, *given, options.evaluate_every)
 
 
 def _own(options: SearchOptions, *names: str) -> dict[str, Any]:
@@ -158,6 +161,7 @@ def _own(options: SearchOptions, *names: str) -> dict[str, Any]:
 
 def _halving(options: SearchOptions) -> Method:
     from purejaxppo.experiment.sweeps.halving import plan_halving, successive_halving
+    from purejaxppo.experiment.sweeps.rungs import describe_criterion
 
     own = _own(options, "num_rungs", "eta", "num_places")
     sweep = _sweep(options, make_table(options))
@@ -165,7 +169,9 @@ def _halving(options: SearchOptions) -> Method:
     return Method(
         plan,
         run=lambda out: successive_halving(plan, out, save_every=options.save_every),
-        report=lambda found: Report(found.ranked(), found.best, found.plots, found.unsaved),
+        report=lambda found: Report(
+            found.ranked(), found.best, found.plots, found.unsaved, criterion=describe_criterion(sweep, plan.rungs)
+        ),
     )
 
 
@@ -182,7 +188,7 @@ def _pbt(options: SearchOptions) -> Method:
             plan, out, save_every=options.save_every, allow_changed=options.allow_changed
         ),
         report=lambda found: Report(
-            found.ranked(), found.best, found.plots, found.fit.unsaved, {"schedule": found.schedule()}
+            found.ranked(), found.best, found.plots, found.fit.unsaved, {"schedule": found.schedule()}, found.criterion
         ),
     )
 
@@ -194,13 +200,14 @@ def _optuna(options: SearchOptions) -> Method:
         raise ValueError("method=optuna needs the package optuna (pip install optuna)") from None
 
     from purejaxppo.experiment.report.search_plots import plot_trials
+    from purejaxppo.experiment.report.statistics import describe_scores
     from purejaxppo.experiment.sweeps.optuna_search import best_setting, optuna_search, plan_trials, rank_trials
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space = read_space(options)
     sweep, size = _sweep(options), min(options.batch_size or 8, options.num_samples)
     search = {"num_trials": options.num_samples, "batch_size": size, "num_seeds": sweep.num_seeds, "seed": sweep.seed}
-    search |= {"config": sweep.config, "hyperparams": sweep.hyperparams}
+    search |= {"config": sweep.config, "hyperparams": sweep.hyperparams, "evaluate_every": sweep.evaluate_every}
     plan = plan_trials(sweep.env, space, **search)
     return Method(
         plan,
@@ -208,7 +215,10 @@ def _optuna(options: SearchOptions) -> Method:
             sweep.env, space, folder=out, storage=options.storage, plan=plan, save_every=options.save_every, **search
         ),
         report=lambda study: Report(
-            rank_trials(study), lambda: best_setting(study, space), lambda title: plot_trials(study, title)
+            rank_trials(study),
+            lambda: best_setting(study, space),
+            lambda title: plot_trials(study, title),
+            criterion=describe_scores(evaluated=options.evaluate_every is not None),
         ),
     )
 

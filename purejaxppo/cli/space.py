@@ -30,6 +30,9 @@ class SpaceOptions(TrainingOptions):
     """Random seed."""
     total_steps: int | None = None
     """Environment steps of each agent; sets num_updates to as many whole updates as fit."""
+    evaluate_every: int | None = None
+    """Updates between two evaluations, in which every agent plays 128 whole episodes in fresh environments, by which
+    settings are then compared; there is one more at the end. By default there are none."""
     allow_changed: tuple[str, ...] = ()
     """What may differ from what the folder was trained with, such as loss or optimizer."""
     dry_run: bool = False

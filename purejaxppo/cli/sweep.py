@@ -86,7 +86,8 @@ def sweep(arguments: list[str]) -> int:
         check_folder(options)
     share = _read_share(options)
     env = to_named("env", options.env) if ":" in options.env else options.env
-    wanted = Sweep(env, table, options.num_seeds, options.config, options.hyperparams, options.seed)
+    shared = options.config, options.hyperparams, options.seed, options.evaluate_every
+    wanted = Sweep(env, table, options.num_seeds, *shared)
     keep_programs(options.compile_cache)
     say(*str(wanted).split("\n"))
     if options.out is not None and not options.dry_run:
@@ -126,8 +127,10 @@ def sweep(arguments: list[str]) -> int:
 def _report(result: "SweepResult", out: Path, title: str):
     """Prints a ranking, and draws plots beside the data."""
     from purejaxppo.experiment.report.ranking import as_table
-    from purejaxppo.experiment.report.statistics import improvements
+    from purejaxppo.experiment.report.statistics import describe_scores, improvements
 
+    if result.sweep.evaluate_every:
+        say(f"ranked by the interquartile mean over agents of {describe_scores(result.scores)}")
     say(*as_table(result.ranked()).split("\n"))
     for field in (field for field in PLUGGED if field in result.scores.dims):
         for versus, found in improvements(result.scores, field).items():
@@ -191,7 +194,7 @@ def plot(arguments: list[str]) -> int:
 def _parse_sweep(arguments: list[str]):
     """The options of `sweep`, and the table of settings that they describe."""
     options = parse(SweepOptions, "sweep", arguments)
-    check_counts(options, "num_seeds", "num_devices", "slice_size", "updates_per_chunk")
+    check_counts(options, "num_seeds", "num_devices", "slice_size", "updates_per_chunk", "evaluate_every")
     check_counts(options, "seed", at_least=0)
     table = make_table(options)
     return complete(options, arguments), table

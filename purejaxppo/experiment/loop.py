@@ -13,6 +13,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from purejaxppo.experiment.distributed import is_first
+from purejaxppo.experiment.evaluations import METRIC, Evaluations, ends_of_chunks
 from purejaxppo.experiment.program import Program
 from purejaxppo.text import quote
 
@@ -56,7 +57,7 @@ def chunks(
     last: int,
     interrupt: threading.Event,
     *,
-    stop_every: int | None = None,
+    evaluations: Evaluations | None = None,
     donate: bool = False,
 ) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
     """States and metrics [(R,) updates of the chunk, ...] after every chunk.
@@ -70,18 +71,19 @@ def chunks(
         done: the updates that it has done.
         last: the updates to end at.
         interrupt: once it is set, no further chunk is started ahead.
-        stop_every: a chunk also ends where this divides the number of updates.
+        evaluations: a chunk also ends where one is due, and has its returns as one more metric.
         donate: whether the memory of `state` may be reused; if not, it stays usable.
     """
-    lengths = []
-    while done < last:
-        lengths.append(min(program.num_updates, last - done, stop_every - done % stop_every if stop_every else last))
-        done += lengths[-1]
+    ends = ends_of_chunks(done, last, program.num_updates, evaluations)
+    lengths = [end - begin for begin, end in zip([done, *ends], ends)]
     ahead, started = program.num_slices == 1, None  # several slices use all cores of a CPU
-    for length, following in zip_longest(lengths, lengths[1:]):
-        state, metrics = started or program.start(state, length, donate=donate)
+    for done, length, following in zip_longest(ends, lengths, lengths[1:]):
+        state, rows = started or program.start(state, length, donate=donate)
         started = program.start(state, following) if following and ahead and not interrupt.is_set() else None
-        yield state, program.read(metrics, length)
+        metrics = program.read(rows, length)
+        if evaluations:
+            metrics[METRIC] = evaluations.measure(state, metrics, evaluations.is_due(done))
+        yield state, metrics
         donate = True
 
 

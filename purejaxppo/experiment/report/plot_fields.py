@@ -9,14 +9,21 @@ import numpy as np
 import xarray
 from matplotlib.figure import Figure
 
-from purejaxppo.experiment.report.statistics import NO_SCORE, final_scores, swept_fields, value_of_settings
+from purejaxppo.experiment.evaluations import METRIC
+from purejaxppo.experiment.report.statistics import (
+    NO_SCORE,
+    describe_scores,
+    scores_of,
+    swept_fields,
+    value_of_settings,
+)
 from purejaxppo.text import count, in_words, show_value
 
 MAX_LINES = 10  # more cannot be told apart
 
 
 def scores_to_draw(metrics: xarray.Dataset) -> xarray.DataArray:
-    """The final scores of all runs.
+    """The scores of all runs, see `scores_of`.
 
     Raises ValueError if they cannot be drawn: without seeds, with several environments, or if no run has a score.
     """
@@ -24,7 +31,7 @@ def scores_to_draw(metrics: xarray.Dataset) -> xarray.DataArray:
         raise ValueError(f"metrics have no dimension seed (theirs: {', '.join(map(str, metrics.dims))})")
     if "env" in metrics.coords and np.unique(metrics["env"]).size > 1:
         raise ValueError("returns of several environments cannot be compared: select one, as in metrics.sel(env=...)")
-    scores = final_scores(metrics)
+    scores = scores_of(metrics)
     if scores.isnull().all():
         raise ValueError(NO_SCORE)
     return scores
@@ -146,7 +153,7 @@ def make_notes(scores: xarray.DataArray, what: str, highest: Mapping[str, int], 
     """Notes for a plot: the statistic, the values of fields that are not drawn, the number of runs without a score.
 
     Args:
-        scores: final scores.
+        scores: see `scores_of`.
         what: the statistic, in words.
         highest: the index of the best setting along every dimension.
         *drawn: dimensions of the fields that are drawn.
@@ -156,6 +163,7 @@ def make_notes(scores: xarray.DataArray, what: str, highest: Mapping[str, int], 
     failed = scores.isnull().all("seed")
     num_seeds, missing = scores.sizes["seed"], int((scores.isnull() & ~failed).sum())
     notes = [f"{what.replace('iqm', 'interquartile mean')} of {num_seeds} seeds" if num_seeds > 1 else "one seed"]
+    notes += [f"score: {describe_scores(scores)}"] if scores.name == METRIC else []
     notes += [("at the best " if drawn else "best: ") + ", ".join(values)] if values else []
     notes += [f"runs without a score, counted as the lowest: {missing} of {scores.size}"] if missing else []
     return notes + ([f"failed, without any score: {count(int(failed.sum()), 'setting')}"] if failed.any() else [])

@@ -17,7 +17,7 @@ from purejaxppo.experiment.report.statistics import (
     aggregate,
     check,
     filled,
-    final_scores,
+    scores_of,
     swept_fields,
 )
 from purejaxppo.text import align
@@ -34,7 +34,7 @@ def rank(
     """Ranks all settings along one dimension `setting`, best first, with the swept fields as coordinates.
 
     Args:
-        scores: one number per run, with the dimension `seed`; or metrics, whose `final_scores` are ranked.
+        scores: one number per run, with the dimension `seed`; or metrics, whose `scores_of` are ranked.
         statistic: "iqm", "mean" or "median", which decides the order.
         over: the dimension "seed", or several with it, such as ("env", "seed").
         confidence: level of the interval, between 0 and 1.
@@ -61,7 +61,7 @@ def rank(
 
 
 def _scores(scores: xarray.DataArray | xarray.Dataset) -> xarray.DataArray:
-    return final_scores(scores) if isinstance(scores, xarray.Dataset) else scores
+    return scores_of(scores) if isinstance(scores, xarray.Dataset) else scores
 
 
 def _rows(scores: xarray.DataArray, over: str | Sequence[str] = "seed") -> xarray.DataArray:
@@ -102,7 +102,8 @@ def as_table(ranked: xarray.Dataset, max_rows: int = 20) -> str:
     ]
     lines = [align([dict(zip(names, row)) for row in zip(*columns)], max_rows)]
     if "num_missing" in names:
-        lines.append("(missing runs turned nan or ended no episode; they count as the lowest score)")
+        why = "turned nan, ended no episode or were not evaluated"
+        lines.append(f"(missing runs {why}; they count as the lowest score)")
     if failed.any():
         lines.append("(failed: all runs of the setting are missing)")
     return "\n".join(lines)
@@ -118,7 +119,7 @@ def importance(scores: xarray.DataArray | xarray.Dataset) -> xarray.DataArray:
     interactions, and differences within a bin. With one seed the seed effect cannot be separated from the remainder,
     and `seeds` is 0.
 
-    `scores` are one number per run, with the dimension `seed`; or metrics, whose `final_scores` are used.
+    `scores` are one number per run, with the dimension `seed`; or metrics, whose `scores_of` are used.
     """
     scores = _scores(scores)
     rows = filled(_rows(scores))

@@ -26,7 +26,7 @@ from purejaxppo.experiment.report.metrics import mean_interval, split_vectors
 from purejaxppo.experiment.report.page import element, facts, folded, line_choice, plot, section, sentences, table
 from purejaxppo.experiment.report.plot_fields import fields_of_grid, is_number, varied_fields
 from purejaxppo.experiment.report.ranking import importance, rank
-from purejaxppo.experiment.report.statistics import NO_SCORE, final_scores
+from purejaxppo.experiment.report.statistics import NO_SCORE, describe_scores, final_scores, scores_of
 from purejaxppo.text import count, in_words, interval, shorten, show, show_setting, show_value
 
 MAX_ROWS = 200  # of a table
@@ -51,7 +51,7 @@ def sections_of_sweep(metrics: xarray.Dataset) -> list[Element]:
 
 
 def _sections_of_env(metrics: xarray.Dataset, of: str) -> list[Element]:
-    scores = final_scores(metrics)
+    scores = scores_of(metrics)
     ranked = rank(scores)
     labels = [show_setting(row) or "the only setting" for row in _rows_of(ranked)]
     ranking = section(f"Ranking{of}", *_ranking(ranked, scores))
@@ -90,10 +90,12 @@ def _ranking(ranked: xarray.Dataset, scores: xarray.DataArray) -> list[Element |
     total, num_seeds = len(ranked["setting"]), scores.sizes["seed"]
     return [
         sentences(
-            f"{count(total, 'setting')} by the interquartile mean (IQM), over {count(num_seeds, 'seed')}, of the "
-            "return of the last 100 training episodes"
+            f"{count(total, 'setting')} by the interquartile mean (IQM), over {count(num_seeds, 'seed')}, of "
+            f"{describe_scores(scores)}"
             + (", with 95 % bootstrap intervals." if num_seeds > 1 else "; one seed has no interval."),
-            "Missing runs turned nan or ended no episode; they count as the lowest score." if missing else "",
+            "Missing runs turned nan, ended no episode or were not evaluated yet; they count as the lowest score."
+            if missing
+            else "",
             "A setting has failed if all its runs are missing." if (ranked["num_runs"] == 0).any() else "",
             f"The table has the best {MAX_ROWS}; result.ranked() in Python has all." if total > MAX_ROWS else "",
         ),

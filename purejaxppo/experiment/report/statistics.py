@@ -15,6 +15,8 @@ import scipy
 import xarray
 from numpy.typing import ArrayLike
 
+from purejaxppo.evaluate import EPISODES
+from purejaxppo.experiment.evaluations import METRIC
 from purejaxppo.experiment.report.metrics import last_episodes
 from purejaxppo.text import quote
 
@@ -81,6 +83,28 @@ def final_scores(metrics: xarray.Dataset, num_episodes: int = 100) -> xarray.Dat
     """Mean return of the last `num_episodes` training episodes of each run; nan if it turned nan or ended none."""
     alive = ~lost(metrics).any("updates")
     return last_episodes(metrics, num_episodes, needed=alive).where(alive)
+
+
+def scores_of(metrics: xarray.Dataset) -> xarray.DataArray:
+    """The score of each run of a sweep, by which settings are ranked: that of `describe_scores`.
+
+    It is the newest `evaluation_return` if any run has been evaluated, otherwise that of `final_scores`; nan for a run
+    that turned nan, or has not been evaluated yet.
+    """
+    if METRIC not in metrics or metrics[METRIC].isnull().all():
+        return final_scores(metrics)
+    returns = metrics[METRIC]
+    place = returns.notnull().isel(updates=slice(None, None, -1)).argmax("updates")  # from the end
+    newest = returns.isel(updates=returns.sizes["updates"] - 1 - place)
+    newest = newest.drop_vars([name for name in ("updates", "step") if name in newest.coords])
+    return newest.where(~lost(metrics).any("updates"))
+
+
+def describe_scores(scores: xarray.DataArray | None = None, *, evaluated: bool = False) -> str:
+    """What the scores of `scores_of` are, in words, or what they would be for runs that are `evaluated`."""
+    if evaluated or (scores is not None and scores.name == METRIC):
+        return f"the mean return of {EPISODES} fresh episodes in the newest evaluation"
+    return "the return of the last 100 training episodes"
 
 
 def area_under_curve(metrics: xarray.Dataset) -> xarray.DataArray:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from purejaxppo.batched import reported_failures
 from purejaxppo.checks import check_number, check_whole
 from purejaxppo.envs.check import metric_names
+from purejaxppo.experiment.evaluations import make_evaluations
 from purejaxppo.experiment.identity import changed_names, identify_ppo
 from purejaxppo.experiment.lock import Lock
 from purejaxppo.experiment.loop import (
@@ -139,7 +140,8 @@ def fit(
         save_every: seconds between two checkpoints; one is written at the end too.
         keep: newest checkpoints to keep.
         evaluate_every: updates between two evaluations, in which each policy plays 128 whole episodes in fresh
-            environments; their mean return is the metric `evaluation_return`.
+            environments; there is one more after the last update of the config. Their mean return is the metric
+            `evaluation_return`.
         sinks: functions that are given the metrics of every chunk, see `pjp.sinks`.
         notes: JSON data to keep in the folder's settings.json.
         allow_changed: what may differ from what the folder was trained with: names such as "loss" and "optimizer".
@@ -274,15 +276,12 @@ def _train(
 ) -> Fit:
     """The loop: to `last` updates or an interrupt. Of runs in `failed` it has warned."""
     ppo, first = journal.ppo, journal.num_updates
-    evaluate, shown = jax.jit(ppo.evaluate), ["episode_return", *metric_names(ppo.env)[:3]]
+    evaluations = make_evaluations(ppo, evaluate_every) if evaluate_every else None
+    shown = ["episode_return", *metric_names(ppo.env)[:3]]
     latest = dict.fromkeys(shown, np.nan)
     start = time.perf_counter()
     with noted_interrupt() as interrupt:
-        for state, metrics in chunks(program, journal.state, first, last, interrupt, stop_every=evaluate_every):
-            if evaluate_every:
-                due = (journal.num_updates + metrics["learning_rate"].shape[-1]) % evaluate_every == 0
-                healthy = np.isfinite(metrics.get("loss", metrics["learning_rate"]))
-                metrics["evaluation_return"] = _evaluation(evaluate, state, healthy, due)
+        for state, metrics in chunks(program, journal.state, first, last, interrupt, evaluations=evaluations):
             labelled = mark_failures(journal.add(state, metrics), state)
             if not journal.is_writer():
                 break
@@ -321,17 +320,3 @@ def _warn_of_failures(metrics: xarray.Dataset, known: Container[int] = ()) -> di
     if new:
         warn(join_failures(new, metrics[UPDATE].size))
     return found
-
-
-def _evaluation(evaluate: Callable, state: Any, healthy: np.ndarray, due: bool) -> np.ndarray:
-    """The mean return of every policy in fresh environments, at the last update of the chunk if it is due.
-
-    `healthy` [(R,) U] are the updates of runs that have not turned nan; others have no return.
-    """
-    returns = np.full(healthy.shape, np.nan, np.float32)
-    if due:
-        runs = getattr(state, "runs", state)  # those of a population
-        key, *rest = jax.device_get((jax.random.key_data(runs.key), runs.policy, runs.env_params))
-        played = evaluate(jax.random.wrap_key_data(key), *rest).episode_return.mean(-1)
-        returns[..., -1] = np.where(healthy[..., -1], played, np.nan)
-    return returns

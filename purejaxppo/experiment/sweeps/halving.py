@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray
-from numpy.typing import ArrayLike
 
 from purejaxppo.batched import batched, reported_failures, seed_keys
 from purejaxppo.checks import check_number, check_whole
+from purejaxppo.experiment.evaluations import METRIC, Evaluations, ends_of_chunks, make_evaluations
 from purejaxppo.experiment.files import from_arrays, shapes_of, to_arrays
 from purejaxppo.experiment.identity import identify_ppo
 from purejaxppo.experiment.jax_setup import num_cores
@@ -33,9 +34,17 @@ from purejaxppo.experiment.program import (
     first_state,
 )
 from purejaxppo.experiment.report.failures import describe_failure, join_failures, leaves_of
-from purejaxppo.experiment.report.statistics import NO_SCORE, STATISTICS
+from purejaxppo.experiment.report.statistics import NO_SCORE
 from purejaxppo.experiment.sweeps.columns import run_arguments
 from purejaxppo.experiment.sweeps.result import make_result
+from purejaxppo.experiment.sweeps.rungs import (
+    Ladder,
+    best_first,
+    choose_rungs,
+    describe_criterion,
+    last_scores,
+    score_of,
+)
 from purejaxppo.experiment.sweeps.slices import Slice, Slices, check_identities, find_slices, open_slices
 from purejaxppo.experiment.sweeps.sweep import Sweep, check_sweep, make_group
 from purejaxppo.ppo import PPO, TrainState, make_ppo
@@ -75,14 +84,12 @@ class Halving:
         A setting that failed goes last and has no score: a run of it turned nan, or ended no episode. So does, after an
         interrupt, a setting that was not compared yet.
         """
-        reached = (~np.isnan(self.scores)).sum(1)
-        rows = [
-            row | {"updates": self.rungs[number - 1] if number else 0, "score": float(scores[number - 1])}
-            for row, number, scores in zip(self.sweep.table.rows(), reached, self.scores)
+        (reached, last), settings = last_scores(self.scores), best_first(self.scores)
+        rows, updates = self.sweep.table.rows(), (0, *self.rungs)
+        return [
+            rows[i] | {"updates": updates[reached[i]], "score": np.nan if np.isnan(last[i]) else float(last[i])}
+            for i in settings
         ]
-        failed = [row | {"score": np.nan} for row in rows if not np.isfinite(row["score"])]
-        scored = [row for row in rows if np.isfinite(row["score"])]
-        return sorted(scored, key=lambda row: (row["updates"], row["score"]), reverse=True) + failed
 
     def best(self) -> dict:
         """The setting with the highest score among those on the highest rung. Raises ValueError if none has a score."""
@@ -142,6 +149,8 @@ class HalvingPlan:
     """What is plugged in, see `Plan`."""
     make: Callable
     allow_changed: Sequence[str] = ()
+    evaluations: Evaluations | None = None
+    """Of a slice of runs, if the sweep has such."""
 
     def expected(self) -> np.ndarray:
         """How many settings reach each rung, [rungs], if their scores are in random order and none fails."""
@@ -166,6 +175,7 @@ class HalvingPlan:
         lines = [
             f"{sweep.env}: halving of {len(sweep.table)} settings x {sweep.num_seeds} seeds, one in {self.eta} reaches "
             f"the next rung, {self.num_places} at a time",
+            f"compared by {describe_criterion(sweep, self.rungs)}",
             align(rows),
             f"about {steps:,} steps ({100 * steps / whole:.0f} % of those of all settings to the end), compiled in "
             f"{self.program.compile_seconds:.1f} s",
@@ -187,7 +197,7 @@ def plan_halving(
 ) -> HalvingPlan:
     """Compiles what `successive_halving` needs; see there for the arguments and errors."""
     check_sweep(sweep)
-    rungs = _rungs(sweep, num_rungs, eta)
+    rungs = choose_rungs(sweep, num_rungs, eta)
     num_places = len(sweep.table) if num_places is None else num_places
     check_whole("num_places", num_places, at_most=len(sweep.table), of="the settings")
     (group,) = sweep.groups()
@@ -202,9 +212,10 @@ def plan_halving(
     state = jax.eval_shape(lambda: _start(sweep, many, list(sweep.runs().values())[:size]))
     with reported_failures():
         program = compile_training(many, state, rungs[0], slice_size=size)
+    evaluations = make_evaluations(many, sweep.evaluate_every, state) if sweep.evaluate_every else None
     memory = memory_of(many, state, bytes_of(program) // size)
     return HalvingPlan(
-        sweep, rungs, eta, num_places, many, program, num_threads, memory, identities, make, allow_changed
+        sweep, rungs, eta, num_places, many, program, num_threads, memory, identities, make, allow_changed, evaluations
     )
 
 
@@ -224,12 +235,13 @@ def successive_halving(
     """Trains the settings of a sweep as long as they are among the best (Li et al., 2020, in rounds of a batch).
 
     After r, r eta, r eta^2, ... updates (the rungs) a setting is compared with all that have reached the rung before:
-    by the interquartile mean over its seeds of the mean return in the last r updates. It is promoted if it is in the
-    best 1 / `eta` of them. A free place goes to the setting on the highest rung that is promoted, or else to the next
-    one that has not started. Settings on the last rung train to the end of the run. The same call gives the same
-    result. An interrupt (Ctrl-C, SIGTERM) ends the call after the current round, as in `fit`: `Interrupted` is raised
-    with the `result` so far, or this result is returned. A warning names the runs that turned nan. Raises ValueError if
-    settings need different programs, if there are too few settings or updates, or for a folder of something else.
+    by the interquartile mean over its seeds of the mean return in the last r updates, or of the newest evaluation if
+    the sweep has such (`evaluate_every`, which should divide r). It is promoted if it is in the best 1 / `eta` of them.
+    A free place goes to the setting on the highest rung that is promoted, or else to the next one that has not started.
+    Settings on the last rung train to the end of the run. The same call gives the same result. An interrupt (Ctrl-C,
+    SIGTERM) ends the call after the current round, as in `fit`: `Interrupted` is raised with the `result` so far, or
+    this result is returned. A warning names the runs that turned nan. Raises ValueError if settings need different
+    programs, if there are too few settings or updates, or for a folder of something else.
 
     Args:
         sweep: the settings and seeds; a `HalvingPlan` of `plan_halving` is compiled already.
@@ -256,7 +268,7 @@ def successive_halving(
     ladder = Ladder(plan.rungs, plan.eta, len(sweep.table))
     with ExitStack() as held:
         lock = held.enter_context(claim_folder(folder)) if folder is not None else None
-        slices = open_slices(folder, sweep, plan.identities, plan.allow_changed)
+        slices = open_slices(folder, sweep, plan.identities, plan.allow_changed, rungs=plan.rungs)
         pool = held.enter_context(ThreadPoolExecutor(plan.num_threads))
         bar = held.enter_context(step_bar(progress=progress))
         interrupt = held.enter_context(noted_interrupt())
@@ -268,7 +280,7 @@ def successive_halving(
             if timer.is_due():
                 training.store()
                 timer.restart()
-            return STATISTICS["iqm"](training.scores(settings, length), axis=1)
+            return training.scores(settings, length)
 
         while (settings := ladder.next_settings(plan.num_places)) and not interrupt.is_set():
             ladder.climb(settings, train(settings, ladder.rungs[0]))
@@ -308,23 +320,32 @@ class Training:
     def train(self, settings: Sequence[int], length: int) -> int:
         """Trains settings for `length` updates more; returns how many updates of runs were not stored already."""
         self.done[settings] += length
-        lacking = {setting: int(self.done[setting]) - self.num_stored(setting) for setting in settings}
-        for number in sorted({number for number in lacking.values() if number > 0}):
-            together = [setting for setting in settings if lacking[setting] == number]
-            runs = self._runs(together)
-            self.states, metrics = train_runs(self.plan.program, self.states, runs, number, self.pool)
-            for i, setting in enumerate(together):
-                rows = slice(i * self.plan.sweep.num_seeds, (i + 1) * self.plan.sweep.num_seeds)
-                self._append(setting, {name: x[rows] for name, x in metrics.items()})
+        lacking = {setting: self._lacking(setting) for setting in settings}
+        for chunks in sorted(set(lacking.values()) - {()}):
+            together = [setting for setting in settings if lacking[setting] == chunks]
+            for number, due in chunks:
+                self._train_together(together, number, due)
             self.changed.update(together)
-        return sum(max(number, 0) for number in lacking.values()) * self.plan.sweep.num_seeds
+        return sum(number for chunks in lacking.values() for number, _ in chunks) * self.plan.sweep.num_seeds
+
+    def _lacking(self, setting: int) -> tuple[tuple[int, bool], ...]:
+        """The chunks of a setting that are not stored: the updates of each, and whether an evaluation is due then."""
+        begin, evaluations = self.num_stored(setting), self.plan.evaluations
+        ends = ends_of_chunks(begin, int(self.done[setting]), self.plan.program.num_updates, evaluations)
+        due = [evaluations is not None and evaluations.is_due(end) for end in ends]
+        return tuple(zip((end - start for start, end in zip([begin, *ends], ends)), due))
+
+    def _train_together(self, settings: Sequence[int], number: int, due: bool):
+        """Trains settings for some updates, and evaluates them then if that is due."""
+        measure = partial(self.plan.evaluations.measure, due=due) if self.plan.evaluations else None
+        runs, num_seeds = self._runs(settings), self.plan.sweep.num_seeds
+        self.states, metrics = train_runs(self.plan.program, self.states, runs, number, self.pool, measure)
+        for i, setting in enumerate(settings):
+            self._append(setting, {name: x[i * num_seeds : (i + 1) * num_seeds] for name, x in metrics.items()})
 
     def scores(self, settings: Sequence[int], length: int) -> np.ndarray:
-        """The mean returns of settings in their last `length` updates, [settings, seeds], see `mean_returns`."""
-        spans = [slice(self.done[setting] - length, self.done[setting]) for setting in settings]
-        return np.stack(
-            [mean_returns({n: x[:, span] for n, x in self.metrics[i].items()}) for i, span in zip(settings, spans)]
-        )
+        """The scores [settings] after `length` updates more, see `score_of`."""
+        return np.array([score_of(self.metrics[i], int(self.done[i]), length) for i in settings])
 
     def num_stored(self, setting: int) -> int:
         """Updates of a setting whose metrics are known."""
@@ -386,50 +407,6 @@ class Training:
         self.states = from_arrays(arrays, like)
 
 
-class Ladder:
-    """Which settings are promoted: the rule of asynchronous successive halving (Li et al., 2020, algorithm 2)."""
-
-    def __init__(self, rungs: tuple[int, ...], eta: int, num_settings: int):
-        self.rungs, self.eta = rungs, eta
-        self.scores = np.full((num_settings, len(rungs)), np.nan)
-        self.num_updates = np.zeros(num_settings, int)
-        self.active: list[int] = []
-
-    def next_settings(self, num_places: int) -> list[int]:
-        """The settings to train in this round: active ones, then promoted and new ones in the free places."""
-        waiting = [i for i in self._promoted() + list(np.flatnonzero(self.num_updates == 0)) if i not in self.active]
-        self.active += [int(i) for i in waiting[: num_places - len(self.active)]]
-        return list(self.active)
-
-    def climb(self, settings: Sequence[int], scores: ArrayLike):
-        """Counts the updates of one round for some settings, and their scores if they reach a rung."""
-        for setting, score in zip(settings, np.asarray(scores)):
-            self.num_updates[setting] += self.rungs[0]
-            if self.num_updates[setting] in self.rungs:
-                self.scores[setting, self.rungs.index(self.num_updates[setting])] = score
-                self.active.remove(setting)
-
-    def finished(self) -> list[int]:
-        """Settings on the last rung."""
-        return [int(i) for i in np.flatnonzero(~np.isnan(self.scores[:, -1]))]
-
-    def progress(self) -> str:
-        """The best score so far, and how many settings stand on each rung, as text."""
-        best = np.nanmax(self.scores, initial=-np.inf)
-        reached = (~np.isnan(self.scores)).sum(0)
-        return f"best {best:.4g}  rungs {' '.join(map(str, reached))}"
-
-    def _promoted(self) -> list[int]:
-        """Settings that wait on a rung and are among its best, from the highest rung down."""
-        found = []
-        for rung in reversed(range(len(self.rungs) - 1)):
-            order = np.argsort(-self.scores[:, rung], kind="stable")  # nan goes last
-            best = order[: (~np.isnan(self.scores[:, rung])).sum() // self.eta]
-            healthy = self.scores[best, rung] > -np.inf
-            found += [i for i in best[healthy] if self.num_updates[i] == self.rungs[rung]]
-        return found
-
-
 def _names(sweep: Sweep) -> list[tuple[str, ...]]:
     """The names of the runs of every setting."""
     return [tuple(sweep.runs([setting])) for setting in range(len(sweep.table))]
@@ -449,7 +426,12 @@ def _settings_of(slices: Slices, sweep: Sweep) -> dict[int, Slice]:
 
 
 def train_runs(
-    program: Program, states: TrainState, runs: np.ndarray, length: int, pool: ThreadPoolExecutor
+    program: Program,
+    states: TrainState,
+    runs: np.ndarray,
+    length: int,
+    pool: ThreadPoolExecutor,
+    measure: Callable | None = None,
 ) -> tuple[TrainState, dict[str, np.ndarray]]:
     """Trains some runs of a batch in slices of the program's size; the last slice repeats its last run.
 
@@ -459,6 +441,7 @@ def train_runs(
         runs: the indices of those to train.
         length: updates to make.
         pool: the threads that train slices side by side.
+        measure: (state, metrics) of a slice -> one more metric, `evaluation_return`.
 
     Returns:
         The states of all runs, and the metrics of the trained ones, [runs, length].
@@ -466,22 +449,16 @@ def train_runs(
     size = program.slice_size
     slices = [runs[i : i + size] for i in range(0, len(runs), size)]
     slices = [np.append(indices, np.repeat(indices[-1], size - len(indices))) for indices in slices]
-    trained = list(pool.map(lambda indices: program(states[indices], length, donate=True), slices))
+
+    def train(indices: np.ndarray) -> tuple[TrainState, dict[str, np.ndarray]]:
+        state, metrics = program(states[indices], length, donate=True)
+        return state, metrics | ({METRIC: measure(state, metrics)} if measure else {})
+
+    trained = list(pool.map(train, slices))
     for indices, (new, _) in zip(slices, trained):
         states = jax.tree.map(lambda old, some, indices=indices: old.at[indices].set(some), states, new)
     joined = {name: np.concatenate([metrics[name] for _, metrics in trained])[: len(runs)] for name in trained[0][1]}
     return states, joined
-
-
-def mean_returns(metrics: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The mean return of the episodes of each run, [runs]; -inf for those that turned nan or ended no episode.
-
-    `metrics` are [runs, updates].
-    """
-    number = metrics["num_episodes"].sum(1)
-    total = np.nansum(metrics["episode_return"] * metrics["num_episodes"], axis=1)
-    healthy = np.isfinite(metrics["learning_rate"]).all(1)
-    return np.where((number > 0) & healthy, total / np.maximum(number, 1), -np.inf)
 
 
 def _start(sweep: Sweep, ppo: PPO, runs: Sequence[tuple[int, int]], start: Callable | None = None) -> TrainState:
@@ -489,25 +466,3 @@ def _start(sweep: Sweep, ppo: PPO, runs: Sequence[tuple[int, int]], start: Calla
     seeds, *columns = run_arguments(sweep, ppo, runs)
     keys = seed_keys(jax.random.key(sweep.seed), jnp.asarray(seeds))
     return start(ppo, keys, *columns) if start else ppo.init(keys, *columns)
-
-
-def _rungs(sweep: Sweep, num_rungs: int | None, eta: int) -> tuple[int, ...]:
-    check_whole("eta", eta, at_least=2)
-    if num_rungs is None:
-        num_rungs = max(n for n in range(1, 5) if eta ** (n - 1) <= len(sweep.table))
-    check_whole("num_rungs", num_rungs)
-    groups = sweep.groups()
-    if len(groups) > 1:
-        raise ValueError(
-            f"the settings need {len(groups)} programs, but halving uses one for all (sweep hyperparameters and "
-            "parameters of the environment only)"
-        )
-    factor, num_updates = eta ** (num_rungs - 1), groups[0].config.num_updates
-    if len(sweep.table) < factor:
-        raise ValueError(
-            f"num_rungs={num_rungs} needs eta^(num_rungs - 1) = {factor} settings, so that one reaches the end, but "
-            f"there are {len(sweep.table)} (try fewer rungs)"
-        )
-    if num_updates < factor:
-        raise ValueError(f"num_rungs={num_rungs} needs {factor} updates, but num_updates={num_updates}")
-    return tuple(num_updates // factor * eta**k for k in range(num_rungs))

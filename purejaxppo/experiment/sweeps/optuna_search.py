@@ -94,11 +94,12 @@ def optuna_search(
 ) -> Any:
     """Asks an Optuna study for batches of settings, trains each batch as one sweep, and reports the scores.
 
-    The score of a setting is the interquartile mean over its seeds of the last 100 episodes; if all its runs turned
-    nan, its trial has failed. An interrupt (Ctrl-C, SIGTERM) ends the search after the current chunk, as in `fit`:
-    `Interrupted` is raised with the study as `result`, or the study is returned. No score of the interrupted batch is
-    told. With a folder, the next call resumes its training, also after a kill; without, its settings wait in the study
-    and are the next to train. Needs `pip install optuna`. Raises ValueError for a study of another search.
+    The score of a setting is the interquartile mean over its seeds of the last 100 episodes, or of the newest
+    evaluation with `evaluate_every`, a field of `Sweep`; if all its runs turned nan, its trial has failed. An interrupt
+    (Ctrl-C, SIGTERM) ends the search after the current chunk, as in `fit`: `Interrupted` is raised with the study as
+    `result`, or the study is returned. No score of the interrupted batch is told. With a folder, the next call resumes
+    its training, also after a kill; without, its settings wait in the study and are the next to train. Needs `pip
+    install optuna`. Raises ValueError for a study of another search.
 
     Args:
         env: the environment, as `Sweep` takes it.

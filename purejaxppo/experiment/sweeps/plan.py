@@ -13,6 +13,8 @@ import jax
 from purejaxppo.batched import batched, reported_failures, seed_keys
 from purejaxppo.checks import check_whole
 from purejaxppo.config import Config
+from purejaxppo.evaluate import EPISODES
+from purejaxppo.experiment.evaluations import Evaluations, make_evaluations
 from purejaxppo.experiment.identity import identify_ppo
 from purejaxppo.experiment.jax_setup import num_cores
 from purejaxppo.experiment.memory import bytes_of, memory_of, show_memory
@@ -63,6 +65,8 @@ class CompiledGroup:
     stored_bytes: int
     """Size of one run on disk."""
     compile_seconds: float
+    evaluations: Evaluations | None = None
+    """Of a wave, if the sweep has such."""
 
     def __repr__(self) -> str:
         title, *_ = repr(self.ppo).splitlines()
@@ -135,6 +139,11 @@ class Plan:
         ]
         memory = show_memory([compiled.memory for compiled in self.groups])
         lines += [missing] if self.missing else []
+        if sweep.evaluate_every:
+            lines.append(
+                f"every {count(sweep.evaluate_every, 'update')} and at the end each run plays {EPISODES} fresh "
+                "episodes, by which the settings are ranked"
+            )
         return "\n".join([*lines, align(rows), "memory of a run, in MiB:", memory])
 
 
@@ -239,25 +248,27 @@ def _compile(
     check_whole("updates_per_chunk", updates_per_chunk)
     chunk = min(updates_per_chunk, group.config.num_updates)
 
-    def compile_slices(size: int):
+    def compile_slices(size: int) -> tuple[Callable, TrainState, Program, Evaluations | None]:
         runs = [(group.settings[0], 0)] * (size * len(devices))
         arguments = run_arguments(sweep, ppo, runs)
         with jax.default_device(devices[0]):
             start = jax.jit(partial(_start, many, sweep.seed), compiler_options=SELDOM).lower(*arguments).compile()
             state = start(*arguments)
             with reported_failures():
-                return start, state, compile_training(many, state, chunk, slice_size=len(runs))
+                program = compile_training(many, state, chunk, slice_size=len(runs))
+            every = sweep.evaluate_every
+            return start, state, program, make_evaluations(many, every, state) if every else None
 
     size = slice_size or _slice_size(num_runs, num_threads * len(devices) * num_shares, group.config, on_cpu)
     memory = int(SHARE_OF_MEMORY * _device_memory(devices[0]) / num_threads)
     if slice_size is None and not on_cpu and size > 2 * PROBE:
         size = _even_size(num_runs, size, runs_that_fit(sweep, group, ppo, chunk, memory))
-    start, state, program = compile_slices(size)
+    start, state, program, evaluations = compile_slices(size)
     fitting = _even_size(num_runs, size, size * memory // max(bytes_of(program), 1))
     if slice_size is None and fitting < size:
         size = fitting
-        start, state, program = compile_slices(size)
-    num_metrics = len(jax.eval_shape(many.step, state)[1])
+        start, state, program, evaluations = compile_slices(size)
+    num_metrics = len(jax.eval_shape(many.step, state)[1]) + bool(evaluations)
     return CompiledGroup(
         group=group,
         ppo=many,
@@ -272,6 +283,7 @@ def _compile(
         memory=memory_of(many, state, bytes_of(program) // size),
         stored_bytes=size_of(state) // (size * len(devices)) + 4 * num_metrics * group.config.num_updates,
         compile_seconds=time.perf_counter() - started,
+        evaluations=evaluations,
     )
 
 

@@ -21,7 +21,7 @@ from purejaxppo.experiment.loop import Interrupted, check_on_interrupt
 from purejaxppo.experiment.memory import bytes_of, memory_of, show_memory
 from purejaxppo.experiment.program import Program, compile_training, first_state
 from purejaxppo.experiment.provenance import as_json
-from purejaxppo.experiment.report.statistics import NO_SCORE
+from purejaxppo.experiment.report.statistics import NO_SCORE, describe_scores, scores_of
 from purejaxppo.experiment.runs.fit import Fit, fit
 from purejaxppo.experiment.sweeps.columns import run_arguments
 from purejaxppo.experiment.sweeps.sweep import ENV_PREFIX, Sweep, check_sweep, make_group
@@ -94,10 +94,21 @@ class PopulationSearch:
         """The member from which each continued after each update, [R, U]."""
         return self.fit.metrics["parent"].values.astype(int)
 
+    @property
+    def criterion(self) -> str:
+        """What the scores are, in words."""
+        if self.sweep.evaluate_every:
+            return describe_scores(evaluated=True)
+        return "the mean return of the training episodes since the last evolution"
+
     @cached_property
     def scores(self) -> np.ndarray:
-        """The fitness of every member, [R]; nan without one, and for members that the last update replaced."""
-        fitness = np.asarray(self.fit.state.fitness, np.float64)
+        """The fitness of every member, [R], or the mean return of its newest evaluation if the sweep has such; nan
+        without one, and for members that the last update replaced."""
+        if self.sweep.evaluate_every:
+            fitness = scores_of(self.fit.metrics.rename(run="seed")).values.astype(np.float64)
+        else:
+            fitness = np.asarray(self.fit.state.fitness, np.float64)
         replaced = self.parents[:, -1] != np.arange(len(fitness))
         return np.where(np.isfinite(fitness) & ~replaced, fitness, np.nan)
 
@@ -227,8 +238,10 @@ def population_search(
 ) -> PopulationSearch:
     """Trains all runs of a sweep as one population, whose poor members continue from good ones (see `evolving`).
 
-    The settings are those that the members begin with. An interrupt (Ctrl-C, SIGTERM) ends the call after the current
-    chunk, as in `fit`: `Interrupted` is raised with the `result` so far, or this result is returned.
+    The settings are those that the members begin with. With `evaluate_every` of the sweep the members are ranked by
+    their newest evaluation; evolution itself still compares training episodes. An interrupt (Ctrl-C, SIGTERM) ends the
+    call after the current chunk, as in `fit`: `Interrupted` is raised with the `result` so far, or this result is
+    returned.
 
     Args:
         sweep: the settings, of hyperparameters alone, and the seeds; a `PopulationPlan` of `plan_population` is
@@ -271,6 +284,7 @@ def population_search(
             folder=folder,
             progress=progress,
             save_every=save_every,
+            evaluate_every=plan.sweep.evaluate_every,
             notes={"search": "pbt"},
             allow_changed=allow_changed,
             on_interrupt=on_interrupt,

@@ -19,9 +19,10 @@ from purejaxppo.experiment.identity import check_loaded, identify_ppo
 from purejaxppo.experiment.report.failures import METRIC, UPDATE, describe_failure
 from purejaxppo.experiment.report.metrics import to_dataframe
 from purejaxppo.experiment.report.ranking import best, rank
-from purejaxppo.experiment.report.statistics import final_scores, unfinished
+from purejaxppo.experiment.report.statistics import NO_SCORE, scores_of, unfinished
 from purejaxppo.experiment.sweeps.metrics import label_sweep
-from purejaxppo.experiment.sweeps.slices import Slice, Slices, by_run, read_identities, read_sweep
+from purejaxppo.experiment.sweeps.rungs import best_first, last_scores, scores_on_rungs
+from purejaxppo.experiment.sweeps.slices import Slice, Slices, by_run, read_identities, read_rungs, read_sweep
 from purejaxppo.experiment.sweeps.sweep import Sweep, make_group, name_run
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.rollout import Policy
@@ -51,6 +52,9 @@ class SweepResult:
     unsaved: str = ""
     """What could not be written to the folder, as one sentence; it is in memory, and the same call later trains it
     again."""
+    rungs: Sequence[int] = ()
+    """Of successive halving, if that trained the folder: its ranking then counts, by the highest rung of a setting and
+    its score there."""
 
     @property
     def num_unfinished(self) -> int:
@@ -71,15 +75,31 @@ class SweepResult:
 
     @cached_property
     def scores(self) -> xarray.DataArray:
-        """Mean return of the last 100 training episodes of every run; nan for runs that turned nan."""
-        return final_scores(self.metrics)
+        """The score of every run: the mean return of its newest evaluation, or without any of its last 100 training
+        episodes; nan for runs that turned nan."""
+        return scores_of(self.metrics)
 
     def ranked(self) -> xarray.Dataset:
-        """The settings by the interquartile mean of `scores`, best first (see `ranking.rank`)."""
-        return rank(self.scores)
+        """The settings by the interquartile mean of `scores`, best first (see `ranking.rank`).
+
+        Those of successive halving are in its order, with the variables `rung`, the updates of the highest rung, and
+        `rung_score`.
+        """
+        ranked = rank(self.scores)
+        if not self.rungs:
+            return ranked
+        reached, last = last_scores(self._rung_scores)
+        updates = np.array([0, *self.rungs])[reached]
+        order = best_first(self._rung_scores)
+        ranked = ranked.isel(setting=np.argsort(ranked["setting"].values)[order])
+        return ranked.assign(rung=("setting", updates[order]), rung_score=("setting", last[order]))
+
+    @cached_property
+    def _rung_scores(self) -> np.ndarray:
+        return scores_on_rungs(self.sweep, self.slices.read(warn=False), self.rungs)
 
     def best(self) -> dict:
-        """The setting with the highest interquartile mean, field -> value.
+        """The first setting of `ranked`, field -> value.
 
         Raises ValueError if no run has a score, or if the files of some runs were ignored, so that their settings
         cannot be compared.
@@ -95,6 +115,11 @@ class SweepResult:
                 f"{len(untrained)} of {self.sweep.num_runs} runs have not been trained yet, such as {untrained[0]}; "
                 "the best setting is that of the others"
             )
+        if self.rungs:
+            first = best_first(self._rung_scores)[0]
+            if np.isnan(last_scores(self._rung_scores)[1][first]):
+                raise ValueError(NO_SCORE)
+            return self.sweep.table.rows()[first]
         row = best(self.scores)
         return next((r for r in self.sweep.table.rows() if {n: to_coordinate(v) for n, v in r.items()} == row), row)
 
@@ -224,4 +249,5 @@ def load_sweep(
     """
     sweep = read_sweep(folder).with_values(values or {})
     slices = Slices(sweep, Path(folder))
-    return SweepResult(sweep, label_sweep(sweep, slices.read(), slices.machine()), slices, make, allow_changed)
+    metrics = label_sweep(sweep, slices.read(), slices.machine())
+    return SweepResult(sweep, metrics, slices, make, allow_changed, rungs=read_rungs(folder))

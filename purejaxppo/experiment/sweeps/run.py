@@ -225,7 +225,11 @@ class Session:
         rows = list({name: i for i, name in enumerate(name for slice_ in wave for name in slice_.runs)}.values())
         latest = np.nan
         timer = Timer(self.save_every)
-        for state, new in chunks(compiled.program, first_state, done, config.num_updates, self.interrupt, donate=True):
+        updates = chunks(
+            compiled.program, first_state, done, config.num_updates, self.interrupt,
+            evaluations=compiled.evaluations, donate=True,
+        )  # fmt: skip
+        for state, new in updates:
             metrics.append(new)
             length = next(iter(new.values())).shape[1]
             done += length

@@ -263,6 +263,7 @@ def open_slices(
     identities: Mapping[str, Mapping[str, str]] | None = None,
     allow_changed: Sequence[str] = (),
     division: "Division | None" = None,
+    rungs: Sequence[int] = (),
 ) -> Slices:
     """As `find_slices`, in a folder that is made ready for more.
 
@@ -274,6 +275,7 @@ def open_slices(
         identities: what is plugged in, see `Plan`; kept with this session.
         allow_changed: what may differ from what the folder was trained with.
         division: to keep; by default that of the folder stays.
+        rungs: of successive halving, whose ranking the folder then has; by default that of a sweep.
     """
     slices = find_slices(folder, sweep)
     if slices.folder is None:
@@ -289,6 +291,7 @@ def open_slices(
             "sweep": sweep.to_json(),
             "sessions": [*sessions, slices.session],
             **({"division": asdict(division)} if division else {}),
+            **({"rungs": list(rungs)} if rungs else {}),
         }
         save_json(slices.folder / SWEEP, data)
     return slices
@@ -325,6 +328,8 @@ class SweepRecord(TypedDict):
     sessions: list[SweepSession]
     division: NotRequired[Division]
     """Older versions lack it."""
+    rungs: NotRequired[list[int]]
+    """Updates after which successive halving compared the settings; lacking if a sweep has trained them."""
 
 
 def read_sweep(folder: str | Path) -> Sweep:
@@ -342,13 +347,18 @@ def read_division(folder: str | Path | None) -> Division | None:
     return _read(folder)[2] if folder is not None and kind_of(folder) == "sweep" else None
 
 
-def _read(folder: str | Path) -> tuple[Sweep, list[SweepSession], Division | None]:
+def read_rungs(folder: str | Path) -> tuple[int, ...]:
+    """The rungs of successive halving, if that trained the sweep in a folder; empty if a sweep did."""
+    return _read(folder)[3]
+
+
+def _read(folder: str | Path) -> tuple[Sweep, list[SweepSession], Division | None, tuple[int, ...]]:
     if kind_of(folder) != "sweep":
         raise ValueError(f"{folder} holds no sweep: it has no {SWEEP}")
     return read_record(Path(folder) / SWEEP, _from_json, "results.nc has a copy of the sweep in its attributes")
 
 
-def _from_json(data: Any, lacking: list[str]) -> tuple[Sweep, list[SweepSession], Division | None]:
+def _from_json(data: Any, lacking: list[str]) -> tuple[Sweep, list[SweepSession], Division | None, tuple[int, ...]]:
     record, division = as_record(SweepRecord, data, lacking), None
     if not record["sessions"]:
         raise ValueError("sessions=[] must have one entry or more")
@@ -356,7 +366,12 @@ def _from_json(data: Any, lacking: list[str]) -> tuple[Sweep, list[SweepSession]
         division = record["division"]
         for name, size in division.slice_sizes.items():
             check_whole(f"division.slice_sizes.{shorten(name)}", size)
-    return Sweep.from_json(record["sweep"], lacking), record["sessions"], division
+    rungs = tuple(record.get("rungs", ()))
+    for updates in rungs:
+        check_whole("rungs", updates)
+    if list(rungs) != sorted(set(rungs)):
+        raise ValueError(f"rungs={shorten(rungs)} must ascend")
+    return Sweep.from_json(record["sweep"], lacking), record["sessions"], division, rungs
 
 
 def read_identities(folder: str | Path | None, sweep: Sweep) -> dict[str, dict[str, str]]:
@@ -384,10 +399,7 @@ def check_identities(
 def _check_same(folder: Path, sweep: Sweep):
     """Refuses the folder of a sweep that is not this one with fewer settings or seeds."""
     stored = read_sweep(folder)
-    old, new = (
-        {"env": x["env"], "seed": x["seed"]} | x["config"] | x["hyperparams"]
-        for x in (stored.to_json(), sweep.to_json())
-    )
+    old, new = stored.shared(), sweep.shared()
     differing = differing_fields(old, new)
     if differing:
         name = differing[0]

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
@@ -46,6 +46,7 @@ class SweepData(TypedDict):
     seed: int
     config: Config
     hyperparams: dict[str, float | Literal["inf", "-inf"]]
+    evaluate_every: NotRequired[int | None]
 
 
 class Group(NamedTuple):
@@ -85,6 +86,10 @@ class Sweep:
     """Shared by all settings; by default those of the environment's preset."""
     seed: int = 0
     """Random seed; agent i of every setting gets the same key from it."""
+    evaluate_every: int | None = None
+    """Updates between two evaluations, in which every run plays 128 whole episodes in fresh environments; there is one
+    more after its last update. Their mean return is the metric `evaluation_return`, by which settings are then ranked.
+    By default there are none, and the last 100 training episodes count."""
 
     def __post_init__(self):
         if isinstance(self.env, Table):
@@ -96,6 +101,9 @@ class Sweep:
             raise ValueError(f"table={quote(self.table)} must be a Table, such as grid(learning_rate=[1e-4, 1e-3])")
         check_whole("num_seeds", self.num_seeds)
         check_whole("seed", self.seed, at_least=0)
+        if self.evaluate_every is not None:
+            check_whole("evaluate_every", self.evaluate_every)
+            object.__setattr__(self, "evaluate_every", int(self.evaluate_every))
         if self.num_runs > MAX_RUNS:
             raise ValueError(
                 f"num_seeds={self.num_seeds} of {len(self.table):,} settings make {self.num_runs:,} runs, more than "
@@ -230,7 +238,8 @@ class Sweep:
     def shared(self) -> dict[str, Any]:
         """What all settings have in common, as flat JSON data: name -> value."""
         data = self.to_json()
-        values = {"env": self.env, "seed": self.seed} | data["config"] | data["hyperparams"]
+        values = {name: data[name] for name in ("env", "seed", "evaluate_every")}
+        values |= data["config"] | data["hyperparams"]
         return {name: list(x) if isinstance(x, tuple) else x for name, x in values.items()}
 
     def to_json(self) -> dict:
@@ -244,6 +253,7 @@ class Sweep:
             "seed": self.seed,
             "config": asdict(self.config),
             "hyperparams": hyperparams,
+            "evaluate_every": self.evaluate_every,
         }  # fmt: skip
 
     @classmethod
@@ -268,6 +278,7 @@ class Sweep:
             seed=plain["seed"],
             config=plain["config"],
             hyperparams=Hyperparams().set({name: float(value) for name, value in hyperparams.items()}),
+            evaluate_every=plain.get("evaluate_every"),
         )
 
 
