@@ -60,10 +60,10 @@ if TYPE_CHECKING:  # what LAZY imports when it is first used
     from purejaxppo.experiment.runs import sinks
     from purejaxppo.experiment.runs.fit import fit
     from purejaxppo.experiment.runs.launch import resume
-    from purejaxppo.experiment.sweeps.halving import successive_halving
-    from purejaxppo.experiment.sweeps.optuna_search import optuna_search
+    from purejaxppo.experiment.sweeps.halving import plan_halving, successive_halving
+    from purejaxppo.experiment.sweeps.optuna_search import optuna_search, plan_trials
     from purejaxppo.experiment.sweeps.plan import plan_sweep
-    from purejaxppo.experiment.sweeps.population import population_search
+    from purejaxppo.experiment.sweeps.population import plan_population, population_search
     from purejaxppo.experiment.sweeps.result import SweepResult
     from purejaxppo.experiment.sweeps.run import run_sweep
     from purejaxppo.experiment.sweeps.sweep import Sweep
@@ -76,9 +76,9 @@ __all__ = [
     "Sweep", "SweepResult", "Table", "TanhNormal", "TrainState", "a2c", "action_repeat", "adam",
     "adaptive_learning_rate", "batched", "cache_compilation", "check_env", "check_shapes", "choice",
     "compile_training", "concatenate", "evaluate_agents", "evaluate_in_gymnasium", "evolving", "export",
-    "first_state", "fit", "frame_stack", "from_linen", "from_nnx", "gae", "grid", "integers", "join_processes",
-    "layers", "linear",
-    "load", "load_agents", "log_uniform", "make_env", "make_ppo", "memories", "optuna_search", "paired", "plan_sweep",
+    "first_state", "fit", "frame_stack", "from_linen", "from_nnx", "gae", "grid", "integers", "join_processes", "layers",
+    "linear", "load", "load_agents", "log_uniform", "make_env", "make_ppo", "memories", "optuna_search", "paired",
+    "plan_halving", "plan_population", "plan_sweep", "plan_trials",
     "plot_curves", "plot_heatmap", "plot_importance", "plot_learning_curve", "plot_parallel", "population_search",
     "ppo_loss", "preset", "privileged", "randomize", "record_episode", "render", "resume", "run_sweep", "runs",
     "sample", "schedule", "sharded", "sinks", "statistics", "sticky_actions", "successive_halving", "time_limit",
@@ -104,7 +104,10 @@ LAZY = {
     "load": "purejaxppo.experiment.agents.load",
     "load_agents": "purejaxppo.experiment.agents.load",
     "optuna_search": "purejaxppo.experiment.sweeps.optuna_search",
+    "plan_halving": "purejaxppo.experiment.sweeps.halving",
+    "plan_population": "purejaxppo.experiment.sweeps.population",
     "plan_sweep": "purejaxppo.experiment.sweeps.plan",
+    "plan_trials": "purejaxppo.experiment.sweeps.optuna_search",
     "plot_curves": "purejaxppo.experiment.report.sweep_plots",
     "plot_heatmap": "purejaxppo.experiment.report.sweep_plots",
     "plot_importance": "purejaxppo.experiment.report.sweep_plots",

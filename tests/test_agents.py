@@ -175,7 +175,7 @@ class Masked(gymnasium.Env):
 def test_masks_of_gymnasium_are_respected_and_what_only_the_critic_sees_is_not_needed(greedy):
     spaces = {"allowed": ActionMask((3,)), "x": Box(-1, 1, (2,)), "clock": privileged(Box(shape=(1,)))}
     obs = {"allowed": jnp.ones(3, bool), "x": jnp.ones(2), "clock": jnp.zeros(1)}
-    step = lambda key, state, action, params: Step(state, obs, 0.0, action > 2, action > 2)
+    step = lambda key, state, action, params: Step(state, obs, action * 0.0, action > 2, action > 2)
     env = Env(lambda key, params: ((), obs), step, (), Discrete(3), spaces, "Masked-v0")
     gymnasium.register("Masked-v0", entry_point="test_agents:Masked", disable_env_checker=True)
     played = evaluate_in_gymnasium(alone(env), num_episodes=3, greedy=greedy)

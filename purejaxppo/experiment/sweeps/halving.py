@@ -195,7 +195,17 @@ def plan_halving(
     make: Callable = make_ppo,
     allow_changed: Sequence[str] = (),
 ) -> HalvingPlan:
-    """Compiles what `successive_halving` needs; see there for the arguments and errors."""
+    """Compiles what `successive_halving` needs, and says what it will do; see there for the rule and the errors.
+
+    Args:
+        sweep: the settings and seeds.
+        folder: results so far.
+        num_rungs: how often a setting is compared at most, by default 4, or fewer if there are too few settings.
+        eta: the inverse of the fraction that is promoted.
+        num_places: settings that train side by side, by default all.
+        make: `make(env, config)` makes the PPO.
+        allow_changed: what may differ from what the folder was trained with, see `run_sweep`.
+    """
     check_sweep(sweep)
     rungs = choose_rungs(sweep, num_rungs, eta)
     num_places = len(sweep.table) if num_places is None else num_places

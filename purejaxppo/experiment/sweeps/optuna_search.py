@@ -65,7 +65,17 @@ def plan_trials(
     make: Callable = make_ppo,
     **shared: Any,
 ) -> SearchPlan:
-    """Compiles what the first batch of `optuna_search` needs; see there for the arguments and errors."""
+    """Compiles what the first batch of `optuna_search` needs, and says what it will do; see there for the errors.
+
+    Args:
+        env: the environment, as `Sweep` takes it.
+        space: the distribution of every field, as `sample` takes them.
+        num_trials: trials of the study in the end.
+        batch_size: settings that train together.
+        num_seeds: seeds of every setting.
+        make: `make(env, config)` makes the PPO of a group.
+        shared: the other fields of `Sweep`.
+    """
     _check_space(space)
     check_whole("num_trials", num_trials)
     check_whole("batch_size", batch_size)

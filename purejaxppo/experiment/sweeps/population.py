@@ -186,7 +186,17 @@ def plan_population(
     devices: int | Sequence[Any] | None = None,
     make: Callable = make_ppo,
 ) -> PopulationPlan:
-    """Compiles what `population_search` needs; see there for the arguments and errors."""
+    """Compiles what `population_search` needs, and says what it will do; see there for the errors.
+
+    Args:
+        sweep: the settings, of hyperparameters alone, and the seeds.
+        every: updates between two evolutions, by default a twentieth of the run.
+        explore: the lowest and highest value of hyperparameters to change, besides those that are swept.
+        fraction: of the members, at most replaced by one evolution, in (0, 0.5].
+        factors: positive numbers, one of which multiplies an explored hyperparameter.
+        devices: devices, or their number, that share the members evenly; by default one.
+        make: `make(env, config)` makes the PPO of one member.
+    """
     check_sweep(sweep)
     group, *others = sweep.groups()
     for name, column in sweep.table.columns().items():

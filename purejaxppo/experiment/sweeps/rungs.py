@@ -12,6 +12,8 @@ from purejaxppo.experiment.sweeps.slices import Slice, by_run
 from purejaxppo.experiment.sweeps.sweep import Sweep
 from purejaxppo.text import count
 
+NEEDED = (METRIC, "episode_return", "num_episodes", "learning_rate")  # for scores, the last to see which runs failed
+
 
 class Ladder:
     """Which settings are promoted: the rule of asynchronous successive halving (Li et al., 2020, algorithm 2)."""
@@ -93,13 +95,14 @@ def mean_returns(metrics: Mapping[str, np.ndarray]) -> np.ndarray:
 def scores_on_rungs(sweep: Sweep, slices: Sequence[Slice], rungs: Sequence[int]) -> np.ndarray:
     """The score of every setting on every rung that it has reached in its slices, [settings, rungs]; others are nan."""
     found, scores = by_run(slices), np.full((len(sweep.table), len(rungs)), np.nan)
+    read = {x.name: {name: np.asarray(x.metrics[name]) for name in NEEDED if name in x.metrics} for x in slices}
     for setting in range(len(scores)):
         runs = [found[name] for name in sweep.runs([setting]) if name in found]
         if len(runs) < sweep.num_seeds:
             continue
         done = min(slice_.num_updates for slice_, _ in runs)
-        names = set.intersection(*(set(slice_.metrics) for slice_, _ in runs))
-        metrics = {name: np.stack([slice_.metrics[name][row, :done] for slice_, row in runs]) for name in names}
+        names = set.intersection(*(set(read[slice_.name]) for slice_, _ in runs))
+        metrics = {name: np.stack([read[slice_.name][name][row, :done] for slice_, row in runs]) for name in names}
         for rung, updates in enumerate(rungs):
             if updates <= done:
                 scores[setting, rung] = score_of(metrics, updates, rungs[0])
