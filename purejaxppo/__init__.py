@@ -76,14 +76,13 @@ __all__ = [
     "Sweep", "SweepResult", "Table", "TanhNormal", "TrainState", "a2c", "action_repeat", "adam",
     "adaptive_learning_rate", "batched", "cache_compilation", "check_env", "check_shapes", "choice",
     "compile_training", "concatenate", "evaluate_agents", "evaluate_in_gymnasium", "evolving", "export",
-    "first_state", "fit", "frame_stack", "from_linen", "from_nnx", "gae", "grid", "integers", "join_processes", "layers",
-    "linear", "load", "load_agents", "log_uniform", "make_env", "make_ppo", "memories", "optuna_search", "paired",
-    "plan_halving", "plan_population", "plan_sweep", "plan_trials",
-    "plot_curves", "plot_heatmap", "plot_importance", "plot_learning_curve", "plot_parallel", "population_search",
-    "ppo_loss", "preset", "privileged", "randomize", "record_episode", "render", "resume", "run_sweep", "runs",
-    "sample", "schedule", "sharded", "sinks", "statistics", "sticky_actions", "successive_halving", "time_limit",
-    "uniform", "use_deterministic_kernels", "use_one_thread", "with_hyperparams", "with_step",
-    "write_report",
+    "first_state", "fit", "frame_stack", "from_linen", "from_nnx", "gae", "grid", "integers", "join_processes",
+    "layers", "linear", "load", "load_agents", "log_uniform", "make_env", "make_ppo", "memories", "optuna_search",
+    "paired", "plan_halving", "plan_population", "plan_sweep", "plan_trials", "plot_curves", "plot_heatmap",
+    "plot_importance", "plot_learning_curve", "plot_parallel", "population_search", "ppo_loss", "preset",
+    "privileged", "randomize", "record_episode", "render", "resume", "run_sweep", "runs", "sample", "schedule",
+    "sharded", "sinks", "statistics", "sticky_actions", "successive_halving", "time_limit", "uniform",
+    "use_deterministic_kernels", "use_one_thread", "with_hyperparams", "with_step", "write_report",
 ]  # fmt: skip
 
 # The host needs xarray and matplotlib, which `import purejaxppo` should not load. Name -> module; a name that is not in
