@@ -61,8 +61,8 @@ class SearchOptions(SpaceOptions):
     batch_size: int | None = None
     """optuna: settings that train together; 8 by default."""
     storage: str | None = None
-    """optuna: URL of the study, such as that of a PostgreSQL database that machines share; study.db in the folder by
-    default."""
+    """optuna: URL of the study that machines share, as postgresql+psycopg://USER:PASSWORD@HOST/DATABASE; study.db in
+    the folder by default. Every machine starts the same line with an --out of its own."""
 
 
 class Method(NamedTuple):

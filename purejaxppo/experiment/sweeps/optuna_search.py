@@ -4,9 +4,8 @@ study.db         the study, if the storage is not another: sqlite
 batches/NUMBER/  the sweep of the batch that begins with this trial, see `slices`
 """
 
-import itertools
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,19 +16,33 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from purejaxppo.checks import check_whole
-from purejaxppo.experiment.files import differing_fields, kind_of
+from purejaxppo.experiment.files import kind_of
 from purejaxppo.experiment.lock import claim_folder
 from purejaxppo.experiment.loop import check_on_interrupt, end
 from purejaxppo.experiment.report.statistics import NO_SCORE, aggregate, filled
 from purejaxppo.experiment.sweeps.plan import Plan, plan_sweep
 from purejaxppo.experiment.sweeps.run import run_sweep
+from purejaxppo.experiment.sweeps.studies import (
+    POLL,
+    check_same,
+    draw,
+    finished_trials,
+    num_finished,
+    num_taken,
+    open_study,
+    open_trials,
+    own_sampler,
+    signs_of_life,
+    take_again,
+    tell,
+    withdraw,
+)
 from purejaxppo.experiment.sweeps.sweep import Sweep
 from purejaxppo.ppo import make_ppo
 from purejaxppo.table import Distribution, Named, Table, paired, sample
 from purejaxppo.text import quote, show_setting, to_coordinate
 
-# Attributes of trials and of studies.
-INTERRUPTED, BATCH, SEARCH = "interrupted", "batch", "search"
+BATCH = "batch"  # attribute of a trial: the name of its batch in the folder
 
 
 @dataclass(frozen=True)
@@ -109,17 +122,19 @@ def optuna_search(
     (Ctrl-C, SIGTERM) ends the search after the current chunk, as in `fit`: `Interrupted` is raised with the study as
     `result`, or the study is returned. No score of the interrupted batch is told. With a folder, the next call resumes
     its training, also after a kill; without, its settings wait in the study and are the next to train. Needs `pip
-    install optuna`. Raises ValueError for a study of another search.
+    install optuna`. Raises ValueError for a study of another search, or a storage that cannot be opened.
 
     Args:
         env: the environment, as `Sweep` takes it.
         space: the distribution of every field, as `sample` takes them.
-        num_trials: trials of the study in the end, those of earlier calls included; the last batch is a whole one, too.
+        num_trials: trials of the study in the end, those of earlier calls and other machines included; the last batch is
+            a whole one, too. A call ends when all are finished.
         batch_size: settings that train together.
         num_seeds: seeds of every setting.
         folder: keeps the sweep of every batch, in `batches/`, and the study unless there is a `storage`.
-        storage: a URL such as `sqlite:///study.db` or one of PostgreSQL, by default `study.db` in the folder, or
-            `sqlite:///purejaxppo.db` without one; machines with the same storage share the study.
+        storage: a URL that machines share, as `postgresql+psycopg://USER:PASSWORD@HOST/DATABASE`, each with a folder of
+            its own; by default `study.db` in the folder, or `sqlite:///purejaxppo.db` without one. Trials of a machine
+            that gives no sign of life for two minutes fail, and another one trains their settings.
         name: the name of the study; an existing one continues.
         sampler: Optuna's; by default TPE that accounts for running trials, with random numbers from the `seed` of the
             sweep and the number of the trial. So a study that continues, or that machines share, draws new settings.
@@ -141,20 +156,20 @@ def optuna_search(
         raise ValueError(f"folder={folder} already holds a {kind_of(folder)} (name another folder)")
     with nullcontext() if folder is None else claim_folder(folder):
         folder = None if folder is None else Path(folder)
-        study = _open_study(folder, storage, name, sampler or _sampler(shared.get("seed", 0)))
-        _check_same(study, Sweep(env, Table(), num_seeds, **shared))
-        batches = _Batches(study, space, batch_size, folder, save_every, make, plan.batch if plan else None)
+        study = open_study(folder, storage, name, sampler or own_sampler(shared.get("seed", 0)))
+        check_same(study, Sweep(env, Table(), num_seeds, **shared))
+        batches = _Batches(study, space, num_trials, batch_size, folder, save_every, make, plan.batch if plan else None)
         interrupted = False
         with tqdm(
-            total=num_trials, initial=_num_finished(study), unit=" trials", disable=None if progress else True
+            total=num_trials, initial=num_finished(study), unit=" trials", disable=None if progress else True
         ) as bar:
-            while _num_finished(study) < num_trials and not interrupted:
+            while num_finished(study) < num_trials and not interrupted:
                 _show_best(bar, study)
-                before = _num_finished(study)
+                before = num_finished(study)
                 interrupted = batches.train(lambda table: Sweep(env, table, num_seeds, **shared))
-                bar.update(_num_finished(study) - before)
+                bar.update(num_finished(study) - before)
             _show_best(bar, study)
-    done = f"optuna_search was interrupted after {_num_finished(study)} of {num_trials} trials; the same call continues"
+    done = f"optuna_search was interrupted after {num_finished(study)} of {num_trials} trials; the same call continues"
     return end(study, interrupted, on_interrupt, done)
 
 
@@ -163,7 +178,7 @@ def rank_trials(study: Any) -> list[dict[str, Any]]:
 
     Trials that failed have nan as their score and come last.
     """
-    trials = [t for t in study.trials if t.state.is_finished() and INTERRUPTED not in t.user_attrs]
+    trials = finished_trials(study)
     rows = [{"trial": t.number, **t.params, "score": np.nan if t.value is None else t.value} for t in trials]
     return sorted(rows, key=lambda row: -np.inf if np.isnan(row["score"]) else row["score"], reverse=True)
 
@@ -183,53 +198,73 @@ class _Batches:
         self,
         study: Any,
         space: Mapping[str, Distribution],
+        num_trials: int,
         batch_size: int,
         folder: Path | None,
         save_every: float,
         make: Callable,
         plan: Plan | None,
     ):
-        self.study, self.space, self.batch_size, self.save_every = study, space, batch_size, save_every
+        self.study, self.space, self.num_trials, self.batch_size = study, space, num_trials, batch_size
+        self.save_every = save_every
         self.folder, self.make, self.plan = folder and folder / "batches", make, plan
         self.distributions: dict[str, Any] = {field: _to_optuna(distribution) for field, distribution in space.items()}
 
     def train(self, make_sweep: Callable[[Table], Sweep]) -> bool:
-        """Trains one batch and tells its scores; returns whether it was interrupted."""
+        """Trains one batch and tells its scores, or waits while others train what is left; whether it was
+        interrupted."""
         trials: list[Any] = []
         try:
             path = self._next(trials)
-            columns = {f: [_from_optuna(self.space[f], trial.params[f]) for trial in trials] for f in self.space}
-            sweep = make_sweep(paired(**columns))
-            if path is not None and kind_of(path):  # its slices may have another size, and some may be complete
-                plan = plan_sweep(sweep, path, make=self.make)
-            elif self.plan is None or sweep.groups() != self.plan.sweep.groups():
-                plan = self.plan = plan_sweep(sweep, make=self.make)
-            else:
-                plan = replace(self.plan, sweep=sweep)  # a batch of the same shape: nothing compiles
-            scores = run_sweep(plan, path, save_every=self.save_every, progress=False).scores
-            values = aggregate(filled(scores), num_resamples=0)["value"].values
-            failed = scores.isnull().all("seed").values
-            _tell(self.study, trials, [None if lost else float(value) for value, lost in zip(values, failed)])
+            if not trials:
+                time.sleep(POLL)
+                return False
+            with signs_of_life(self.study, trials):
+                self._train(trials, path, make_sweep)
         except KeyboardInterrupt:
             if self.folder is None:
-                _put_back(self.study, trials)
+                withdraw(self.study, trials, again=True)
             return True
         except Exception:
-            _tell(self.study, _open(self.study, trials))
+            tell(self.study, open_trials(self.study, trials))
             raise
         return False
 
+    def _train(self, trials: list, path: Path | None, make_sweep: Callable[[Table], Sweep]):
+        columns = {f: [_from_optuna(self.space[f], trial.params[f]) for trial in trials] for f in self.space}
+        sweep = make_sweep(paired(**columns))
+        if path is not None and kind_of(path):  # its slices may have another size, and some may be complete
+            plan = plan_sweep(sweep, path, make=self.make)
+        elif self.plan is None or sweep.groups() != self.plan.sweep.groups():
+            plan = self.plan = plan_sweep(sweep, make=self.make)
+        else:
+            plan = replace(self.plan, sweep=sweep)  # a batch of the same shape: nothing compiles
+        scores = run_sweep(plan, path, save_every=self.save_every, progress=False).scores
+        values = aggregate(filled(scores), num_resamples=0)["value"].values
+        failed = scores.isnull().all("seed").values
+        tell(self.study, trials, [None if lost else float(value) for value, lost in zip(values, failed)])
+
     def _next(self, trials: list) -> Path | None:
-        """Fills `trials` with the next batch, one that was not finished before any new one; returns its folder."""
+        """Fills `trials` with the next batch, one that was not finished before any new one; returns its folder.
+
+        There are none if others train all that is left.
+        """
         waiting = self._unfinished()
         path = self.folder and self.folder / min(waiting) if waiting and self.folder else None
         trials += waiting.get(path.name, []) if path else []
+        if not trials:
+            take_again(self.study)
+            if num_taken(self.study) >= self.num_trials:
+                return None
         while len(trials) < self.batch_size and not (path and kind_of(path)):
-            trials.append(self.study.ask(self.distributions))
+            trials.append(draw(self.study, self.distributions))
             if self.folder:
                 path = path or self.folder / f"{trials[0].number:06d}"
                 path.mkdir(parents=True, exist_ok=True)
                 trials[-1].set_user_attr(BATCH, path.name)
+        if num_taken(self.study, before=min(trial.number for trial in trials)) >= self.num_trials:
+            withdraw(self.study, trials, again=False)  # others began the last batch at the same time
+            trials.clear()
         return path
 
     def _unfinished(self) -> dict[str, list]:
@@ -240,29 +275,6 @@ class _Batches:
             if batch and not trial.state.is_finished() and self.folder and (self.folder / batch).is_dir():
                 found.setdefault(batch, []).append(trial)
         return found
-
-
-def _open_study(folder: Path | None, storage: str | None, name: str, sampler: Any) -> Any:
-    import optuna
-
-    default = "sqlite:///purejaxppo.db" if folder is None else f"sqlite:///{folder / 'study.db'}"
-    return optuna.create_study(
-        storage=storage or default, study_name=name, load_if_exists=True, direction="maximize", sampler=sampler
-    )
-
-
-def _check_same(study: Any, sweep: Sweep):
-    """Refuses a study whose trials train something else; a new one learns what is trained."""
-    now = sweep.shared() | {"env": str(sweep.env), "num_seeds": sweep.num_seeds}
-    before = study.user_attrs.get(SEARCH, now)
-    differing = differing_fields(before, now)
-    if differing:
-        field = differing[0]
-        raise ValueError(
-            f"the study {study.study_name} belongs to another search, with {field}={before.get(field)} instead of "
-            f"{now.get(field)} (name another folder, or another study)"
-        )
-    study.set_user_attr(SEARCH, now)
 
 
 def _check_space(space: Any):
@@ -277,52 +289,6 @@ def _show_best(bar: tqdm, study: Any):
     done = [trial for trial in study.trials if trial.value is not None]
     if done:
         bar.set_postfix_str(f"best {study.best_value:.4g}")
-
-
-def _sampler(seed: int) -> Any:
-    """TPE whose random numbers are those of the trial, whichever machine and call it belongs to."""
-    from optuna.samplers import BaseSampler, TPESampler
-
-    class Sampler(BaseSampler):
-        def infer_relative_search_space(self, study, trial):
-            return {}
-
-        def sample_relative(self, study, trial, search_space):
-            return {}
-
-        def sample_independent(self, study, trial, param_name, param_distribution):
-            entropy = [seed, trial.number, zlib.crc32(param_name.encode())]
-            own_seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-            tpe = TPESampler(seed=own_seed, constant_liar=True)
-            return tpe.sample_independent(study, trial, param_name, param_distribution)
-
-    return Sampler()
-
-
-def _tell(study: Any, trials: Sequence[Any], scores: Iterable[float | None] = itertools.repeat(None)):
-    """Tells the scores of trials; a trial without one has failed."""
-    from optuna.trial import TrialState
-
-    for trial, score in zip(trials, scores):
-        study.tell(trial.number, score, state=TrialState.FAIL if score is None else TrialState.COMPLETE)
-
-
-def _put_back(study: Any, trials: Sequence[Any]):
-    """Ends trials that were interrupted: they do not count, and their settings are the next to train."""
-    for trial in _open(study, trials):
-        trial.set_user_attr(INTERRUPTED, True)
-        study.enqueue_trial(trial.params)
-        _tell(study, [trial])
-
-
-def _open(study: Any, trials: Sequence[Any]) -> list[Any]:
-    """Those of the trials that have not been told."""
-    told = {trial.number for trial in study.trials if trial.state.is_finished()}
-    return [trial for trial in trials if trial.number not in told]
-
-
-def _num_finished(study) -> int:
-    return sum(trial.state.is_finished() and INTERRUPTED not in trial.user_attrs for trial in study.trials)
 
 
 def _to_optuna(distribution: Distribution):
