@@ -17,5 +17,5 @@ if __name__ == "__main__":
         "CartPole-v1", {"learning_rate": pjp.log_uniform(1e-4, 1e-1), "clip": pjp.choice(0.1, 0.2)},
         num_trials=int(num_trials), batch_size=3, storage=storage, folder=folder[0] if folder else None,
         config=SMALL.with_total_steps(int(num_updates) * SMALL.steps_per_update), hyperparams=pjp.Hyperparams(),
-        progress=False,
+        pruner=optuna.pruners.MedianPruner(n_warmup_steps=int(num_updates) // 2), progress=False,
     )  # fmt: skip

@@ -22,6 +22,7 @@ from purejaxppo.experiment.sweeps.halving import Ladder, plan_halving, successiv
 from purejaxppo.experiment.sweeps.optuna_search import best_setting, optuna_search, plan_trials, rank_trials
 from purejaxppo.experiment.sweeps.population import plan_population, population_search
 from purejaxppo.experiment.sweeps.slices import Slice, open_slices
+from purejaxppo.experiment.sweeps.sweep import name_run
 
 pytestmark = pytest.mark.full
 
@@ -247,6 +248,37 @@ def test_a_search_with_a_folder_resumes_its_batch_and_comes_to_the_same_trials(t
     assert best_setting(study, space) == study.best_trial.params
     with pytest.raises(ValueError, match="belongs to another search, with num_seeds=1 instead of 2"):
         optuna_search("probe", space, folder=tmp_path / "cut", num_seeds=2, **call)
+
+
+@pytest.mark.slow
+def test_a_pruner_stops_settings_by_their_returns_and_they_rank_after_the_others(tmp_path):
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    space = {"learning_rate": pjp.log_uniform(1e-8, 3e-2)}
+    call = {
+        "num_trials": 9, "batch_size": 3, "num_seeds": 2, "config": SMALL.with_total_steps(32 * 45),
+        "make": make_probe, "progress": False, "pruner": optuna.pruners.MedianPruner(3, n_warmup_steps=9),
+    }  # fmt: skip
+    study = optuna_search("probe", space, folder=tmp_path, **call)
+    states = {trial.number: trial.state.name for trial in study.trials}
+    pruned = [number for number, state in states.items() if state == "PRUNED"]
+    assert len(states) == 9 and pruned and set(states.values()) == {"COMPLETE", "PRUNED"}
+    stored = {
+        path.name: {x.runs[0]: x.num_updates for x in result.slices.read()}
+        for path in (tmp_path / "batches").iterdir()
+        if isinstance(result := pjp.load(path), pjp.SweepResult)
+    }
+    for trial in study.trials:
+        batch = stored[trial.user_attrs["batch"]]
+        (updates,) = (x for name, x in batch.items() if name == name_run(trial.params, 0))
+        assert (updates == 45) == (trial.number not in pruned) and updates == trial.last_step
+        assert list(trial.intermediate_values) == list(range(1, updates + 1))
+        if trial.number in pruned:  # those that had come so far were better, by the median
+            others = [x for x in study.trials if x.number != trial.number and updates in x.intermediate_values]
+            assert trial.value < max(x.intermediate_values[updates] for x in others)
+    ranked = rank_trials(study)
+    assert [row["updates"] == "all" for row in ranked] == [True] * (9 - len(pruned)) + [False] * len(pruned)
+    assert optuna_search("probe", space, folder=tmp_path, **call).trials == study.trials
 
 
 def test_training_some_runs_leaves_the_others_as_they_are(key):

@@ -27,7 +27,7 @@ from purejaxppo.text import align
 # Flag -> the method that it belongs to.
 OWN = {
     "num_rungs": "halving", "eta": "halving", "num_places": "halving", "every": "pbt", "fraction": "pbt",
-    "num_devices": "pbt", "batch_size": "optuna", "storage": "optuna",
+    "num_devices": "pbt", "batch_size": "optuna", "storage": "optuna", "pruner": "optuna",
 }  # fmt: skip
 DEFAULT_SEEDS = {"halving": 8, "pbt": 1, "optuna": 8}
 
@@ -63,6 +63,9 @@ class SearchOptions(SpaceOptions):
     storage: str | None = None
     """optuna: URL of the study that machines share, as postgresql+psycopg://USER:PASSWORD@HOST/DATABASE; study.db in
     the folder by default. Every machine starts the same line with an --out of its own."""
+
+    pruner: Literal["median", "hyperband", "halving"] | None = None
+    """optuna: stops settings that score badly early; every setting trains by itself then."""
 
 
 class Method(NamedTuple):
@@ -208,12 +211,26 @@ def _optuna(options: SearchOptions) -> Method:
     sweep, size = _sweep(options), min(options.batch_size or 8, options.num_samples)
     search = {"num_trials": options.num_samples, "batch_size": size, "num_seeds": sweep.num_seeds, "seed": sweep.seed}
     search |= {"config": sweep.config, "hyperparams": sweep.hyperparams, "evaluate_every": sweep.evaluate_every}
-    plan = plan_trials(sweep.env, space, **search)
+    plan = plan_trials(sweep.env, space, prunes=options.pruner is not None, **search)
+    num_updates = sweep.config.num_updates
+    pruners: dict[str, Callable] = {
+        "median": lambda: optuna.pruners.MedianPruner(n_warmup_steps=num_updates // 10),
+        "hyperband": lambda: optuna.pruners.HyperbandPruner(-(-num_updates // 50), num_updates),
+        "halving": lambda: optuna.pruners.SuccessiveHalvingPruner(-(-num_updates // 50)),
+    }
+    pruner = pruners[options.pruner]() if options.pruner else None
     return Method(
         plan,
         run=lambda out: optuna_search(
-            sweep.env, space, folder=out, storage=options.storage, plan=plan, save_every=options.save_every, **search
-        ),
+            sweep.env,
+            space,
+            folder=out,
+            storage=options.storage,
+            plan=plan,
+            save_every=options.save_every,
+            pruner=pruner,
+            **search,
+        ),  # fmt: skip
         report=lambda study: Report(
             rank_trials(study),
             lambda: best_setting(study, space),

@@ -113,6 +113,17 @@ def _newest_updates(metrics: xarray.Dataset, num_episodes: int, needed: xarray.D
     return metrics
 
 
+def mean_returns(metrics: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The mean return of the episodes of each run, [runs]; -inf for those that turned nan or ended no episode.
+
+    `metrics` are [runs, updates].
+    """
+    number = metrics["num_episodes"].sum(1)
+    total = np.nansum(metrics["episode_return"] * metrics["num_episodes"], axis=1)
+    healthy = np.isfinite(metrics["learning_rate"]).all(1)
+    return np.where((number > 0) & healthy, total / np.maximum(number, 1), -np.inf)
+
+
 def learning_curve(metrics: xarray.Dataset, num_points: int = 100) -> xarray.DataArray:
     """Mean return per episode in about `num_points` equal spans of updates, for each run; nan where none ended."""
     span = max(metrics.sizes["updates"] // num_points, 1)

@@ -38,6 +38,7 @@ from purejaxppo.experiment.sweeps.studies import (
     withdraw,
 )
 from purejaxppo.experiment.sweeps.sweep import Sweep
+from purejaxppo.experiment.sweeps.watch import Watch
 from purejaxppo.ppo import make_ppo
 from purejaxppo.table import Distribution, Named, Table, paired, sample
 from purejaxppo.text import quote, show_setting, to_coordinate
@@ -76,6 +77,7 @@ def plan_trials(
     batch_size: int,
     num_seeds: int = 1,
     make: Callable = make_ppo,
+    prunes: bool = False,
     **shared: Any,
 ) -> SearchPlan:
     """Compiles what the first batch of `optuna_search` needs, and says what it will do; see there for the errors.
@@ -86,6 +88,7 @@ def plan_trials(
         num_trials: trials of the study in the end.
         batch_size: settings that train together.
         num_seeds: seeds of every setting.
+        prunes: whether every setting trains by itself, so that it can stop, as it does with a `pruner`.
         make: `make(env, config)` makes the PPO of a group.
         shared: the other fields of `Sweep`.
     """
@@ -94,7 +97,8 @@ def plan_trials(
     check_whole("batch_size", batch_size)
     table = sample(jax.random.key(shared.get("seed", 0)), batch_size, sobol=False, **space)
     table = paired(**table.columns())
-    return SearchPlan(dict(space), num_trials, plan_sweep(Sweep(env, table, num_seeds, **shared), make=make))
+    sweep, slice_size = Sweep(env, table, num_seeds, **shared), num_seeds if prunes else None
+    return SearchPlan(dict(space), num_trials, plan_sweep(sweep, make=make, slice_size=slice_size))
 
 
 def optuna_search(
@@ -108,6 +112,7 @@ def optuna_search(
     storage: str | None = None,
     name: str = "purejaxppo",
     sampler: Any = None,
+    pruner: Any = None,
     progress: bool = True,
     save_every: float = 60.0,
     make: Callable = make_ppo,
@@ -127,8 +132,8 @@ def optuna_search(
     Args:
         env: the environment, as `Sweep` takes it.
         space: the distribution of every field, as `sample` takes them.
-        num_trials: trials of the study in the end, those of earlier calls and other machines included; the last batch is
-            a whole one, too. A call ends when all are finished.
+        num_trials: trials of the study in the end, with those of earlier calls and of other machines; the last batch
+            is a whole one, too. A call ends when all are finished.
         batch_size: settings that train together.
         num_seeds: seeds of every setting.
         folder: keeps the sweep of every batch, in `batches/`, and the study unless there is a `storage`.
@@ -138,6 +143,8 @@ def optuna_search(
         name: the name of the study; an existing one continues.
         sampler: Optuna's; by default TPE that accounts for running trials, with random numbers from the `seed` of the
             sweep and the number of the trial. So a study that continues, or that machines share, draws new settings.
+        pruner: Optuna's, such as `optuna.pruners.MedianPruner()`: it is told the interquartile mean over seeds of the
+            returns in every chunk, by updates, and settings that it prunes stop. Every setting trains by itself then.
         progress: whether to show a progress bar.
         save_every: seconds between two saves of a batch that is training, see `run_sweep`.
         make: `make(env, config)` makes the PPO of a group.
@@ -156,9 +163,9 @@ def optuna_search(
         raise ValueError(f"folder={folder} already holds a {kind_of(folder)} (name another folder)")
     with nullcontext() if folder is None else claim_folder(folder):
         folder = None if folder is None else Path(folder)
-        study = open_study(folder, storage, name, sampler or own_sampler(shared.get("seed", 0)))
+        study = open_study(folder, storage, name, sampler or own_sampler(shared.get("seed", 0)), pruner)
         check_same(study, Sweep(env, Table(), num_seeds, **shared))
-        batches = _Batches(study, space, num_trials, batch_size, folder, save_every, make, plan.batch if plan else None)
+        batches = _Batches(study, space, num_trials, batch_size, folder, save_every, make, plan and plan.batch, pruner)
         interrupted = False
         with tqdm(
             total=num_trials, initial=num_finished(study), unit=" trials", disable=None if progress else True
@@ -166,7 +173,7 @@ def optuna_search(
             while num_finished(study) < num_trials and not interrupted:
                 _show_best(bar, study)
                 before = num_finished(study)
-                interrupted = batches.train(lambda table: Sweep(env, table, num_seeds, **shared))
+                interrupted = batches.train(lambda table: Sweep(env, table, num_seeds, **shared), bar)
                 bar.update(num_finished(study) - before)
             _show_best(bar, study)
     done = f"optuna_search was interrupted after {num_finished(study)} of {num_trials} trials; the same call continues"
@@ -176,11 +183,18 @@ def optuna_search(
 def rank_trials(study: Any) -> list[dict[str, Any]]:
     """The finished trials of a study as rows: `trial`, its number, the fields, and `score`; best first.
 
-    Trials that failed have nan as their score and come last.
+    If some were pruned, `updates` says after how many; they come after those that were not. Trials that failed have nan
+    as their score and come last.
     """
-    trials = finished_trials(study)
-    rows = [{"trial": t.number, **t.params, "score": np.nan if t.value is None else t.value} for t in trials]
-    return sorted(rows, key=lambda row: -np.inf if np.isnan(row["score"]) else row["score"], reverse=True)
+    trials = sorted(finished_trials(study), key=lambda t: (t.state.name == "COMPLETE", t.value or 0.0), reverse=True)
+    trials = [t for t in trials if t.value is not None] + [t for t in trials if t.value is None]
+    pruned = any(t.state.name == "PRUNED" for t in trials)
+    ended = {t.number: "all" if t.state.name == "COMPLETE" else t.last_step or "" for t in trials}
+    return [
+        {"trial": t.number, **t.params, **({"updates": ended[t.number]} if pruned else {})}
+        | {"score": np.nan if t.value is None else t.value}
+        for t in trials
+    ]
 
 
 def best_setting(study: Any, space: Mapping[str, Distribution]) -> dict[str, Any]:
@@ -204,13 +218,14 @@ class _Batches:
         save_every: float,
         make: Callable,
         plan: Plan | None,
+        pruner: Any,
     ):
         self.study, self.space, self.num_trials, self.batch_size = study, space, num_trials, batch_size
-        self.save_every = save_every
+        self.save_every, self.prunes = save_every, pruner is not None
         self.folder, self.make, self.plan = folder and folder / "batches", make, plan
         self.distributions: dict[str, Any] = {field: _to_optuna(distribution) for field, distribution in space.items()}
 
-    def train(self, make_sweep: Callable[[Table], Sweep]) -> bool:
+    def train(self, make_sweep: Callable[[Table], Sweep], bar: tqdm) -> bool:
         """Trains one batch and tells its scores, or waits while others train what is left; whether it was
         interrupted."""
         trials: list[Any] = []
@@ -220,7 +235,7 @@ class _Batches:
                 time.sleep(POLL)
                 return False
             with signs_of_life(self.study, trials):
-                self._train(trials, path, make_sweep)
+                self._train(trials, path, make_sweep, bar)
         except KeyboardInterrupt:
             if self.folder is None:
                 withdraw(self.study, trials, again=True)
@@ -230,19 +245,22 @@ class _Batches:
             raise
         return False
 
-    def _train(self, trials: list, path: Path | None, make_sweep: Callable[[Table], Sweep]):
+    def _train(self, trials: list, path: Path | None, make_sweep: Callable[[Table], Sweep], bar: tqdm):
         columns = {f: [_from_optuna(self.space[f], trial.params[f]) for trial in trials] for f in self.space}
         sweep = make_sweep(paired(**columns))
         if path is not None and kind_of(path):  # its slices may have another size, and some may be complete
             plan = plan_sweep(sweep, path, make=self.make)
         elif self.plan is None or sweep.groups() != self.plan.sweep.groups():
-            plan = self.plan = plan_sweep(sweep, make=self.make)
+            slice_size = sweep.num_seeds if self.prunes else None
+            plan = self.plan = plan_sweep(sweep, make=self.make, slice_size=slice_size)
         else:
             plan = replace(self.plan, sweep=sweep)  # a batch of the same shape: nothing compiles
-        scores = run_sweep(plan, path, save_every=self.save_every, progress=False).scores
+        watch = Watch(self.study, trials, sweep, bar, self.prunes)
+        scores = run_sweep(plan, path, save_every=self.save_every, progress=False, watch=watch).scores
         values = aggregate(filled(scores), num_resamples=0)["value"].values
         failed = scores.isnull().all("seed").values
-        tell(self.study, trials, [None if lost else float(value) for value, lost in zip(values, failed)])
+        values = [None if lost else float(value) for value, lost in zip(values, failed)]
+        tell(self.study, trials, values, watch.pruned)
 
     def _next(self, trials: list) -> Path | None:
         """Fills `trials` with the next batch, one that was not finished before any new one; returns its folder.
@@ -286,8 +304,7 @@ def _check_space(space: Any):
 
 
 def _show_best(bar: tqdm, study: Any):
-    done = [trial for trial in study.trials if trial.value is not None]
-    if done:
+    if any(trial.state.name == "COMPLETE" for trial in study.trials):
         bar.set_postfix_str(f"best {study.best_value:.4g}")
 
 

@@ -50,6 +50,7 @@ from purejaxppo.experiment.sweeps.sweep import Group, Sweep
 from purejaxppo.text import count
 
 RETURN = "episode_return"
+Watcher = Callable[[Sequence[str], int, Mapping[str, np.ndarray]], bool]
 
 
 def run_sweep(
@@ -64,6 +65,7 @@ def run_sweep(
     make: Callable | None = None,
     allow_changed: Sequence[str] = (),
     share: tuple[int, int] | str | None = None,
+    watch: Watcher | None = None,
     on_interrupt: Literal["raise", "return"] = "raise",
 ) -> SweepResult:
     """Trains every run of a sweep, or of a plan, and returns the result.
@@ -93,6 +95,8 @@ def run_sweep(
         make: see `plan_sweep`.
         allow_changed: see `plan_sweep`.
         share: see `plan_sweep`.
+        watch: is called with the names of runs that train together, the updates that they have made and the metrics
+            [runs, updates] of each chunk, from several threads; where it returns True, these runs stop.
         on_interrupt: what the call does after an interrupt: "raise" or "return".
     """
     check_on_interrupt(on_interrupt)
@@ -124,7 +128,7 @@ def run_sweep(
 
     start = time.perf_counter()
     with _bar(plan, own, stored, progress) as bar, noted_interrupt() as interrupt:
-        session = Session(sweep, slices, save_every, bar, interrupt, Claims(slices))
+        session = Session(sweep, slices, save_every, bar, interrupt, Claims(slices), watch)
         session.claims.expect(stored)
         for slices_of_group in own_slices(sweep, stored, division).values():
             session.claims.expect(slices_of_group)
@@ -168,6 +172,8 @@ class Session:
     bar: tqdm
     interrupt: threading.Event
     claims: Claims
+    watch: Watcher | None = None
+    """See `run_sweep`."""
     steps: int = 0
     """Environment steps of all runs that this process made."""
     returns: dict[str, np.ndarray] = field(default_factory=dict)
@@ -241,7 +247,8 @@ class Session:
                     returns = np.concatenate(list(self.returns.values()))
                     self.bar.set_postfix_str(show_newest({RETURN: returns}), refresh=False)
                 self.bar.update(steps)
-            if done == config.num_updates or self.interrupt.is_set():
+            stops = self.watch is not None and self.watch([name for x in wave for name in x.runs], done, new)
+            if stops or done == config.num_updates or self.interrupt.is_set():
                 break
             if timer.is_due():
                 metrics = [self.store_wave(compiled, wave, to_arrays(state), metrics)]

@@ -7,6 +7,7 @@ from numpy.typing import ArrayLike
 
 from purejaxppo.checks import check_whole
 from purejaxppo.experiment.evaluations import METRIC
+from purejaxppo.experiment.report.metrics import mean_returns
 from purejaxppo.experiment.report.statistics import STATISTICS, describe_scores
 from purejaxppo.experiment.sweeps.slices import Slice, by_run
 from purejaxppo.experiment.sweeps.sweep import Sweep
@@ -79,17 +80,6 @@ def returns_at(metrics: Mapping[str, np.ndarray], done: int, length: int) -> np.
     known = np.isfinite(returns)
     newest = done - 1 - known[:, ::-1].argmax(1)
     return np.where(healthy & known.any(1), returns[np.arange(len(returns)), newest], -np.inf)
-
-
-def mean_returns(metrics: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The mean return of the episodes of each run, [runs]; -inf for those that turned nan or ended no episode.
-
-    `metrics` are [runs, updates].
-    """
-    number = metrics["num_episodes"].sum(1)
-    total = np.nansum(metrics["episode_return"] * metrics["num_episodes"], axis=1)
-    healthy = np.isfinite(metrics["learning_rate"]).all(1)
-    return np.where((number > 0) & healthy, total / np.maximum(number, 1), -np.inf)
 
 
 def scores_on_rungs(sweep: Sweep, slices: Sequence[Slice], rungs: Sequence[int]) -> np.ndarray:

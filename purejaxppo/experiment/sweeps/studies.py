@@ -10,7 +10,7 @@ import socket
 import threading
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -168,12 +168,22 @@ def finished_trials(study: Any) -> list[Any]:
     return _finished(study.trials)
 
 
-def tell(study: Any, trials: Sequence[Any], scores: Iterable[float | None] = repeat(None)):
-    """Tells the scores of trials; one without a score has failed. Those that were taken again meanwhile are left."""
+def tell(
+    study: Any, trials: Sequence[Any], scores: Iterable[float | None] = repeat(None), pruned: Collection[int] = ()
+):
+    """Tells the scores of trials. Those that were taken again meanwhile are left as they are.
+
+    Args:
+        study: has the trials.
+        trials: that end.
+        scores: of them; one without a score has failed.
+        pruned: indices of those that were pruned, whose scores are what was reported last.
+    """
     from optuna.trial import TrialState
 
-    for trial, score in zip(trials, scores):
-        state = TrialState.FAIL if score is None else TrialState.COMPLETE
+    for i, (trial, score) in enumerate(zip(trials, scores)):
+        state = TrialState.PRUNED if i in pruned else TrialState.FAIL if score is None else TrialState.COMPLETE
+        score = score if state == TrialState.COMPLETE else None
         study.tell(trial.number, score, state=state, skip_if_finished=True)
 
 
