@@ -3,7 +3,7 @@
 import pytest
 
 from purejaxppo.cli.distributed import _describe_end, words_of
-from purejaxppo.experiment.distributed import Processes, any_process, gather, is_first, is_news, read_processes
+from purejaxppo.experiment.distributed import ALL, Processes, is_first, is_news, read_processes
 
 SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "n[1-4]"}
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
@@ -49,7 +49,7 @@ def test_what_does_not_tell_the_place_of_a_process_is_refused_with_the_remedy(wo
 
 
 def test_a_process_alone_is_the_first_and_agrees_with_itself():
-    assert is_first() and gather("x") == ["x"] and any_process(True) and not any_process(False)
+    assert is_first() and ALL.is_first and ALL.gather("x") == ["x"] and ALL.any(True) and not ALL.any(False)
     assert is_news("a sentence") and is_news("a sentence")
 
 

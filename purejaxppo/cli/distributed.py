@@ -23,7 +23,8 @@ FLAG, CHILD = "--distributed", "PUREJAXPPO_CHILD"
 LOST = 5  # the exit status if a process was lost
 # What JAX and XLA log of a process that was lost, in C++, before they abort.
 NOISE = re.compile(
-    r"coordination|distributed service|preemption_sync|check failure stack|^ *@ +0x|tasks? .*crashed|^\d*$|^RPC: |GRPC",
+    r"coordination|distributed service|preemption_sync|check failure stack|^ *@ +0x|tasks? .*crashed|^\d*$|^RPC: |GRPC|"
+    r"peer ranks",
     re.IGNORECASE,
 )
 ABORTED = "the JAX distributed service detected fatal errors"
@@ -80,8 +81,8 @@ def run(command: Callable[[], int], arguments: Sequence[str]) -> int:
 def _supervise(arguments: Sequence[str]) -> int:
     """Starts the child, passes signals on to it, and says in one sentence which process was lost.
 
-    Python writes to standard error of the child as to that of this process. What C++ writes there comes through a
-    pipe, so that the sentence can replace what JAX logs before it aborts.
+    Python writes to the standard output and error of the child as to those of this process. What C++ writes there
+    comes through a pipe, so that the sentence can replace what JAX logs before it aborts.
     """
     terminal = os.dup(2)
     child = subprocess.Popen(
@@ -143,6 +144,8 @@ def _folder_of(arguments: Sequence[str]) -> str:
 def _train(command: Callable[[], int], terminal: int) -> int:
     """Runs the command of a child, which ends with the others."""
     sys.stderr = os.fdopen(terminal, "w", buffering=1)
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # C++ writes there too
     threading.Thread(target=_end_with_parent, daemon=True).start()
     status = 1
     try:

@@ -1,7 +1,7 @@
 """`purejaxppo train` and `purejaxppo resume`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import tyro
 
-from purejaxppo.cli.distributed import Distributed, first_speaks, join_others
+from purejaxppo.cli.distributed import Distributed, check_folder, first_speaks, join_others
 from purejaxppo.cli.options import (
     ALL_FAILED,
     NOT_SAVED,
@@ -43,9 +43,9 @@ class TrainOptions(TrainingOptions):
 
     num_seeds: int = 1
     """Agents that train side by side in one program."""
-    num_devices: int = 1
-    """Devices, or CPU cores, that share the environments of every agent; worthwhile above about 512 transitions per
-    minibatch."""
+    num_devices: int | None = None
+    """Devices, or CPU cores, that share the environments of every agent, 1 by default; worthwhile above about 512
+    transitions per minibatch. With --distributed all devices of all processes."""
     one_thread: bool = False
     """Limit XLA to one CPU thread: faster for one agent with fewer transitions per minibatch than that, slower for
     everything else."""
@@ -102,25 +102,46 @@ def train(arguments: list[str]) -> int:
     check_counts(options, "seed", at_least=0)
     if not options.save_every >= 0:
         raise ValueError(f"save_every={options.save_every} must be a number of seconds, at least 0")
+    check_folder(options)
     options = complete(options, arguments)
 
     from purejaxppo.batched import batched
-    from purejaxppo.experiment.lock import claim_folder
+    from purejaxppo.experiment.distributed import ALL, process_count
     from purejaxppo.experiment.runs.launch import Launch, launch_run
     from purejaxppo.experiment.runs.sinks import check_package
     from purejaxppo.sharded import sharded
 
     ppo = make(options)
-    check_num_devices(options.num_devices)
+    options = replace(options, num_devices=_choose_devices(options.num_devices))
+    assert options.num_devices
     ppo = batched(sharded(ppo, options.num_devices) if options.num_devices > 1 else ppo)
     for name in options.log:
         check_package(name)
     names = "num_seeds", "seed", "num_devices", "save_every", "keep", "evaluate_every", "log"
     custom = options.plugged.given() | ({"env": options.env} if ":" in options.env else {})
     launch = Launch(**{name: getattr(options, name) for name in names}, plugged=custom)
-    with claim_folder(make_folder(options.env) if options.out is None else options.out, new=True) as lock:
+    folder = make_folder(options.env) if options.out is None else options.out
+    # The command of several processes also resumes: a scheduler starts them all again.
+    with ALL.claim_folder(folder, new=process_count() == 1) as lock:
         _print_header(options.env, options.config, launch)
-        return _report(partial(launch_run, ppo, options.hyperparams, launch, lock), launch, lock.folder)
+        return _report(partial(launch_run, ppo, options.hyperparams, launch, lock or folder), launch, folder)
+
+
+def _choose_devices(wanted: int | None) -> int:
+    """The number of devices that share a run: as wanted, or one, or all of several processes."""
+    import jax
+
+    from purejaxppo.experiment.distributed import process_count
+
+    if process_count() == 1:
+        check_num_devices(wanted)
+        return wanted or 1
+    if wanted not in (None, jax.device_count()):
+        raise ValueError(
+            f"num_devices={wanted} must be {jax.device_count()}, all devices of the {process_count()} processes (leave "
+            "it out)"
+        )
+    return jax.device_count()
 
 
 def resume(arguments: list[str]) -> int:
@@ -130,8 +151,8 @@ def resume(arguments: list[str]) -> int:
     with first_speaks():
         options = tyro.cli(ResumeOptions, args=arguments, prog="purejaxppo resume")
 
+    from purejaxppo.experiment.distributed import ALL
     from purejaxppo.experiment.jax_setup import cores_as_devices
-    from purejaxppo.experiment.lock import claim_folder
     from purejaxppo.experiment.runs.launch import read_launch, read_newest_settings
     from purejaxppo.experiment.runs.launch import resume as resume_run
 
@@ -153,9 +174,15 @@ def resume(arguments: list[str]) -> int:
     def make_one(env: str, config: Config):
         return make_plugged(options.env or env, config, options.plugged)
 
-    with claim_folder(options.folder) as lock:
+    with ALL.claim_folder(options.folder) as lock:
         _print_header(settings.env, config, launch)
-        resumed = partial(resume_run, lock, num_updates=num_updates, make=make_one, allow_changed=options.allow_changed)
+        resumed = partial(
+            resume_run,
+            lock or options.folder,
+            num_updates=num_updates,
+            make=make_one,
+            allow_changed=options.allow_changed,
+        )
         return _report(resumed, launch, options.folder)
 
 
@@ -175,6 +202,7 @@ def _report(fit: "Callable[[], Fit]", launch: "Launch", folder: Path) -> int:
     import jax
 
     from purejaxppo.batched import seed_keys
+    from purejaxppo.experiment.distributed import is_first, process_count
     from purejaxppo.experiment.loop import Interrupted
     from purejaxppo.experiment.program import SELDOM
 
@@ -184,11 +212,12 @@ def _report(fit: "Callable[[], Fit]", launch: "Launch", folder: Path) -> int:
         result = error.result
     ppo, saved = result.ppo, not result.unsaved
     metrics = result.metrics.rename(run="seed")
-    if saved:
+    if saved and is_first():
         draw(metrics, folder, ppo.env.name)
     if result.interrupted:
         done = metrics.sizes["updates"]
-        say(f"interrupted after {done} of {ppo.config.num_updates} updates: purejaxppo resume {folder} continues")
+        again = "the same command" if process_count() > 1 else f"purejaxppo resume {folder}"
+        say(f"interrupted after {done} of {ppo.config.num_updates} updates: {again} continues")
         return 130 if saved else NOT_SAVED
     policy, env_params = jax.device_get((result.state.policy, result.state.env_params))  # to evaluate on one device
     keys = seed_keys(jax.random.key(launch.seed), jax.numpy.arange(launch.num_seeds))

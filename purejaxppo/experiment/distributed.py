@@ -8,7 +8,7 @@ import os
 import time
 import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import jax
 from jax._src import distributed  # its client has no public name; Orbax takes it from here too
 from jax.experimental import multihost_utils
 
+from purejaxppo.experiment.lock import Lock, claim_folder
 from purejaxppo.text import quote
 
 HEARTBEAT = 10  # seconds without a sign after which JAX takes a process for dead and ends the others
@@ -170,18 +171,82 @@ _rounds = itertools.count()
 _times_said: Counter[str] = Counter()
 
 
-def gather(word: str = "") -> list[str]:
-    """What every process says, in their order. All must call it, equally often; it waits for the last of them.
+class Team(NamedTuple):
+    """The processes that do something together. All must call its methods, equally often and in the same order.
 
-    It needs no device, so what devices compute meanwhile does not hold it up.
+    They need no device, so what devices compute meanwhile does not hold them up.
     """
-    if process_count() == 1:
-        return [word]
-    number = next(_rounds)
-    said = _meet(f"{number:012d}", word)
-    if number:
-        _store().key_value_delete(_key(f"{number - 1:012d}"))  # which all have read, since all are here
-    return said
+
+    everyone: bool = True
+    """Whether it has all processes; else each one is a team by itself."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes for the team."""
+        return not self.everyone or is_first()
+
+    def gather(self, word: str = "") -> list[str]:
+        """What every process says, in their order; waits for the last of them."""
+        if not self.everyone or process_count() == 1:
+            return [word]
+        number = next(_rounds)
+        said = _meet(f"{number:012d}", word)
+        if number:
+            _store().key_value_delete(_key(f"{number - 1:012d}"))  # which all have read, since all are here
+        return said
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag of any process is set."""
+        return "True" in self.gather(str(flag))
+
+    def broadcast(self, word: str) -> str:
+        """What the first process says."""
+        return self.gather(word)[0]
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A block of a `with` statement that ends in all processes, or in none: an error in one is raised in all."""
+        try:
+            yield
+        except Exception as error:
+            number = error.errno or "" if isinstance(error, OSError) else type(error).__name__
+            self.gather(f"{number} {error}")
+            raise
+        said = next(filter(None, self.gather()), "")
+        if said:
+            kind, _, sentence = said.partition(" ")
+            raise OSError(int(kind), sentence) if kind.isdecimal() else ValueError(sentence)
+
+    def check_seen(self, folder: Path):
+        """Raises ValueError unless all see what the first process writes into a folder, which exists there."""
+        if not self.everyone or process_count() == 1:
+            return
+        probe = folder / f"seen.{uuid.uuid4().hex}.half"
+        if self.is_first:
+            probe.touch()
+        probe = folder / self.broadcast(probe.name)
+        deadline = time.monotonic() + SHOWN_AFTER
+        while not (seen := probe.exists()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        blind = [index for index, said in enumerate(self.gather(str(seen))) if said == "False"]
+        if self.is_first:
+            probe.unlink(missing_ok=True)
+        if blind:
+            raise ValueError(
+                f"folder={folder} is another one in process {blind[0]} than in process 0 (name one on a disk that all "
+                "of them see)"
+            )
+
+    @contextlib.contextmanager
+    def claim_folder(self, folder: str | Path | Lock, *, new: bool = False) -> Iterator[Lock | None]:
+        """As the function of this name, by the first process for all; yields the lock there, and None elsewhere."""
+        with contextlib.ExitStack() as held:
+            with self.together():
+                lock = held.enter_context(claim_folder(folder, new=new)) if self.is_first else None
+            yield lock
+
+
+ALL, ALONE = Team(), Team(everyone=False)
 
 
 def _meet(place: str, word: str, seconds: float = LONGEST) -> list[str]:
@@ -206,16 +271,6 @@ def _key(place: str) -> str:
     return f"{FOLDER}/{place}/{distributed.global_state.process_id:06d}"
 
 
-def any_process(flag: bool) -> bool:
-    """Whether the flag of any process is set; all must call it."""
-    return "1" in gather("1" if flag else "0")
-
-
-def broadcast(word: str) -> str:
-    """What the first process says; all must call it."""
-    return gather(word)[0]
-
-
 def is_news(sentence: str) -> bool:
     """Whether no other process has said a sentence; true if this one is alone, or the first one does not answer."""
     if process_count() == 1:
@@ -227,26 +282,6 @@ def is_news(sentence: str) -> bool:
         return _store().key_value_increment(key, 1) == 1
     except Exception:  # whatever the client raises
         return True
-
-
-def check_seen(folder: Path):
-    """Raises ValueError unless all processes see what the first one writes into a folder, which exists there."""
-    if process_count() == 1:
-        return
-    probe = folder / f"seen.{uuid.uuid4().hex}.half"
-    if is_first():
-        probe.touch()
-    probe = folder / broadcast(probe.name)
-    deadline = time.monotonic() + SHOWN_AFTER
-    while not (seen := probe.exists()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    blind = [index for index, said in enumerate(gather(str(seen))) if said == "False"]
-    if is_first():
-        probe.unlink(missing_ok=True)
-    if blind:
-        raise ValueError(
-            f"folder={folder} is another one in process {blind[0]} than in process 0 (name one on a disk that all see)"
-        )
 
 
 def leave(status: int) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from purejaxppo.experiment.distributed import spans_processes, to_host
 from purejaxppo.ppo import PPO
 from purejaxppo.sharded import AXIS
 
@@ -49,7 +50,9 @@ class Evaluations:
         returns = np.full(healthy.shape, np.nan, np.float32)
         if due:
             runs = getattr(state, "runs", state)
-            played = np.asarray(self.play(runs.key, runs.policy, runs.env_params).episode_return)
+            players = runs.key, runs.policy, runs.env_params
+            players = _in_this_process(*players) if spans_processes(players) else players
+            played = np.asarray(self.play(*players).episode_return)
             returns[..., -1] = np.where(healthy[..., -1], played.mean(-1), np.nan)
         return returns
 
@@ -74,8 +77,14 @@ def make_evaluations(ppo: PPO, every: int, state: Any = None) -> Evaluations:
     """
     play = jax.jit(ppo.evaluate)
     if ppo.mesh is not None and AXIS in ppo.mesh.axis_names:  # every device has the policy: one of them plays
-        device = ppo.mesh.devices.flat[0]
+        device = ppo.mesh.local_devices[0]
         return Evaluations(lambda *args: play(*jax.device_put(args, device)), every, ppo.config.num_updates)
     if state is not None:
         play = play.lower(state.key, state.policy, state.env_params).compile()
     return Evaluations(play, every, ppo.config.num_updates)
+
+
+def _in_this_process(key: jax.Array, *rest: Any) -> tuple:
+    """Arrays that lie on devices of several processes, whole and on the host of each; all must call it."""
+    data, *rest = jax.device_get(to_host((jax.random.key_data(key), *rest)))
+    return jax.random.wrap_key_data(data), *rest

@@ -342,6 +342,13 @@ def to_arrays(state: Any) -> dict[str, np.ndarray]:
     return {name: x.view(_plain(x.dtype)) for name, x in arrays.items()}
 
 
+def to_device_arrays(state: Any) -> dict[str, jax.Array]:
+    """As `to_arrays`, but the arrays stay where they are, on devices of several processes."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    arrays = {name_leaf(path): jax.random.key_data(x) if _is_key(x) else jnp.asarray(x) for path, x in leaves}
+    return {name: x.view(_plain(x.dtype)) if x.dtype != _plain(x.dtype) else x for name, x in arrays.items()}
+
+
 def _plain(dtype: Any) -> np.dtype:
     """A type as files hold it: those of ml_dtypes lose their names there."""
     dtype = np.dtype(dtype)
@@ -374,7 +381,8 @@ def from_arrays(arrays: Mapping[str, Any], like: Any, what: str = "a state") -> 
             raise ValueError(
                 f"{what} does not fit: {name} should be {data.dtype} {list(data.shape)}, found {found}{remedy}"
             )
-        found = np.asarray(found)
+        if not isinstance(found, jax.Array):
+            found = np.asarray(found)
         return jax.random.wrap_key_data(jnp.asarray(found)) if _is_key(x) else jnp.asarray(found.view(x.dtype))
 
     return jax.tree_util.tree_map_with_path(read, like)

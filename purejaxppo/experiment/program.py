@@ -15,6 +15,7 @@ import numpy as np
 from purejaxppo.checks import check_whole
 from purejaxppo.config import Config
 from purejaxppo.evolving import Population
+from purejaxppo.experiment.distributed import to_host
 from purejaxppo.experiment.identity import changed_names, identify_ppo
 from purejaxppo.experiment.jax_setup import num_cores, warn_of_idle_gpu
 from purejaxppo.ppo import PPO, TrainState
@@ -89,7 +90,7 @@ class Program:
 
     def read(self, rows: Row, length: int | None = None) -> dict[str, np.ndarray]:
         """The metrics of a `start` as numpy, once the device is done."""
-        return jax.tree.map(lambda x: np.asarray(x)[..., :length, :], rows).unpack()
+        return jax.tree.map(lambda x: np.asarray(to_host(x))[..., :length, :], rows).unpack()
 
     def _run_slices(self, state, length):
         # If the runs do not divide evenly, the last slice overlaps the one before; both compute the same.

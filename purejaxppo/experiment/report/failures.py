@@ -10,6 +10,7 @@ import xarray
 from numpy.typing import ArrayLike
 
 from purejaxppo.batched import WATCHED, causes
+from purejaxppo.experiment.distributed import to_host
 from purejaxppo.experiment.files import name_leaf
 from purejaxppo.summary import FAILURE
 
@@ -33,7 +34,7 @@ def mark_failures(metrics: xarray.Dataset, state: Any) -> xarray.Dataset:
     first, code = first_failures(codes)
     dims = metrics["learning_rate"].dims[:-1]
     # The state of a frozen run counts what it did; it may have failed before these metrics begin.
-    last = np.asarray(leaves["num_updates"]) if FAILURE in metrics else metrics["updates"].values[first] - 1
+    last = np.asarray(to_host(leaves["num_updates"])) if FAILURE in metrics else metrics["updates"].values[first] - 1
     updates = np.where(code > 0, last + 1, 0).astype(np.int32)
     found = {UPDATE: (dims, updates), METRIC: (dims, name_causes(code, names))}
     return metrics.drop_vars(FAILURE, errors="ignore").assign(found)

@@ -17,12 +17,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import xarray
 
 from purejaxppo.checks import check_whole
 from purejaxppo.experiment.datasets import read_dataset, write_dataset
-from purejaxppo.experiment.files import check_digests, check_room, flush_to_disk, is_full, to_arrays, write_digests
+from purejaxppo.experiment.distributed import ALONE, Team, process_count, spans_processes
+from purejaxppo.experiment.files import (
+    check_digests,
+    check_room,
+    flush_to_disk,
+    is_full,
+    to_arrays,
+    to_device_arrays,
+    write_digests,
+)
 from purejaxppo.experiment.records import OtherVersion, read_record
 from purejaxppo.experiment.runs.settings import RunSettings
 
@@ -44,6 +54,8 @@ class Checkpoints:
 
     folder: Path
     keep: int = 2
+    team: Team = ALONE
+    """The processes that write and read them together."""
 
     def __post_init__(self):
         check_whole("keep", self.keep)
@@ -66,13 +78,16 @@ class Checkpoints:
             settings: of the run.
         """
         path = self.folder / "checkpoints" / f"{num_updates:010d}"
-        remove_unfinished(path.parent)
+        if self.team.is_first:
+            remove_unfinished(path.parent)
         try:
-            _write(path, state, metrics, settings)
+            self._write(path, state, metrics, settings)
         except Exception as error:
             if not is_full(error) or not self.free_room():
                 raise
-            _write(path, state, metrics, settings)
+            self._write(path, state, metrics, settings)
+        if not self.team.is_first:
+            return
         complete = self.paths()
         later = [old for old in complete if old.name > path.name]  # damaged, or the run would have resumed from them
         for old in (*later, *complete[len(later) + self.keep :]):
@@ -80,6 +95,9 @@ class Checkpoints:
 
     def free_room(self) -> bool:
         """Removes the checkpoints before the newest intact one; says whether there were any."""
+        return self.team.broadcast(str(self.team.is_first and self._free_room())) == "True"
+
+    def _free_room(self) -> bool:
         for i, path in enumerate(paths := self.paths()):
             try:
                 _check(path)
@@ -90,23 +108,26 @@ class Checkpoints:
             return bool(paths[i + 1 :])
         return False
 
-    def after(self, num_updates: int) -> Checkpoint | None:
-        """The checkpoint after so many updates, None if there is none or it is damaged."""
-        path = next((path for path in self.paths() if int(path.name) == num_updates), None)
+    def after(self, num_updates: int, like: Any = None) -> Checkpoint | None:
+        """The checkpoint after so many updates, None if there is none or it is damaged; `like` as for `newest`."""
+        path = next((path for path in self._agreed_paths() if int(path.name) == num_updates), None)
         try:
-            return _read(path) if path else None
+            return self._read(path, like) if path else None
         except Exception:  # whatever a library raises for damaged files
             return None
 
-    def newest(self) -> Checkpoint | None:
+    def newest(self, like: Any = None) -> Checkpoint | None:
         """The newest intact checkpoint; a warning names every damaged one that is skipped.
 
         None if there has never been one. Raises ValueError if all are damaged.
+
+        Args:
+            like: a state on devices of several processes, of which each reads its part.
         """
         damaged = []
-        for path in self.paths():
+        for path in self._agreed_paths():
             try:
-                return _read(path)
+                return self._read(path, like)
             except OtherVersion:
                 raise
             except Exception as error:  # whatever a library raises for damaged files
@@ -116,6 +137,47 @@ class Checkpoints:
             raise ValueError(f"no checkpoint in {self.folder} is whole: {'; '.join(damaged)}")
         return None
 
+    def _agreed_paths(self) -> list[Path]:
+        """As `paths`, as the first process finds them."""
+        names = self.team.broadcast(" ".join(path.name for path in self.paths())).split()
+        return [self.folder / "checkpoints" / name for name in names]
+
+    def _write(self, path: Path, state: Any, metrics: xarray.Dataset, settings: RunSettings):
+        """Writes a checkpoint atomically; what cannot be finished is removed."""
+        half, team = path.with_name(self.team.broadcast(_half_of(path).name)), self.team
+        try:
+            # Orbax does not store empty arrays; `from_arrays` adds them again.
+            arrays = to_device_arrays(state) if spans_processes(state) else to_arrays(state)
+            arrays = {name: x for name, x in arrays.items() if x.size}
+            with team.together():
+                if team.is_first:
+                    half.mkdir(parents=True)
+                    # Orbax would answer a full disk with a traceback from every thread, on standard error.
+                    check_room(half, metrics.nbytes + sum(x.nbytes + BYTES_PER_LEAF for x in arrays.values()))
+            import orbax.checkpoint as ocp
+
+            with team.together(), ocp.StandardCheckpointer(**_options(team)) as checkpointer:
+                checkpointer.save((half / "state").absolute(), arrays)
+            with team.together():
+                if team.is_first:
+                    _complete(half, path, metrics, settings)
+        except BaseException:
+            if team.is_first:
+                shutil.rmtree(half, ignore_errors=True)
+            raise
+        if team.is_first:
+            remove_unfinished(path.parent)
+
+    def _read(self, path: Path, like: Any) -> Checkpoint:
+        with self.team.together():
+            if self.team.is_first:
+                _check(path)
+        with self.team.together():
+            arrays = _restore((path / "state").absolute(), like, self.team)
+            metrics = read_dataset(path / "metrics.nc")
+            settings = read_record(path / "settings.json", RunSettings.from_json)
+        return Checkpoint(arrays, metrics, settings, path)
+
 
 def remove_unfinished(folder: Path):
     """Removes what killed processes left in the folder of checkpoints."""
@@ -124,31 +186,16 @@ def remove_unfinished(folder: Path):
             shutil.rmtree(half)
 
 
-def _write(path: Path, state: Any, metrics: xarray.Dataset, settings: RunSettings):
-    """Writes a checkpoint atomically; what cannot be finished is removed."""
-    import orbax.checkpoint as ocp
-
-    half = _half_of(path)
-    try:
-        half.mkdir(parents=True)
-        # Orbax does not store empty arrays; `from_arrays` adds them again.
-        arrays = {name: x for name, x in to_arrays(state).items() if x.size}
-        # Orbax would answer a full disk with a traceback from every thread, on standard error.
-        check_room(half, metrics.nbytes + sum(x.nbytes + BYTES_PER_LEAF for x in arrays.values()))
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save((half / "state").absolute(), arrays)
-        write_dataset(half / "metrics.nc", metrics)
-        (half / "settings.json").write_text(json.dumps(settings.to_json(), indent=2) + "\n")
-        write_digests(half, ["metrics.nc", "settings.json", *_files_of_state(half)])
-        for file in (*half.rglob("*"), half):
-            flush_to_disk(file)
-        _move_away(path)
-        half.rename(path)
-        flush_to_disk(path.parent)
-    except BaseException:
-        shutil.rmtree(half, ignore_errors=True)
-        raise
-    remove_unfinished(path.parent)
+def _complete(half: Path, path: Path, metrics: xarray.Dataset, settings: RunSettings):
+    """Adds what belongs to the state that Orbax wrote, and moves the checkpoint to its place."""
+    write_dataset(half / "metrics.nc", metrics)
+    (half / "settings.json").write_text(json.dumps(settings.to_json(), indent=2) + "\n")
+    write_digests(half, ["metrics.nc", "settings.json", *_files_of_state(half)])
+    for file in (*half.rglob("*"), half):
+        flush_to_disk(file)
+    _move_away(path)
+    half.rename(path)
+    flush_to_disk(path.parent)
 
 
 def _move_away(path: Path):
@@ -180,11 +227,31 @@ def _files_of_state(path: Path) -> list[str]:
     return sorted(file.relative_to(path).as_posix() for file in (path / "state").rglob("*") if file.is_file())
 
 
-def _read(path: Path) -> Checkpoint:
+def _restore(path: Path, like: Any, team: Team) -> dict[str, Any]:
+    """The arrays of a state: whole, but those that lie on devices of several processes, as in `like`."""
     import orbax.checkpoint as ocp
 
-    _check(path)
-    arrays = ocp.PyTreeCheckpointer().restore((path / "state").absolute())
-    metrics = read_dataset(path / "metrics.nc")
-    settings = read_record(path / "settings.json", RunSettings.from_json)
-    return Checkpoint(arrays, metrics, settings, path)
+from purejaxppo.experiment.datasets import read_dataset, write_dataset
+    spread = to_device_arrays(like) if spans_processes(like) else {}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**_options(team)), **_options(team)) as checkpointer:
+        known = checkpointer.metadata(path).item_metadata
+        arguments = {
+            name: ocp.ArrayRestoreArgs(sharding=spread[name].sharding)
+            if name in spread and spread[name].shape == array.shape
+            else ocp.RestoreArgs(restore_type=np.ndarray)
+            for name, array in known.items()
+        }
+        return checkpointer.restore(path, restore_args=arguments)
+
+
+def _options(team: Team) -> dict[str, Any]:
+    """Which processes Orbax waits for."""
+    import orbax.checkpoint as ocp
+
+    if team.everyone or process_count() == 1:
+        return {}
+    own = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=str(own)
+    )
+    return {"multiprocessing_options": options}

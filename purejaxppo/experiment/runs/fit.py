@@ -1,6 +1,7 @@
 """The host loop of one run: compiled chunks, metrics after each of them, checkpoints, sinks."""
 
 import json
+import threading
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 from purejaxppo.batched import reported_failures
 from purejaxppo.checks import check_number, check_whole
 from purejaxppo.envs.check import metric_names
+from purejaxppo.experiment.distributed import to_host
 from purejaxppo.experiment.evaluations import make_evaluations
 from purejaxppo.experiment.identity import changed_names, identify_ppo
 from purejaxppo.experiment.lock import Lock
@@ -142,7 +144,7 @@ def fit(
         evaluate_every: updates between two evaluations, in which each policy plays 128 whole episodes in fresh
             environments; there is one more after the last update of the config. Their mean return is the metric
             `evaluation_return`.
-        sinks: functions that are given the metrics of every chunk, see `pjp.sinks`.
+        sinks: functions that are given the metrics of every chunk, see `pjp.sinks`; of several processes, in the first.
         notes: JSON data to keep in the folder's settings.json.
         allow_changed: what may differ from what the folder was trained with: names such as "loss" and "optimizer".
         on_interrupt: what the call does after an interrupt: "raise" or "return".
@@ -159,7 +161,7 @@ def fit(
             check_whole(name, number)
     check_number("save_every", save_every, 0, np.inf)
     _check_options(folder, sinks, notes)
-    first = int(np.max(state.num_updates))
+    first = int(np.max(to_host(state.num_updates)))
     last = ppo.config.num_updates if num_updates is None else first + num_updates
     if first >= last:
         raise ValueError(
@@ -280,18 +282,20 @@ def _train(
     shown = ["episode_return", *metric_names(ppo.env)[:3]]
     latest = dict.fromkeys(shown, np.nan)
     start = time.perf_counter()
-    with noted_interrupt() as interrupt:
+    with noted_interrupt() as noted:
+        interrupt = threading.Event() if journal.team.everyone else noted  # all processes end after the same chunk
         for state, metrics in chunks(program, journal.state, first, last, interrupt, evaluations=evaluations):
             labelled = mark_failures(journal.add(state, metrics), state)
             if not journal.is_writer():
                 break
             failed |= _warn_of_failures(labelled, failed)
-            for sink in sinks:
+            for sink in sinks if journal.team.is_first else ():
                 sink(labelled.drop_vars([UPDATE, METRIC]))
             latest = {n: newest(metrics[n], before) if n in metrics else before for n, before in latest.items()}
             bar.set_postfix_str(show_newest(latest), refresh=False)
             bar.update(labelled.sizes["updates"] * journal.steps_per_update)
-            if interrupt.is_set():
+            if journal.team.any(noted.is_set()):
+                interrupt.set()
                 break
             journal.save_if_due()
         seconds = time.perf_counter() - start

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import xarray
 
+from purejaxppo.experiment.distributed import ALONE, Team, spans_processes, to_host
 from purejaxppo.experiment.files import differing_fields, from_arrays, is_full, kind_of, remove_halves, to_arrays
 from purejaxppo.experiment.identity import check_identity
-from purejaxppo.experiment.lock import Lock, LockLost, claim_folder
+from purejaxppo.experiment.lock import Lock, LockLost
 from purejaxppo.experiment.loop import Timer
 from purejaxppo.experiment.report.failures import mark_failures
 from purejaxppo.experiment.report.metrics import History, label
@@ -43,9 +44,11 @@ class Journal:
         save_every: float,
         checkpoints: Checkpoints | None = None,
         lock: Lock | None = None,
+        team: Team = ALONE,
     ):
         self.ppo, self.state, self.settings, self.checkpoints, self.lock = ppo, state, settings, checkpoints, lock
-        self.num_updates = int(np.max(state.num_updates))
+        self.team = team
+        self.num_updates = int(np.max(to_host(state.num_updates)))
         self._history = History(ppo.config, self.num_updates)
         self._saved_updates: int | None = None  # in the newest checkpoint of this session
         self._timer = Timer(save_every)
@@ -70,7 +73,7 @@ class Journal:
 
     @property
     def _env_params(self) -> Any:
-        return getattr(self.state, "runs", self.state).env_params  # of a population those of its runs
+        return to_host(getattr(self.state, "runs", self.state).env_params)  # of a population those of its runs
 
     def resume_from(self, checkpoint: Checkpoint, allow_changed: Sequence[str] = ()):
         """Takes state, metrics and settings from a checkpoint, in which this process becomes the newest session.
@@ -79,14 +82,18 @@ class Journal:
         """
         assert self.checkpoints is not None
         now = self.settings
-        if self.num_updates and _is_state_of(self.checkpoints.after(self.num_updates), self.state):
+        if self.num_updates and _is_state_of(self.checkpoints.after(self.num_updates, self.state), self.state):
             # The state is one that this run has reached, perhaps with other numbers than it began with.
             begun = {name: getattr(checkpoint.settings, name) for name in ("hyperparams", "env_params", "first_key")}
             now = replace(now, **begun)
         _check_same(checkpoint.settings, now, self.checkpoints.folder, allow_changed)
         _warn_of_changes(checkpoint.settings, self.settings)
         state = from_arrays(checkpoint.arrays, jax.eval_shape(lambda: self.state), str(checkpoint.path))
-        self.state = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), state, self.state)
+        self.state = jax.tree.map(
+            lambda new, old: new if new.sharding == old.sharding else jax.device_put(new, old.sharding),
+            state,
+            self.state,
+        )
         self.num_updates = int(checkpoint.metrics["updates"][-1])
         self._history = History(self.ppo.config, int(checkpoint.metrics["updates"][0]) - 1)
         self._history.append({str(name): x.values for name, x in checkpoint.metrics.items()})
@@ -97,12 +104,14 @@ class Journal:
         """Writes the settings of what is about to be trained, and removes what an earlier session left at its end."""
         self.settings = replace(self.settings, slice_size=slice_size)
         if self.checkpoints:
-            folder = self.checkpoints.folder
+            folder, env_params = self.checkpoints.folder, self._env_params
             try:
-                remove_halves(folder)
-                saved.remove_results(folder)
-                write_env_params(folder, self.settings, self._env_params)
-                write_settings(folder, self.settings)
+                with self.team.together():
+                    if self.team.is_first:
+                        remove_halves(folder)
+                        saved.remove_results(folder)
+                        write_env_params(folder, self.settings, env_params)
+                        write_settings(folder, self.settings)
             except OSError as error:
                 raise ValueError(f"folder={folder} cannot be written: {error.strerror} (name another folder)") from None
 
@@ -116,21 +125,26 @@ class Journal:
 
     def is_writer(self) -> bool:
         """Whether the run has no folder, or this process is still its writer; warns the first time that it is not."""
+        if not self.checkpoints:
+            return True
+        lost = ""
         if self.lock:
             try:
                 self.lock.check()
             except LockLost as error:
-                self.checkpoints, self.lock = None, None
-                self.unsaved = f"{error}; this process writes nothing more there and stops; the result is in memory"
-                warnings.warn(self.unsaved)
-                return False
+                lost = str(error)
             except OSError:  # the disk does not answer; a write will say so, and the next chunk asks again
-                return True
-        return True
+                pass
+        lost = self.team.broadcast(lost)
+        if lost:
+            self.checkpoints, self.lock = None, None
+            self.unsaved = f"{lost}; this process writes nothing more there and stops; the result is in memory"
+            warnings.warn(self.unsaved)
+        return not lost
 
     def save_if_due(self):
         """Writes a checkpoint if the last one is old enough."""
-        if self._timer.is_due():
+        if self.checkpoints and self.team.broadcast(str(self._timer.is_due())) == "True":
             self.save()
 
     def save(self, last: bool = False):
@@ -162,7 +176,8 @@ class Journal:
                 self._save_results(self.checkpoints.folder)
         except Exception as error:
             with contextlib.suppress(OSError):
-                saved.remove_results(self.checkpoints.folder)
+                if self.team.is_first:
+                    saved.remove_results(self.checkpoints.folder)
             self._failures["its results"] = error
         if self._failures:
             self.unsaved = self._describe_failures()
@@ -170,7 +185,7 @@ class Journal:
 
     def complete(self):
         """Writes the results of a run again that was killed before its end, or whose files were damaged since."""
-        if self.checkpoints and not saved.is_intact(self.checkpoints.folder):
+        if self.checkpoints and self.team.broadcast(str(saved.is_intact(self.checkpoints.folder))) == "False":
             try:
                 before = read_settings(self.checkpoints.folder)
             except ValueError:
@@ -178,8 +193,11 @@ class Journal:
             self.finish(**{name: getattr(before, name) for name in TIMING})
 
     def _save_results(self, folder: Path):
-        write_env_params(folder, self.settings, self._env_params)
-        saved.save(folder, self.settings, self.results, self.state.policy)
+        env_params, results, policy = self._env_params, self.results, to_host(self.state.policy)
+        with self.team.together():
+            if self.team.is_first:
+                write_env_params(folder, self.settings, env_params)
+                saved.save(folder, self.settings, results, policy)
 
     def _describe_failures(self) -> str:
         """A sentence on what could not be written at the end, and what the folder keeps."""
@@ -207,7 +225,8 @@ def open_journal(
 ) -> Iterator[Journal]:
     """The journal of a run that starts from `state`, or resumes from the newest intact checkpoint of its folder.
 
-    Its process is the only writer of the folder until the end of the `with` statement.
+    Its process is the only writer of the folder until the end of the `with` statement. If the state lies on devices of
+    several processes, all call this; all write and read checkpoints, and the first one writes everything else.
 
     Args:
         ppo: of the run.
@@ -222,17 +241,19 @@ def open_journal(
         ValueError: if the folder cannot be written, has another writer, holds another run or a sweep, or if all
             checkpoints are damaged.
     """
+    team = Team(everyone=spans_processes(state))
     if folder is None:
         # Nothing is compared or written: describing a run would copy all its numbers from the device.
-        yield Journal(ppo, state, RunSettings(ppo.env.name, ppo.config, {}, {}, None, []), save_every)
+        yield Journal(ppo, state, RunSettings(ppo.env.name, ppo.config, {}, {}, None, []), save_every, team=team)
         return
     path, settings = folder.folder if isinstance(folder, Lock) else Path(folder), describe_run(ppo, state, notes)
-    checkpoints = Checkpoints(path, keep)
+    checkpoints = Checkpoints(path, keep, team)
     if kind_of(path) == "sweep":
         raise ValueError(f"folder={path} holds a sweep (name another folder)")
-    with claim_folder(folder) as lock:
-        journal = Journal(ppo, state, settings, save_every, checkpoints, lock)
-        checkpoint = checkpoints.newest()
+    with team.claim_folder(folder) as lock:
+        team.check_seen(path)
+        journal = Journal(ppo, state, settings, save_every, checkpoints, lock, team)
+        checkpoint = checkpoints.newest(state)
         if checkpoint:
             journal.resume_from(checkpoint, allow_changed)
         elif kind_of(path) == "run":  # started, but killed before its first checkpoint
@@ -245,10 +266,10 @@ def _is_state_of(checkpoint: Checkpoint | None, state: Any) -> bool:
     if checkpoint is None:
         return False
     try:
-        kept = to_arrays(from_arrays(checkpoint.arrays, jax.eval_shape(lambda: state)))
+        kept = to_arrays(to_host(from_arrays(checkpoint.arrays, jax.eval_shape(lambda: state))))
     except ValueError:
         return False
-    return all(kept[name].tobytes() == x.tobytes() for name, x in to_arrays(state).items())
+    return all(kept[name].tobytes() == x.tobytes() for name, x in to_arrays(to_host(state)).items())
 
 
 def _check_same(before: RunSettings, now: RunSettings, folder: Path, allow_changed: Sequence[str]):

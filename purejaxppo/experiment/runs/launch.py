@@ -10,8 +10,9 @@ import jax
 from purejaxppo.batched import runs
 from purejaxppo.checks import check_whole
 from purejaxppo.config import Config, Hyperparams
+from purejaxppo.experiment.distributed import ALL, is_first, process_count
 from purejaxppo.experiment.files import SETTINGS
-from purejaxppo.experiment.lock import Lock, claim_folder
+from purejaxppo.experiment.lock import Lock
 from purejaxppo.experiment.program import first_state
 from purejaxppo.experiment.provenance import as_json
 from purejaxppo.experiment.records import OtherVersion, as_record
@@ -74,16 +75,17 @@ def launch_run(
     """
     numbers = {name: as_json(hyperparams.get(name)) for name in hyperparams.names}
     settings = {"env": ppo.env.name, **asdict(ppo.config), **numbers, **asdict(launch)}
-    with claim_folder(folder) as lock:
+    with ALL.claim_folder(folder) as lock:
+        path = folder.folder if isinstance(folder, Lock) else Path(folder)
         keys, hyperparams = runs(jax.random.key(launch.seed), num_seeds=launch.num_seeds, hyperparams=hyperparams)
         return fit(
             ppo,
             first_state(ppo, keys, hyperparams),
-            folder=lock,
+            folder=lock or path,
             save_every=launch.save_every,
             keep=launch.keep,
             evaluate_every=launch.evaluate_every,
-            sinks=[make_sink(name, lock.folder, settings) for name in launch.log],
+            sinks=[make_sink(name, path, settings) for name in launch.log] if is_first() else [],
             notes={"launch": asdict(launch)},
             progress=progress,
             allow_changed=allow_changed,
@@ -124,7 +126,12 @@ def resume(
 
 
 def choose_num_devices(launch: Launch, config: Config) -> int:
-    """The devices that a run resumes on: as many as it began on, or the most of those here that divide it evenly."""
+    """The devices that a run resumes on: as many as it began on, or the most of those here that divide it evenly.
+
+    Several processes use all devices that they have.
+    """
+    if process_count() > 1:
+        return jax.device_count()
     most = min(launch.num_devices, jax.device_count())
     return next((number for number in range(most, 1, -1) if can_divide(config, number)), 1)
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from purejaxppo.checks import check_whole
 from purejaxppo.config import Config, Hyperparams
+from purejaxppo.experiment.distributed import to_host
 from purejaxppo.experiment.files import SETTINGS, ArrayFile, kind_of, name_leaf, save_arrays, save_json, to_arrays
 from purejaxppo.experiment.identity import identify_ppo
 from purejaxppo.experiment.provenance import Machine, as_json, describe_machine
@@ -164,10 +165,10 @@ def describe_run(ppo: PPO, state: Any, notes: Mapping[str, Any] | None = None) -
     return RunSettings(
         env=ppo.env.name,
         config=ppo.config,
-        hyperparams={name: as_json(hyperparams.get(name)) for name in hyperparams.names},
-        env_params={name: describe_param(x, num_runs) for name, x in to_arrays(runs.env_params).items()},
+        hyperparams={name: as_json(to_host(hyperparams.get(name))) for name in hyperparams.names},
+        env_params={name: describe_param(x, num_runs) for name, x in to_arrays(to_host(runs.env_params)).items()},
         num_runs=num_runs,
-        first_key=np.asarray(jax.random.key_data(state.key)).tolist(),
+        first_key=np.asarray(jax.random.key_data(to_host(state.key))).tolist(),
         notes=dict(notes or {}),
         sessions=(session,),
     )

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from purejaxppo.checks import check_number
-from purejaxppo.experiment.distributed import check_seen, gather
+from purejaxppo.experiment.distributed import ALL, process_count
 from purejaxppo.experiment.files import check_writable, existing, from_arrays, to_arrays
 from purejaxppo.experiment.lock import LockLost
 from purejaxppo.experiment.loop import (
@@ -101,8 +101,8 @@ def run_sweep(
     """
     check_on_interrupt(on_interrupt)
     check_number("save_every", save_every, 0, np.inf)
-    if folder is None and jax.process_count() > 1:
-        raise ValueError(f"{jax.process_count()} processes need a folder that all of them see (folder=...)")
+    if folder is None and process_count() > 1:
+        raise ValueError(f"{process_count()} processes need a folder that all of them see (folder=...)")
     options = {
         "slice_size": slice_size, "updates_per_chunk": updates_per_chunk, "devices": devices, "make": make,
         "share": share,
@@ -120,9 +120,9 @@ def run_sweep(
         stored = find_slices(folder, sweep).read()
         division = divide(sweep, stored, read_division(folder), plan.division.slice_sizes)
         slices = open_slices(folder, sweep, plan.identities, plan.allow_changed, division)
-    gather()
+    ALL.gather()
     if folder is not None:
-        check_seen(Path(folder))
+        ALL.check_seen(Path(folder))
     division = read_division(folder) or division  # that of the first process
     plan, own = _as_divided(plan, folder, stored, division)
 
@@ -137,7 +137,7 @@ def run_sweep(
         session.claims.await_writers(interrupt)  # they may have been killed
         for compiled in plan.groups:
             session.run(compiled, [slice_ for slice_ in own[compiled.group] if slice_.name in session.claims.left])
-    gather()
+    ALL.gather()
     seconds = time.perf_counter() - start
     with turn(folder):  # of calls that end at the same time, the last writes the results of all
         stored, left = slices.read(), session.claims.describe_left() if session.claims.left else ""
