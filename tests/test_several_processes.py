@@ -168,3 +168,25 @@ def test_ctrl_c_in_one_process_ends_a_run_of_two_after_the_same_chunk(cache, tmp
     printed = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [130, 130], printed
     assert "the same command continues" in printed[0][0] and not printed[1][0]
+
+
+SPACE = "--grid learning_rate=1e-3,1e-2,1e-4,1e-1 --num-seeds 2 --num-updates 30 --save-every 0".split()
+HALVING = ["search", *TINY, *SPACE, "--method", "halving", "--eta", "2", "--num-rungs", "2"]
+PBT = ["search", *TINY, *SPACE, "--method", "pbt", "--every", "5"]
+
+
+def test_halving_in_two_processes_gives_the_numbers_of_one_to_rounding(cache, tmp_path):
+    finish(start(tmp_path / "one", HALVING, cache))
+    first, second = finish(*start_two(tmp_path / "two", HALVING, cache))
+    assert "the best setting trains with" in first and not second
+    expected, found = read(tmp_path / "one"), read(tmp_path / "two")
+    first_rung = [data["loss"].isel(updates=slice(5)) for data in (found, expected)]
+    xarray.testing.assert_allclose(*first_rung, rtol=1e-3)
+
+
+def test_a_population_on_the_devices_of_two_processes_gives_the_numbers_of_one(cache, tmp_path):
+    finish(start(tmp_path / "one", [*PBT, "--num-devices", "4"], cache, devices=4))
+    first, second = finish(*start_two(tmp_path / "two", PBT, cache))
+    assert "the best setting trains with" in first and not second
+    expected, found = read(tmp_path / "one", "metrics.nc"), read(tmp_path / "two", "metrics.nc")
+    xarray.testing.assert_equal(found, expected)  # a run lies on one device, and only copies pass between them

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from purejaxppo.cli.distributed import join_others
+from purejaxppo.cli.distributed import check_folder, join_others
 from purejaxppo.cli.options import (
     ALL_FAILED,
     NOT_SAVED,
@@ -21,6 +21,7 @@ from purejaxppo.cli.options import (
 )
 from purejaxppo.cli.plugged import to_named
 from purejaxppo.cli.space import SpaceOptions, make_table, read_distributions, read_space
+from purejaxppo.experiment.distributed import is_first
 from purejaxppo.table import Table
 from purejaxppo.text import align
 
@@ -57,7 +58,7 @@ class SearchOptions(SpaceOptions):
     fraction: float | None = None
     """pbt: of the agents, at most replaced by one evolution; 0.25 by default."""
     num_devices: int | None = None
-    """pbt: devices, or CPU cores, that share the agents evenly; 1 by default."""
+    """pbt: devices, or CPU cores, that share the agents evenly; 1 by default, with --distributed all."""
     batch_size: int | None = None
     """optuna: settings that train together; 8 by default."""
     storage: str | None = None
@@ -100,6 +101,12 @@ def search(arguments: list[str]) -> int:
     for name, method in OWN.items():
         if getattr(options, name) is not None and options.method != method:
             raise ValueError(f"{name}={getattr(options, name)} belongs to --method {method}, not to {options.method}")
+    if options.distributed is not None and options.method == "optuna":
+        raise ValueError(
+            "method=optuna takes no --distributed (leave it out, and give the same --storage to several processes)"
+        )
+    if not options.dry_run:
+        check_folder(options)
     options = complete(options, arguments)
 
     from purejaxppo.experiment.files import check_writable
@@ -123,11 +130,19 @@ def search(arguments: list[str]) -> int:
 
 def _finish(options: SearchOptions, report: Report, out: Path, interrupted: bool) -> int:
     """Prints the ranking and the command, writes best.json and plots; returns the exit status."""
+    scored = [row for row in report.ranked if row["score"] == row["score"]]
+    if is_first():
+        _show(options, report, out, interrupted, scored)
+    if report.unsaved:
+        return NOT_SAVED
+    return 130 if interrupted else 0 if scored else ALL_FAILED
+
+
+def _show(options: SearchOptions, report: Report, out: Path, interrupted: bool, scored: list[dict]):
     draw_without_screen()
     from purejaxppo.experiment.files import replace_file
     from purejaxppo.experiment.sweeps.best import BEST, save_best, train_command
 
-    scored = [row for row in report.ranked if row["score"] == row["score"]]
     rows = scored + [row | {"score": "none"} for row in report.ranked[len(scored) :]]
     say(*[f"score: {report.criterion}"] * bool(rows and report.criterion))
     say(*(align(rows, 20).split("\n") if rows else ["no setting is trained yet"]))
@@ -143,9 +158,6 @@ def _finish(options: SearchOptions, report: Report, out: Path, interrupted: bool
     say(f"  {'not all ' * bool(report.unsaved)}saved in {out}: {', '.join(saved) or 'what is trained'}")
     if interrupted:
         say(f"interrupted: the same command with --out {out} continues")
-    if report.unsaved:
-        return NOT_SAVED
-    return 130 if interrupted else 0 if scored else ALL_FAILED
 
 
 def _sweep(options: SearchOptions, table: Table | None = None) -> Any:

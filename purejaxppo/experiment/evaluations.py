@@ -86,5 +86,5 @@ def make_evaluations(ppo: PPO, every: int, state: Any = None) -> Evaluations:
 
 def _in_this_process(key: jax.Array, *rest: Any) -> tuple:
     """Arrays that lie on devices of several processes, whole and on the host of each; all must call it."""
-    data, *rest = jax.device_get(to_host((jax.random.key_data(key), *rest)))
-    return jax.random.wrap_key_data(data), *rest
+    data, *others = jax.device_get(to_host((jax.random.key_data(key), *rest)))
+    return jax.random.wrap_key_data(data), *others

@@ -231,7 +231,6 @@ def _restore(path: Path, like: Any, team: Team) -> dict[str, Any]:
     """The arrays of a state: whole, but those that lie on devices of several processes, as in `like`."""
     import orbax.checkpoint as ocp
 
-from purejaxppo.experiment.datasets import read_dataset, write_dataset
     spread = to_device_arrays(like) if spans_processes(like) else {}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**_options(team)), **_options(team)) as checkpointer:
         known = checkpointer.metadata(path).item_metadata

@@ -154,7 +154,8 @@ def fit(
     # Refuses the state of another PPO, and a custom step of a batch with bad metrics, before anything is written.
     jax.eval_shape(ppo.step if ppo.custom and ppo.many else ppo.collect, state)
     _check_arrays(state)
-    check_target_kl(getattr(state, "runs", state).hyperparams.target_kl, ppo.config)  # which was traced until here
+    target_kl = getattr(state, "runs", state).hyperparams.target_kl  # which was traced until here
+    check_target_kl(to_host(target_kl), ppo.config)
     numbers = {"num_updates": num_updates, "updates_per_chunk": updates_per_chunk, "evaluate_every": evaluate_every}
     for name, number in (numbers | {"slice_size": slice_size}).items():
         if number is not None:
@@ -252,7 +253,7 @@ def _check_program(program: Any, ppo: PPO, state: Any, updates_per_chunk: int | 
 
 def _warn_of_ended_schedules(ppo: PPO, state: Any, first: int, last: int):
     """Warns if training goes past the end of schedules, where they stay as they are at the end."""
-    config, hyperparams = ppo.config, getattr(state, "runs", state).hyperparams
+    config, hyperparams = ppo.config, to_host(getattr(state, "runs", state).hyperparams)
     scheduled = {name for name in hyperparams.names if callable(hyperparams.get(name))}
     scheduled |= {"learning_rate"} if np.any(hyperparams.learning_rate_annealing) else set()
     if last <= config.num_updates or not scheduled:

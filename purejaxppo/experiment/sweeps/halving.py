@@ -17,14 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray
+from jax.experimental import multihost_utils
 
 from purejaxppo.batched import batched, reported_failures, seed_keys
 from purejaxppo.checks import check_number, check_whole
+from purejaxppo.experiment.distributed import ALL, is_first, process_count
 from purejaxppo.experiment.evaluations import METRIC, Evaluations, ends_of_chunks, make_evaluations
 from purejaxppo.experiment.files import from_arrays, shapes_of, to_arrays
 from purejaxppo.experiment.identity import identify_ppo
 from purejaxppo.experiment.jax_setup import num_cores
-from purejaxppo.experiment.lock import LockLost, claim_folder
+from purejaxppo.experiment.lock import LockLost
 from purejaxppo.experiment.loop import Timer, check_on_interrupt, end, noted_interrupt, step_bar, warn
 from purejaxppo.experiment.memory import bytes_of, memory_of, show_memory
 from purejaxppo.experiment.program import (
@@ -218,7 +220,9 @@ def plan_halving(
     many = batched(ppo)
     on_cpu = jax.devices()[0].platform == "cpu"
     num_threads, num_runs = num_cores() if on_cpu else 1, num_places * sweep.num_seeds
-    size = best_slice_size(num_runs, num_threads, group.config) if on_cpu else num_runs
+    places = num_threads * process_count()
+    size = best_slice_size(num_runs, places, group.config) if on_cpu else -(-num_runs // places)
+    size = int(ALL.broadcast(str(size)))  # on machines that differ
     state = jax.eval_shape(lambda: _start(sweep, many, list(sweep.runs().values())[:size]))
     with reported_failures():
         program = compile_training(many, state, rungs[0], slice_size=size)
@@ -277,7 +281,9 @@ def successive_halving(
     sweep, config = plan.sweep, plan.ppo.config
     ladder = Ladder(plan.rungs, plan.eta, len(sweep.table))
     with ExitStack() as held:
-        lock = held.enter_context(claim_folder(folder)) if folder is not None else None
+        lock = held.enter_context(ALL.claim_folder(folder)) if folder is not None else None
+        if folder is not None:
+            ALL.check_seen(Path(folder))
         slices = open_slices(folder, sweep, plan.identities, plan.allow_changed, rungs=plan.rungs)
         pool = held.enter_context(ThreadPoolExecutor(plan.num_threads))
         bar = held.enter_context(step_bar(progress=progress))
@@ -292,16 +298,16 @@ def successive_halving(
                 timer.restart()
             return training.scores(settings, length)
 
-        while (settings := ladder.next_settings(plan.num_places)) and not interrupt.is_set():
+        while (settings := ladder.next_settings(plan.num_places)) and not ALL.any(interrupt.is_set()):
             ladder.climb(settings, train(settings, ladder.rungs[0]))
             bar.set_postfix_str(ladder.progress())
         left = config.num_updates - ladder.rungs[-1]
-        while left and ladder.finished() and not interrupt.is_set():
+        while left and ladder.finished() and not ALL.any(interrupt.is_set()):
             length = min(left, ladder.rungs[0])
             train(ladder.finished(), length)
             left -= length
         training.store()
-        result = training.result(ladder, interrupt.is_set())
+        result = training.result(ladder, ALL.any(interrupt.is_set()))
     failed = result.failed()
     if failed:
         warn(join_failures(failed, sweep.num_runs))
@@ -367,7 +373,7 @@ class Training:
 
     def store(self):
         """Writes the settings that were trained since the last time; what a full disk does not take stays in memory."""
-        for setting in sorted(self.changed) if self.slices.folder else ():
+        for setting in sorted(self.changed) if self.slices.folder and is_first() else ():
             new = self.slice_of(setting, to_arrays(self.states[self._runs([setting])]))
             try:
                 if self.check:
@@ -445,6 +451,8 @@ def train_runs(
 ) -> tuple[TrainState, dict[str, np.ndarray]]:
     """Trains some runs of a batch in slices of the program's size; the last slice repeats its last run.
 
+    Several processes divide the slices, and give each other what they trained.
+
     Args:
         program: trains a slice.
         states: of all runs of the batch.
@@ -464,11 +472,25 @@ def train_runs(
         state, metrics = program(states[indices], length, donate=True)
         return state, metrics | ({METRIC: measure(state, metrics)} if measure else {})
 
-    trained = list(pool.map(train, slices))
+    own = slices[jax.process_index() :: process_count()] or slices[-1:]
+    trained = list(pool.map(train, own))
+    if process_count() > 1:
+        trained = _exchange(trained, len(slices), program.like)
     for indices, (new, _) in zip(slices, trained):
         states = jax.tree.map(lambda old, some, indices=indices: old.at[indices].set(some), states, new)
     joined = {name: np.concatenate([metrics[name] for _, metrics in trained])[: len(runs)] for name in trained[0][1]}
     return states, joined
+
+
+def _exchange(trained: Sequence[tuple[TrainState, dict]], number: int, like: Any) -> list[tuple[TrainState, dict]]:
+    """The states and metrics of all slices from those of each process, which has every n-th of the `number` slices."""
+    most = -(-number // process_count())
+    filled = [(to_arrays(state), metrics) for state, metrics in [*trained, *[trained[-1]] * (most - len(trained))]]
+    stacked = jax.tree.map(lambda *x: np.stack(x), *filled)
+    found = multihost_utils.process_allgather(stacked)  # [processes, most, ...]
+    places = [divmod(i, process_count())[::-1] for i in range(number)]
+    slices = [jax.tree.map(lambda x, place=place: x[place], found) for place in places]
+    return [(from_arrays(arrays, like), metrics) for arrays, metrics in slices]
 
 
 def _start(sweep: Sweep, ppo: PPO, runs: Sequence[tuple[int, int]], start: Callable | None = None) -> TrainState:

@@ -4,7 +4,7 @@ A folder of it is that of a run, with the members as its agents.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +17,7 @@ from purejaxppo.batched import batched, reported_failures, seed_keys
 from purejaxppo.checks import check_whole
 from purejaxppo.config import spec_of
 from purejaxppo.evolving import Population, evolving, num_replaced
+from purejaxppo.experiment.distributed import process_count, to_host
 from purejaxppo.experiment.loop import Interrupted, check_on_interrupt
 from purejaxppo.experiment.memory import bytes_of, memory_of, show_memory
 from purejaxppo.experiment.program import Program, compile_training, first_state
@@ -26,7 +27,7 @@ from purejaxppo.experiment.runs.fit import Fit, fit
 from purejaxppo.experiment.sweeps.columns import run_arguments
 from purejaxppo.experiment.sweeps.sweep import ENV_PREFIX, Sweep, check_sweep, make_group
 from purejaxppo.ppo import PPO, make_ppo
-from purejaxppo.text import align, count, show
+from purejaxppo.text import align, count, quote, show
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -211,6 +212,13 @@ def plan_population(
     check_whole("every", every, at_most=num_updates, of="the updates of the run")
     num_replaced(fraction, sweep.num_runs)
     one = make_group(group, make)
+    if process_count() > 1:
+        if devices not in (None, jax.device_count()):
+            raise ValueError(
+                f"devices={quote(devices)} must be {jax.device_count()}, all devices of the {process_count()} "
+                "processes (leave it out)"
+            )
+        devices = jax.device_count()
     ppo = evolving(one, every=every, explore=explore, fraction=fraction, factors=factors, devices=devices)
     state = jax.eval_shape(lambda: _start(sweep, ppo))
     num_devices = 1 if ppo.mesh is None else ppo.mesh.size
@@ -262,7 +270,7 @@ def population_search(
             default within their values.
         fraction: of the members, at most replaced by one evolution, in (0, 0.5]; by default 0.25.
         factors: positive numbers, one of which multiplies an explored hyperparameter; by default 0.8 and 1.25.
-        devices: devices, or their number, that share the members evenly; by default one.
+        devices: devices, or their number, that share the members evenly; by default one, or all of several processes.
         progress: whether to show a progress bar.
         save_every: seconds between two checkpoints.
         make: `make(env, config)` makes the PPO of one member.
@@ -300,5 +308,10 @@ def population_search(
             on_interrupt=on_interrupt,
         )
     except Interrupted as error:
-        raise Interrupted(str(error), PopulationSearch(plan.sweep, tuple(plan.explore), error.result)) from None
-    return PopulationSearch(plan.sweep, tuple(plan.explore), found)
+        raise Interrupted(str(error), _result(plan, error.result)) from None
+    return _result(plan, found)
+
+
+def _result(plan: PopulationPlan, found: Fit) -> PopulationSearch:
+    """The result, whose state each of several processes has whole."""
+    return PopulationSearch(plan.sweep, tuple(plan.explore), replace(found, state=to_host(found.state)))
