@@ -31,6 +31,8 @@ class EvaluateOptions:
     """Take the most probable action instead of a sample."""
     seed: int = 0
     """Random seed."""
+    best: bool = False
+    """Take the policies of the best evaluations, which `train --keep-best` kept."""
     acting: tyro.conf.OmitArgPrefixes[Acting] = field(default_factory=Acting)
 
 
@@ -50,6 +52,8 @@ class RenderOptions:
     """Steps to draw at most."""
     seed: int = 0
     """Random seed."""
+    best: bool = False
+    """Take the policies of the best evaluations, which `train --keep-best` kept."""
     acting: tyro.conf.OmitArgPrefixes[Acting] = field(default_factory=Acting)
 
 
@@ -63,6 +67,8 @@ class ExportOptions:
     """File to write: NAME.stablehlo for JAX, NAME.npz for NumPy."""
     agent: int = 0
     """The agent, by its number."""
+    best: bool = False
+    """Take the policies of the best evaluations, which `train --keep-best` kept."""
     acting: tyro.conf.OmitArgPrefixes[Acting] = field(default_factory=Acting)
 
 
@@ -82,7 +88,7 @@ def evaluate(arguments: list[str]) -> int:
 
     from purejaxppo.experiment.agents.evaluation import evaluate_agents, evaluate_in_gymnasium, mean_return
 
-    agents = _load_agents(options.folder, options.acting)
+    agents = _load_agents(options.folder, options.acting, options.best)
     play = evaluate_in_gymnasium if options.where == "gymnasium" else evaluate_agents
     played = play(agents, num_episodes=options.episodes, greedy=options.greedy, seed=options.seed)
     where = " in Gymnasium" if options.where == "gymnasium" else ""
@@ -115,7 +121,10 @@ def render(arguments: list[str]) -> int:
     from purejaxppo.experiment.agents.render import render as render_episode
     from purejaxppo.experiment.files import check_file
 
-    agents, out = _load_agents(options.folder, options.acting), options.out or options.folder / "episode.gif"
+    agents, out = (
+        _load_agents(options.folder, options.acting, options.best),
+        options.out or options.folder / "episode.gif",
+    )
     policy = agents.policy(options.agent)
     check_drawable(agents.ppo.env.name, out)
     check_file(out)
@@ -138,7 +147,7 @@ def export(arguments: list[str]) -> int:
 
     from purejaxppo.experiment.agents.export import export as export_policy
 
-    agents = _load_agents(options.folder, options.acting)
+    agents = _load_agents(options.folder, options.acting, options.best)
     policy = agents.policy(options.agent)
     lines = export_policy(agents.ppo, policy, options.out, jax.tree.map(lambda x: x[options.agent], agents.env_params))
     say(f"# {options.out} holds agent {options.agent} of {agents.title}; use it like this:", "", *lines.split("\n"))
@@ -184,7 +193,7 @@ def _show_progress(folder: Path) -> bool:
     return len(failed) == result.sweep.num_runs
 
 
-def _load_agents(folder: Path, acting: Acting) -> "Agents":
+def _load_agents(folder: Path, acting: Acting, best: bool) -> "Agents":
     """The agents of a folder, with the custom environment and network that the command names."""
     from purejaxppo.experiment.agents.load import load_agents
     from purejaxppo.experiment.files import kind_of
@@ -194,13 +203,15 @@ def _load_agents(folder: Path, acting: Acting) -> "Agents":
     keep_programs()
     given = {name: x for name, x in asdict(acting).items() if x}
     if kind_of(folder) == "sweep":
-        return load_agents(folder, values={name: {x: to_named(name, x).value} for name, x in given.items()})
+        values = {name: {x: to_named(name, x).value} for name, x in given.items()}
+        return load_agents(folder, values=values, best=best)
     settings = read_settings(folder)
     plugged = read_launch(settings, folder).plugged if "launch" in settings.notes else {}
     check_given(given, plugged, folder, ("env", "network"))
     if not given:
-        return load_agents(folder)
-    return load_agents(folder, make_plugged(acting.env or settings.env, settings.config, Plugged(acting.network)))
+        return load_agents(folder, best=best)
+    ppo = make_plugged(acting.env or settings.env, settings.config, Plugged(acting.network))
+    return load_agents(folder, ppo, best=best)
 
 
 def _show_run(folder: Path, settings: "RunSettings") -> bool:

@@ -30,9 +30,9 @@ from purejaxppo.config import Config
 from purejaxppo.text import count, interval
 
 if TYPE_CHECKING:
+    import jax
     import xarray
 
-    from purejaxppo.evaluate import Evaluation
     from purejaxppo.experiment.runs.fit import Fit
     from purejaxppo.experiment.runs.launch import Launch
 
@@ -64,8 +64,10 @@ class TrainOptions(TrainingOptions):
     keep: int = 2
     """Number of newest checkpoints to keep."""
     evaluate_every: int | None = None
-    """Updates between two evaluations, in which every agent plays whole episodes in fresh environments; never by
-    default."""
+    """Updates between two evaluations, in which every agent plays whole episodes in fresh environments; there is one
+    more at the end. By default there are none."""
+    keep_best: bool = False
+    """Keep the policy of the best evaluation of every agent too, for `evaluate`, `render` and `export --best`."""
     log: tuple[Literal["console", "csv", "json", "tensorboard", "wandb"], ...] = ()
     """Where to log metrics during training besides the progress bar: console, log.csv, log.jsonl, TensorBoard, W&B."""
 
@@ -117,7 +119,7 @@ def train(arguments: list[str]) -> int:
     ppo = batched(sharded(ppo, options.num_devices) if options.num_devices > 1 else ppo)
     for name in options.log:
         check_package(name)
-    names = "num_seeds", "seed", "num_devices", "save_every", "keep", "evaluate_every", "log"
+    names = "num_seeds", "seed", "num_devices", "save_every", "keep", "evaluate_every", "keep_best", "log"
     custom = options.plugged.given() | ({"env": options.env} if ":" in options.env else {})
     launch = Launch(**{name: getattr(options, name) for name in names}, plugged=custom)
     folder = make_folder(options.env) if options.out is None else options.out
@@ -221,32 +223,40 @@ def _report(fit: "Callable[[], Fit]", launch: "Launch", folder: Path) -> int:
         return 130 if saved else NOT_SAVED
     policy, env_params = jax.device_get((result.state.policy, result.state.env_params))  # to evaluate on one device
     keys = seed_keys(jax.random.key(launch.seed), jax.numpy.arange(launch.num_seeds))
-    say(
-        *_table(
-            result, metrics, jax.jit(ppo.evaluate, compiler_options=SELDOM)(keys, policy, env_params), folder
-        ).split("\n")
-    )
+    play = jax.jit(ppo.evaluate, compiler_options=SELDOM)
+    played = play(keys, policy, env_params).episode_return
+    best = play(keys, result.best.policy, env_params).episode_return if result.best else None
+    say(*_table(result, metrics, played, best, folder).split("\n"))
     if not saved:
         return NOT_SAVED
     return ALL_FAILED if len(result.failed()) == launch.num_seeds else 0
 
 
-def _table(result: "Fit", metrics: "xarray.Dataset", evaluation: "Evaluation", folder: Path) -> str:
+def _table(
+    result: "Fit", metrics: "xarray.Dataset", fresh: "jax.Array", of_best: "jax.Array | None", folder: Path
+) -> str:
+    """The results as lines: `fresh` [R, E] are returns of fresh episodes, `of_best` those of the best policies."""
     from purejaxppo.experiment.report.metrics import mean_interval
     from purejaxppo.experiment.report.statistics import final_scores
 
-    num_agents, played = evaluation.episode_return.shape
+    num_agents, played = fresh.shape
     steps = metrics.sizes["updates"] * result.ppo.config.steps_per_update
     failed = metrics["failed_update"].values > 0
     nothing = "failed" if failed.all() else "no episode ended"
-    last, fresh = final_scores(metrics), np.where(failed, np.nan, evaluation.episode_return.mean(1))
+    last = final_scores(metrics)
     rows = [
         ("return, last 100 episodes", interval(*mean_interval(last), nothing=nothing)),
-        (f"return, {played} fresh episodes", interval(*mean_interval(fresh), nothing=nothing)),
+        (
+            f"return, {played} fresh episodes",
+            interval(*mean_interval(np.where(failed, np.nan, fresh.mean(1))), nothing=nothing),
+        ),
         ("steps", f"{steps:,} x {count(num_agents, 'agent')}"),
     ]
     if failed.any():
         rows.insert(2, ("failed", f"{failed.sum()} of {count(num_agents, 'agent')}, left out above"))
+    if result.best and of_best is not None:
+        evaluated = np.where(result.best.update > 0, of_best.mean(1), np.nan)
+        rows.insert(2, ("the same, best policies", interval(*mean_interval(evaluated), nothing="not evaluated")))
     if result.num_updates:
         rows += [
             ("steps per second", f"{result.steps_per_second:,.0f}"),

@@ -11,7 +11,7 @@ from purejaxppo.experiment.distributed import spans_processes, to_host
 from purejaxppo.ppo import PPO
 from purejaxppo.sharded import AXIS
 
-METRIC = "evaluation_return"
+EVALUATION_RETURN = "evaluation_return"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from purejaxppo.experiment.distributed import is_first
-from purejaxppo.experiment.evaluations import METRIC, Evaluations, ends_of_chunks
+from purejaxppo.experiment.evaluations import EVALUATION_RETURN, Evaluations, ends_of_chunks
 from purejaxppo.experiment.program import Program
 from purejaxppo.text import quote
 
@@ -82,7 +82,7 @@ def chunks(
         started = program.start(state, following) if following and ahead and not interrupt.is_set() else None
         metrics = program.read(rows, length)
         if evaluations:
-            metrics[METRIC] = evaluations.measure(state, metrics, evaluations.is_due(done))
+            metrics[EVALUATION_RETURN] = evaluations.measure(state, metrics, evaluations.is_due(done))
         yield state, metrics
         donate = True
 

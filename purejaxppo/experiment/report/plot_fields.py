@@ -9,7 +9,7 @@ import numpy as np
 import xarray
 from matplotlib.figure import Figure
 
-from purejaxppo.experiment.evaluations import METRIC
+from purejaxppo.experiment.evaluations import EVALUATION_RETURN
 from purejaxppo.experiment.report.statistics import (
     NO_SCORE,
     describe_scores,
@@ -163,7 +163,7 @@ def make_notes(scores: xarray.DataArray, what: str, highest: Mapping[str, int], 
     failed = scores.isnull().all("seed")
     num_seeds, missing = scores.sizes["seed"], int((scores.isnull() & ~failed).sum())
     notes = [f"{what.replace('iqm', 'interquartile mean')} of {num_seeds} seeds" if num_seeds > 1 else "one seed"]
-    notes += [f"score: {describe_scores(scores)}"] if scores.name == METRIC else []
+    notes += [f"score: {describe_scores(scores)}"] if scores.name == EVALUATION_RETURN else []
     notes += [("at the best " if drawn else "best: ") + ", ".join(values)] if values else []
     notes += [f"runs without a score, counted as the lowest: {missing} of {scores.size}"] if missing else []
     return notes + ([f"failed, without any score: {count(int(failed.sum()), 'setting')}"] if failed.any() else [])

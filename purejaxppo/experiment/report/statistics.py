@@ -16,7 +16,7 @@ import xarray
 from numpy.typing import ArrayLike
 
 from purejaxppo.evaluate import EPISODES
-from purejaxppo.experiment.evaluations import METRIC
+from purejaxppo.experiment.evaluations import EVALUATION_RETURN
 from purejaxppo.experiment.report.metrics import last_episodes
 from purejaxppo.text import quote
 
@@ -91,9 +91,9 @@ def scores_of(metrics: xarray.Dataset) -> xarray.DataArray:
     It is the newest `evaluation_return` if any run has been evaluated, otherwise that of `final_scores`; nan for a run
     that turned nan, or has not been evaluated yet.
     """
-    if METRIC not in metrics or metrics[METRIC].isnull().all():
+    if EVALUATION_RETURN not in metrics or metrics[EVALUATION_RETURN].isnull().all():
         return final_scores(metrics)
-    returns = metrics[METRIC]
+    returns = metrics[EVALUATION_RETURN]
     place = returns.notnull().isel(updates=slice(None, None, -1)).argmax("updates")  # from the end
     newest = returns.isel(updates=returns.sizes["updates"] - 1 - place)
     newest = newest.drop_vars([name for name in ("updates", "step") if name in newest.coords])
@@ -102,7 +102,7 @@ def scores_of(metrics: xarray.Dataset) -> xarray.DataArray:
 
 def describe_scores(scores: xarray.DataArray | None = None, *, evaluated: bool = False) -> str:
     """What the scores of `scores_of` are, in words, or what they would be for runs that are `evaluated`."""
-    if evaluated or (scores is not None and scores.name == METRIC):
+    if evaluated or (scores is not None and scores.name == EVALUATION_RETURN):
         return f"the mean return of {EPISODES} fresh episodes in the newest evaluation"
     return "the return of the last 100 training episodes"
 

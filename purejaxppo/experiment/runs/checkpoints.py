@@ -4,6 +4,7 @@ checkpoints/0000000585/     after 585 updates; a name that ends in .half is inco
     state/                  Orbax opens it: the leaves of the TrainState by their paths, random keys as their data
     metrics.nc              xarray.load_dataset opens it
     settings.json           what the run is and what made it, see `RunSettings`
+    best_policy.npz         with `fit(keep_best=True)`: numpy.load opens it, see `Best`
     files.json              SHA-256 of every file above; a file that it does not list makes the checkpoint a damaged one
 """
 
@@ -23,17 +24,19 @@ import xarray
 
 from purejaxppo.checks import check_whole
 from purejaxppo.experiment.datasets import read_dataset, write_dataset
-from purejaxppo.experiment.distributed import ALONE, Team, process_count, spans_processes
+from purejaxppo.experiment.distributed import ALONE, Team, process_count, spans_processes, to_host
 from purejaxppo.experiment.files import (
     check_digests,
     check_room,
     flush_to_disk,
     is_full,
+    save_arrays,
     to_arrays,
     to_device_arrays,
     write_digests,
 )
 from purejaxppo.experiment.records import OtherVersion, read_record
+from purejaxppo.experiment.runs.best import BEST, Best
 from purejaxppo.experiment.runs.settings import RunSettings
 
 BYTES_PER_LEAF = 2048  # that Orbax writes to describe an array
@@ -46,6 +49,7 @@ class Checkpoint(NamedTuple):
     metrics: xarray.Dataset  # of all updates so far
     settings: RunSettings
     path: Path
+    best: Path | None = None  # the file with the best policies so far, see `read_best`
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,14 @@ class Checkpoints:
         found = (self.folder / "checkpoints").glob("[0-9]" * 10)
         return sorted((path for path in found if path.is_dir() and not path.is_symlink()), reverse=True)
 
-    def save(self, num_updates: int, state: Any, metrics: xarray.Dataset, settings: RunSettings):
+    def save(
+        self,
+        num_updates: int,
+        state: Any,
+        metrics: xarray.Dataset,
+        settings: RunSettings,
+        best: Best | None = None,
+    ):
         """Writes a checkpoint and removes the oldest; a kill at any moment is safe.
 
         On a full disk, those before the newest intact one are removed first; what does not fit then leaves nothing
@@ -76,16 +87,17 @@ class Checkpoints:
             state: of the run.
             metrics: of all updates so far.
             settings: of the run.
+            best: its best policies so far, if they are kept.
         """
         path = self.folder / "checkpoints" / f"{num_updates:010d}"
         if self.team.is_first:
             remove_unfinished(path.parent)
         try:
-            self._write(path, state, metrics, settings)
+            self._write(path, state, metrics, settings, best)
         except Exception as error:
             if not is_full(error) or not self.free_room():
                 raise
-            self._write(path, state, metrics, settings)
+            self._write(path, state, metrics, settings, best)
         if not self.team.is_first:
             return
         complete = self.paths()
@@ -142,25 +154,27 @@ class Checkpoints:
         names = self.team.broadcast(" ".join(path.name for path in self.paths())).split()
         return [self.folder / "checkpoints" / name for name in names]
 
-    def _write(self, path: Path, state: Any, metrics: xarray.Dataset, settings: RunSettings):
+    def _write(self, path: Path, state: Any, metrics: xarray.Dataset, settings: RunSettings, best: Best | None):
         """Writes a checkpoint atomically; what cannot be finished is removed."""
         half, team = path.with_name(self.team.broadcast(_half_of(path).name)), self.team
         try:
             # Orbax does not store empty arrays; `from_arrays` adds them again.
             arrays = to_device_arrays(state) if spans_processes(state) else to_arrays(state)
             arrays = {name: x for name, x in arrays.items() if x.size}
+            best_arrays = {} if best is None else to_arrays(to_host(best))
             with team.together():
                 if team.is_first:
                     half.mkdir(parents=True)
                     # Orbax would answer a full disk with a traceback from every thread, on standard error.
-                    check_room(half, metrics.nbytes + sum(x.nbytes + BYTES_PER_LEAF for x in arrays.values()))
+                    sizes = [x.nbytes + BYTES_PER_LEAF for x in (*arrays.values(), *best_arrays.values())]
+                    check_room(half, metrics.nbytes + sum(sizes))
             import orbax.checkpoint as ocp
 
             with team.together(), ocp.StandardCheckpointer(**_options(team)) as checkpointer:
                 checkpointer.save((half / "state").absolute(), arrays)
             with team.together():
                 if team.is_first:
-                    _complete(half, path, metrics, settings)
+                    _complete(half, path, metrics, settings, best_arrays)
         except BaseException:
             if team.is_first:
                 shutil.rmtree(half, ignore_errors=True)
@@ -176,7 +190,7 @@ class Checkpoints:
             arrays = _restore((path / "state").absolute(), like, self.team)
             metrics = read_dataset(path / "metrics.nc")
             settings = read_record(path / "settings.json", RunSettings.from_json)
-        return Checkpoint(arrays, metrics, settings, path)
+        return Checkpoint(arrays, metrics, settings, path, path / BEST if (path / BEST).exists() else None)
 
 
 def remove_unfinished(folder: Path):
@@ -186,11 +200,13 @@ def remove_unfinished(folder: Path):
             shutil.rmtree(half)
 
 
-def _complete(half: Path, path: Path, metrics: xarray.Dataset, settings: RunSettings):
+def _complete(half: Path, path: Path, metrics: xarray.Dataset, settings: RunSettings, best: dict[str, np.ndarray]):
     """Adds what belongs to the state that Orbax wrote, and moves the checkpoint to its place."""
     write_dataset(half / "metrics.nc", metrics)
     (half / "settings.json").write_text(json.dumps(settings.to_json(), indent=2) + "\n")
-    write_digests(half, ["metrics.nc", "settings.json", *_files_of_state(half)])
+    if best:
+        save_arrays(half / BEST, best)
+    write_digests(half, ["metrics.nc", "settings.json", *[BEST] * bool(best), *_files_of_state(half)])
     for file in (*half.rglob("*"), half):
         flush_to_disk(file)
     _move_away(path)

@@ -18,7 +18,7 @@ from purejaxppo.batched import reported_failures
 from purejaxppo.checks import check_number, check_whole
 from purejaxppo.envs.check import metric_names
 from purejaxppo.experiment.distributed import to_host
-from purejaxppo.experiment.evaluations import make_evaluations
+from purejaxppo.experiment.evaluations import EVALUATION_RETURN, Evaluations, make_evaluations
 from purejaxppo.experiment.identity import changed_names, identify_ppo
 from purejaxppo.experiment.lock import Lock
 from purejaxppo.experiment.loop import (
@@ -34,6 +34,7 @@ from purejaxppo.experiment.loop import (
 from purejaxppo.experiment.program import Program, check_training, kept_program
 from purejaxppo.experiment.report.failures import METRIC, UPDATE, failures_of, join_failures, mark_failures
 from purejaxppo.experiment.report.metrics import to_dataframe
+from purejaxppo.experiment.runs.best import Best, better_of
 from purejaxppo.experiment.runs.journal import Journal, open_journal
 from purejaxppo.experiment.runs.sinks import guarded
 from purejaxppo.ppo import PPO
@@ -60,6 +61,8 @@ class Fit:
     """Whether the call ended early: by a signal, or because another process took over the folder."""
     unsaved: str = ""
     """What could not be written to the folder, and what is kept there instead, as one sentence; empty if all was."""
+    best: Best | None = None
+    """With `keep_best` the policies of the best evaluations, None before the first."""
 
     def __repr__(self) -> str:
         title, *_ = repr(self.ppo).splitlines()
@@ -101,6 +104,7 @@ def fit(
     save_every: float = 60.0,
     keep: int = 2,
     evaluate_every: int | None = None,
+    keep_best: bool = False,
     sinks: Sequence[Callable[[xarray.Dataset], Any]] = (),
     notes: Mapping[str, Any] | None = None,
     allow_changed: Sequence[str] = (),
@@ -144,6 +148,9 @@ def fit(
         evaluate_every: updates between two evaluations, in which each policy plays 128 whole episodes in fresh
             environments; there is one more after the last update of the config. Their mean return is the metric
             `evaluation_return`.
+        keep_best: whether to keep the policy of the best evaluation, for every agent of a batch its own, as `best` of
+            the result and in the folder, where `load(folder, best=True)` reads it. The best of several evaluations was
+            lucky too, so its return is too high on average: play fresh episodes with the policy to report one.
         sinks: functions that are given the metrics of every chunk, see `pjp.sinks`; of several processes, in the first.
         notes: JSON data to keep in the folder's settings.json.
         allow_changed: what may differ from what the folder was trained with: names such as "loss" and "optimizer".
@@ -161,6 +168,8 @@ def fit(
         if number is not None:
             check_whole(name, number)
     check_number("save_every", save_every, 0, np.inf)
+    if keep_best and evaluate_every is None:
+        raise ValueError("keep_best=True needs evaluations to compare (give evaluate_every too)")
     _check_options(folder, sinks, notes)
     first = int(np.max(to_host(state.num_updates)))
     last = ppo.config.num_updates if num_updates is None else first + num_updates
@@ -179,7 +188,7 @@ def fit(
         failed = _warn_of_failures(journal.results) if journal.num_updates > first else {}
         if journal.num_updates >= last:
             journal.complete()
-            return Fit(ppo, journal.state, journal.results, unsaved=journal.unsaved)
+            return Fit(ppo, journal.state, journal.results, unsaved=journal.unsaved, best=journal.best)
         with step_bar(
             total=(last - first) * journal.steps_per_update,
             initial=(journal.num_updates - first) * journal.steps_per_update,
@@ -193,7 +202,8 @@ def fit(
             bar.set_description(f"compiled in {program.compile_seconds:.1f} s, training")
             bar.unpause()
             guards = [guarded(sink) for sink in sinks]
-            return _train(program, journal, last, evaluate_every, guards, bar, failed, on_interrupt)
+            evaluations = make_evaluations(ppo, evaluate_every) if evaluate_every else None
+            return _train(program, journal, last, evaluations, keep_best, guards, bar, failed, on_interrupt)
 
 
 def _chunk_program(program: Program | None, ppo: PPO, state: Any, chunk: int, slice_size: int | None) -> Program:
@@ -271,7 +281,8 @@ def _train(
     program: Program,
     journal: Journal,
     last: int,
-    evaluate_every: int | None,
+    evaluations: Evaluations | None,
+    keep_best: bool,
     sinks: list[Callable],
     bar: tqdm,
     failed: dict[int, str],
@@ -279,7 +290,6 @@ def _train(
 ) -> Fit:
     """The loop: to `last` updates or an interrupt. Of runs in `failed` it has warned."""
     ppo, first = journal.ppo, journal.num_updates
-    evaluations = make_evaluations(ppo, evaluate_every) if evaluate_every else None
     shown = ["episode_return", *metric_names(ppo.env)[:3]]
     latest = dict.fromkeys(shown, np.nan)
     start = time.perf_counter()
@@ -287,6 +297,9 @@ def _train(
         interrupt = threading.Event() if journal.team.everyone else noted  # all processes end after the same chunk
         for state, metrics in chunks(program, journal.state, first, last, interrupt, evaluations=evaluations):
             labelled = mark_failures(journal.add(state, metrics), state)
+            if keep_best:
+                returns = metrics[EVALUATION_RETURN][..., -1]
+                journal.best = better_of(journal.best, state.policy, returns, journal.num_updates)
             if not journal.is_writer():
                 break
             failed |= _warn_of_failures(labelled, failed)
@@ -309,6 +322,7 @@ def _train(
         compile_seconds=program.compile_seconds,
         run_seconds=seconds,
         interrupted=interrupt.is_set() or journal.num_updates < last,
+        best=journal.best,
     )
     journal.finish(
         compile_seconds=program.compile_seconds, run_seconds=seconds, steps_per_second=result.steps_per_second

@@ -19,6 +19,7 @@ from purejaxppo.experiment.loop import Timer
 from purejaxppo.experiment.report.failures import mark_failures
 from purejaxppo.experiment.report.metrics import History, label
 from purejaxppo.experiment.runs import saved
+from purejaxppo.experiment.runs.best import Best, best_like, read_best
 from purejaxppo.experiment.runs.checkpoints import Checkpoint, Checkpoints
 from purejaxppo.experiment.runs.settings import (
     RunSettings,
@@ -48,6 +49,8 @@ class Journal:
     ):
         self.ppo, self.state, self.settings, self.checkpoints, self.lock = ppo, state, settings, checkpoints, lock
         self.team = team
+        self.best: Best | None = None
+        """The best policies so far, if they are kept."""
         self.num_updates = int(np.max(to_host(state.num_updates)))
         self._history = History(ppo.config, self.num_updates)
         self._saved_updates: int | None = None  # in the newest checkpoint of this session
@@ -94,6 +97,7 @@ class Journal:
             state,
             self.state,
         )
+        self.best = read_best(checkpoint.best, best_like(self.state)) if checkpoint.best else None
         self.num_updates = int(checkpoint.metrics["updates"][-1])
         self._history = History(self.ppo.config, int(checkpoint.metrics["updates"][0]) - 1)
         self._history.append({str(name): x.values for name, x in checkpoint.metrics.items()})
@@ -152,7 +156,7 @@ class Journal:
         if not self.checkpoints or self._saved_updates == self.num_updates or not self.is_writer():
             return
         try:
-            self.checkpoints.save(self.num_updates, self.state, self.metrics, self.settings)
+            self.checkpoints.save(self.num_updates, self.state, self.metrics, self.settings, self.best)
             self._saved_updates = self.num_updates
         except Exception as error:  # whatever a library raises on a full disk
             if last:
@@ -193,11 +197,12 @@ class Journal:
             self.finish(**{name: getattr(before, name) for name in TIMING})
 
     def _save_results(self, folder: Path):
-        env_params, results, policy = self._env_params, self.results, to_host(self.state.policy)
+        env_params, results = self._env_params, self.results
+        policy, best = to_host((self.state.policy, self.best))
         with self.team.together():
             if self.team.is_first:
                 write_env_params(folder, self.settings, env_params)
-                saved.save(folder, self.settings, results, policy)
+                saved.save(folder, self.settings, results, policy, best)
 
     def _describe_failures(self) -> str:
         """A sentence on what could not be written at the end, and what the folder keeps."""

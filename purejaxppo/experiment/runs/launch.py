@@ -41,6 +41,8 @@ class Launch:
     """Newest checkpoints to keep."""
     evaluate_every: int | None = None
     """Updates between two evaluations; None for none."""
+    keep_best: bool = False
+    """Whether to keep the policies of the best evaluations."""
     log: tuple[str, ...] = ()
     """Names of sinks, see `make_sink`."""
     plugged: dict[str, str] = field(default_factory=dict)
@@ -52,6 +54,8 @@ class Launch:
                 check_whole(name, getattr(self, name), at_least=least)
         if not self.save_every >= 0:
             raise ValueError(f"save_every={self.save_every} must be a number of seconds, at least 0")
+        if self.keep_best and self.evaluate_every is None:
+            raise ValueError("keep_best=True needs evaluations to compare (give evaluate_every too)")
 
 
 def launch_run(
@@ -85,6 +89,7 @@ def launch_run(
             save_every=launch.save_every,
             keep=launch.keep,
             evaluate_every=launch.evaluate_every,
+            keep_best=launch.keep_best,
             sinks=[make_sink(name, path, settings) for name in launch.log] if is_first() else [],
             notes={"launch": asdict(launch)},
             progress=progress,

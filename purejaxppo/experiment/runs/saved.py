@@ -5,6 +5,7 @@ env_params.npz       numpy.load opens it: the environment's parameters of more t
 checkpoints/         whole states, see `checkpoints`
 metrics.nc           xarray.load_dataset opens it: dimensions seed, updates; coordinate step
 policy.npz           numpy.load opens it: one array per parameter, with the seed as first axis
+best_policy.npz      with `fit(keep_best=True)`: the policies of the best evaluations, see `Best`
 files.json           SHA-256 of all files above but the checkpoints; older versions wrote none
 learning_curve.png
 """
@@ -32,6 +33,7 @@ from purejaxppo.experiment.files import (
 )
 from purejaxppo.experiment.identity import DEFAULTS, check_loaded, identify_ppo
 from purejaxppo.experiment.report.failures import failures_of, mark_failures
+from purejaxppo.experiment.runs.best import BEST, Best, best_like, read_best
 from purejaxppo.experiment.runs.checkpoints import Checkpoints
 from purejaxppo.experiment.runs.settings import ENV_PARAMS, RunSettings, read_settings, write_settings
 from purejaxppo.ppo import PPO, TrainState, make_ppo
@@ -56,6 +58,8 @@ class SavedRun:
     policy: Policy
     """With the seed as leading axis if the run was a batch."""
     metrics: xarray.Dataset
+    best: Best | None = None
+    """With `best=True`: where each policy comes from."""
 
     def __repr__(self) -> str:
         title, *_ = repr(self.ppo).splitlines()
@@ -90,7 +94,7 @@ class SavedRun:
         return from_arrays(checkpoint.arrays, _state_like(self.ppo, self.settings, hyperparams), str(checkpoint.path))
 
 
-def save(folder: Path, settings: RunSettings, metrics: xarray.Dataset, policy: Policy):
+def save(folder: Path, settings: RunSettings, metrics: xarray.Dataset, policy: Policy, best: Best | None = None):
     """Writes what `load_run` reads; the dimension `run` of a batch is named `seed` there.
 
     Args:
@@ -98,13 +102,16 @@ def save(folder: Path, settings: RunSettings, metrics: xarray.Dataset, policy: P
         settings: at its end.
         metrics: of all updates.
         policy: at its end.
+        best: the best policies, if they are kept.
     """
     metrics = metrics.rename(run="seed") if "run" in metrics.dims else metrics
     (folder / DIGESTS).unlink(missing_ok=True)
     save_dataset(folder / METRICS, metrics)
     write_settings(folder, settings)
+    if best is not None:
+        save_arrays(folder / BEST, to_arrays(best))
     save_arrays(folder / POLICY, to_arrays(policy))  # a folder that has it is complete
-    write_digests(folder, [name for name in (ENV_PARAMS, *FILES) if (folder / name).exists()])
+    write_digests(folder, [name for name in (ENV_PARAMS, BEST, *FILES) if (folder / name).exists()])
 
 
 def is_complete(folder: Path) -> bool:
@@ -123,7 +130,7 @@ def is_intact(folder: Path) -> bool:
 
 def remove_results(folder: Path):
     """Removes what `save` wrote but the settings; the checkpoints hold it too."""
-    for name in (DIGESTS, POLICY, METRICS):
+    for name in (DIGESTS, POLICY, BEST, METRICS):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -143,12 +150,15 @@ def read_intact_settings(folder: str | Path, only: str | None = None) -> RunSett
     return settings
 
 
-def load_run(folder: str | Path, ppo: PPO | None = None, *, allow_changed: Sequence[str] = ()) -> SavedRun:
+def load_run(
+    folder: str | Path, ppo: PPO | None = None, *, best: bool = False, allow_changed: Sequence[str] = ()
+) -> SavedRun:
     """Reads a run back from its folder; nothing is unpickled, and no code is imported.
 
     Args:
         folder: what `fit` wrote.
         ppo: the PPO that the run was trained with; it must be given unless that was `make_ppo(name, config)`.
+        best: whether to read the policies of the best evaluations in place of the last ones, see `Best`.
         allow_changed: "env" or "network", if it may be another one than in the training.
 
     Raises:
@@ -157,6 +167,9 @@ def load_run(folder: str | Path, ppo: PPO | None = None, *, allow_changed: Seque
     """
     folder = Path(folder)
     _check_complete(folder)
+    if best and not (folder / BEST).exists():
+        remedy = "train with evaluate_every and keep_best, or leave out best"
+        raise ValueError(f"{folder} keeps no best policies ({remedy})")
     settings, metrics = read_intact_settings(folder), read_dataset(folder / METRICS)
     # Without a PPO a name that is no environment of this package should not be looked up.
     now = DEFAULTS | {"env": settings.env} if ppo is None else identify_ppo(ppo)
@@ -174,8 +187,10 @@ def load_run(folder: str | Path, ppo: PPO | None = None, *, allow_changed: Seque
     like = _state_like(ppo, settings, settings.to_hyperparams().set(constant))
     with ArrayFile(folder / POLICY) as arrays:
         policy = from_arrays(arrays, like.policy, str(folder / POLICY))
+    found = read_best(folder / BEST, best_like(like)) if best else None
+    policy = jax.tree.map(jax.numpy.asarray, found.policy) if found else policy
     env_params = settings.to_env_params(like.env_params, folder)
-    return SavedRun(folder, settings, ppo, settings.to_hyperparams(), env_params, policy, metrics)
+    return SavedRun(folder, settings, ppo, settings.to_hyperparams(), env_params, policy, metrics, found)
 
 
 def read_metrics(folder: Path) -> xarray.Dataset:

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from purejaxppo.batched import batched, reported_failures, seed_keys
 from purejaxppo.checks import check_number, check_whole
 from purejaxppo.experiment.distributed import ALL, is_first, process_count
-from purejaxppo.experiment.evaluations import METRIC, Evaluations, ends_of_chunks, make_evaluations
+from purejaxppo.experiment.evaluations import EVALUATION_RETURN, Evaluations, ends_of_chunks, make_evaluations
 from purejaxppo.experiment.files import from_arrays, shapes_of, to_arrays
 from purejaxppo.experiment.identity import identify_ppo
 from purejaxppo.experiment.jax_setup import num_cores
@@ -470,7 +470,7 @@ def train_runs(
 
     def train(indices: np.ndarray) -> tuple[TrainState, dict[str, np.ndarray]]:
         state, metrics = program(states[indices], length, donate=True)
-        return state, metrics | ({METRIC: measure(state, metrics)} if measure else {})
+        return state, metrics | ({EVALUATION_RETURN: measure(state, metrics)} if measure else {})
 
     own = slices[jax.process_index() :: process_count()] or slices[-1:]
     trained = list(pool.map(train, own))

@@ -6,14 +6,19 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from purejaxppo.checks import check_whole
-from purejaxppo.experiment.evaluations import METRIC
+from purejaxppo.experiment.evaluations import EVALUATION_RETURN
 from purejaxppo.experiment.report.metrics import mean_returns
 from purejaxppo.experiment.report.statistics import STATISTICS, describe_scores
 from purejaxppo.experiment.sweeps.slices import Slice, by_run
 from purejaxppo.experiment.sweeps.sweep import Sweep
 from purejaxppo.text import count
 
-NEEDED = (METRIC, "episode_return", "num_episodes", "learning_rate")  # for scores, the last to see which runs failed
+NEEDED = (
+    EVALUATION_RETURN,
+    "episode_return",
+    "num_episodes",
+    "learning_rate",
+)  # for scores, the last to see which runs failed
 
 
 class Ladder:
@@ -74,9 +79,9 @@ def returns_at(metrics: Mapping[str, np.ndarray], done: int, length: int) -> np.
         done: updates after which they are compared.
         length: number of the last updates.
     """
-    if METRIC not in metrics:
+    if EVALUATION_RETURN not in metrics:
         return mean_returns({name: x[:, done - length : done] for name, x in metrics.items()})
-    returns, healthy = metrics[METRIC][:, :done], np.isfinite(metrics["learning_rate"][:, :done]).all(1)
+    returns, healthy = metrics[EVALUATION_RETURN][:, :done], np.isfinite(metrics["learning_rate"][:, :done]).all(1)
     known = np.isfinite(returns)
     newest = done - 1 - known[:, ::-1].argmax(1)
     return np.where(healthy & known.any(1), returns[np.arange(len(returns)), newest], -np.inf)
