@@ -13,12 +13,8 @@ from purejaxppo.experiment.sweeps.slices import Slice, by_run
 from purejaxppo.experiment.sweeps.sweep import Sweep
 from purejaxppo.text import count
 
-NEEDED = (
-    EVALUATION_RETURN,
-    "episode_return",
-    "num_episodes",
-    "learning_rate",
-)  # for scores, the last to see which runs failed
+# What scores are made of; the learning rate says which runs failed.
+NEEDED = (EVALUATION_RETURN, "episode_return", "num_episodes", "learning_rate")
 
 
 class Ladder:
