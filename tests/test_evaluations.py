@@ -2,6 +2,8 @@
 
 import functools
 import signal
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -15,6 +17,7 @@ from probes import SMALL
 from purejaxppo.cli.main import main
 from purejaxppo.experiment import loop
 from purejaxppo.experiment.evaluations import EVALUATION_RETURN, Evaluations, ends_of_chunks
+from purejaxppo.experiment.memory import bytes_of
 from purejaxppo.experiment.report.statistics import describe_scores, final_scores, scores_of
 from purejaxppo.experiment.runs.best import better_of
 from purejaxppo.experiment.runs.saved import SavedRun
@@ -292,6 +295,32 @@ def test_only_runs_keep_best_policies(kept, halving_plan, tmp_path):
     open_slices(tmp_path, halving_plan.sweep)
     with pytest.raises(ValueError, match="best=True reads what a run kept with keep_best, but .* holds a sweep"):
         pjp.load(tmp_path, best=True)
+
+
+def test_the_plan_counts_the_memory_that_evaluations_take(plan):
+    (compiled,) = plan.groups
+    playing = compiled.evaluations.play.memory_analysis().temp_size_in_bytes
+    assert compiled.device_bytes == (bytes_of(compiled.program) + playing) // 2 and playing > 128 * 4 * 4
+
+
+ON_DEVICES = """
+import sys, jax, numpy
+jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
+import purejaxppo as pjp
+from probes import SMALL
+sweep = pjp.Sweep("CartPole-v1", pjp.grid(learning_rate=[1e-3, 1e-2]), 3, config=SMALL, evaluate_every=2)
+found = pjp.run_sweep(sweep, progress=False, slice_size=2, devices=int(sys.argv[1]))
+print(found.metrics["evaluation_return"].values.tobytes().hex())
+"""
+
+
+@pytest.mark.slow
+def test_two_devices_evaluate_as_one_does_to_the_bit():
+    one, two = (
+        subprocess.run([sys.executable, "-c", ON_DEVICES, number], capture_output=True, text=True, check=True).stdout
+        for number in "12"
+    )
+    assert one == two and len(one) > 2 * 3 * 3 * 8
 
 
 @pytest.mark.parametrize("every", [0, 1.5, "2"])

@@ -1,6 +1,6 @@
 """Evaluations of runs while they train: at intervals every policy plays whole episodes in fresh environments."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,8 @@ class Evaluations:
     They play with a branch of the key of each run that training does not use, so training is the same without them.
     """
 
-    play: Callable
-    """(key, policy, env_params) of a state -> Evaluation [(R,) E]."""
+    play: Any
+    """(key, policy, env_params) of a state -> Evaluation [(R,) E]; a compiled program if it was made with a state."""
     every: int
     """Updates between two evaluations."""
     last: int

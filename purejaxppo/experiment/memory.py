@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from purejaxppo.experiment.evaluations import Evaluations
 from purejaxppo.experiment.program import Program
 from purejaxppo.ppo import PPO
 from purejaxppo.record import size_of
@@ -50,14 +51,16 @@ def show_memory(groups: list[Mapping[str, int]]) -> str:
     return align([{name: f"{size / 2**20:.2f}" for name, size in memory.items()} for memory in groups])
 
 
-def bytes_of(program: Program) -> int:
+def bytes_of(program: Program, evaluations: Evaluations | None = None) -> int:
     """Memory of a compiled program on one device: inputs, outputs that do not reuse them, and temporaries.
 
-    A program that is not divided into slices starts its next chunk from a copy of the state (see `chunks`).
+    A program that is not divided into slices starts its next chunk from a copy of the state (see `chunks`). Evaluations
+    that are compiled add their temporaries.
     """
     analysis = program.executable.memory_analysis()
     if analysis is None:
         return 0
     held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     copied = analysis.argument_size_in_bytes if program.num_slices == 1 else 0
-    return held + copied + analysis.temp_size_in_bytes
+    playing = evaluations.play.memory_analysis() if evaluations else None
+    return held + copied + analysis.temp_size_in_bytes + (playing.temp_size_in_bytes if playing else 0)

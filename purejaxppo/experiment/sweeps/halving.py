@@ -227,7 +227,7 @@ def plan_halving(
     with reported_failures():
         program = compile_training(many, state, rungs[0], slice_size=size)
     evaluations = make_evaluations(many, sweep.evaluate_every, state) if sweep.evaluate_every else None
-    memory = memory_of(many, state, bytes_of(program) // size)
+    memory = memory_of(many, state, bytes_of(program, evaluations) // size)
     return HalvingPlan(
         sweep, rungs, eta, num_places, many, program, num_threads, memory, identities, make, allow_changed, evaluations
     )

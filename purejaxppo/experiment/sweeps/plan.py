@@ -264,7 +264,7 @@ def _compile(
     if slice_size is None and not on_cpu and size > 2 * PROBE:
         size = _even_size(num_runs, size, runs_that_fit(sweep, group, ppo, chunk, memory))
     start, state, program, evaluations = compile_slices(size)
-    fitting = _even_size(num_runs, size, size * memory // max(bytes_of(program), 1))
+    fitting = _even_size(num_runs, size, size * memory // max(bytes_of(program, evaluations), 1))
     if slice_size is None and fitting < size:
         size = fitting
         start, state, program, evaluations = compile_slices(size)
@@ -279,8 +279,8 @@ def _compile(
         slice_size=size,
         num_devices=len(devices),
         num_threads=min(num_threads, -(-num_runs // size)),
-        device_bytes=bytes_of(program) // size,
-        memory=memory_of(many, state, bytes_of(program) // size),
+        device_bytes=bytes_of(program, evaluations) // size,
+        memory=memory_of(many, state, bytes_of(program, evaluations) // size),
         stored_bytes=size_of(state) // (size * len(devices)) + 4 * num_metrics * group.config.num_updates,
         compile_seconds=time.perf_counter() - started,
         evaluations=evaluations,
