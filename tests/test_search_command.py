@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +13,7 @@ import jax
 import pytest
 
 from purejaxppo.cli.main import main
+from purejaxppo.experiment.sweeps import slices
 
 pytestmark = pytest.mark.full
 
@@ -113,6 +116,33 @@ def test_a_search_whose_settings_all_fail_says_so(cache, tmp_path, capsys):
     status, printed, errors = run(capsys, "search", "CartPole-v1", *TINY, *flags, *cache, "--out", str(tmp_path / "x"))
     assert status == 4 and "turned nan" in errors and printed.count("none") == 2
     assert not (tmp_path / "x" / "best.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="mounts a small disk")
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["the study, too", "not the study"])
+def test_an_optuna_search_on_a_disk_that_fills_up_exits_with_status_three(elsewhere, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("optuna")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed")
+
+    def fill_and_write(*args):
+        with contextlib.suppress(OSError), open(disk / "other", "ab", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        original(*args)
+
+    original = slices.save_arrays
+    monkeypatch.setattr(slices, "save_arrays", fill_and_write)
+    storage = ["--storage", f"sqlite:///{tmp_path}/study.db"] if elsewhere else []
+    try:
+        status, printed, error = run(capsys, "search", "CartPole-v1", *TINY, *OPTUNA, *storage, "--out", str(disk))
+    finally:
+        subprocess.run(["umount", "-l", disk])  # the study may still be open
+    assert status == 3 and "Traceback" not in error
+    assert error.splitlines()[-1].endswith("cannot be written: No space left on device")
 
 
 @pytest.mark.slow

@@ -247,6 +247,7 @@ def _optuna(options: SearchOptions) -> Method:
             rank_trials(study),
             lambda: best_setting(study, space),
             lambda title: plot_trials(study, title),
+            unsaved=study.unsaved,
             criterion=describe_scores(evaluated=options.evaluate_every is not None),
         ),
     )

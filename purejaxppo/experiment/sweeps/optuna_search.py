@@ -27,6 +27,7 @@ from purejaxppo.experiment.sweeps.studies import (
     check_same,
     draw,
     finished_trials,
+    full_disk,
     num_finished,
     num_taken,
     open_study,
@@ -153,7 +154,8 @@ def optuna_search(
         shared: the other fields of `Sweep`.
 
     Returns:
-        The `optuna.Study`.
+        The `optuna.Study`; its attribute `unsaved` says what of a batch could not be written, as on a full disk, after
+        which the search ends.
     """
     _check_space(space)
     check_whole("num_trials", num_trials)
@@ -161,7 +163,7 @@ def optuna_search(
     check_on_interrupt(on_interrupt)
     if folder is not None and kind_of(folder):
         raise ValueError(f"folder={folder} already holds a {kind_of(folder)} (name another folder)")
-    with nullcontext() if folder is None else claim_folder(folder):
+    with nullcontext() if folder is None else claim_folder(folder), full_disk():
         folder = None if folder is None else Path(folder)
         study = open_study(folder, storage, name, sampler or own_sampler(shared.get("seed", 0)), pruner)
         check_same(study, Sweep(env, Table(), num_seeds, **shared))
@@ -170,12 +172,13 @@ def optuna_search(
         with tqdm(
             total=num_trials, initial=num_finished(study), unit=" trials", disable=None if progress else True
         ) as bar:
-            while num_finished(study) < num_trials and not interrupted:
+            while num_finished(study) < num_trials and not (interrupted or batches.unsaved):
                 _show_best(bar, study)
                 before = num_finished(study)
                 interrupted = batches.train(lambda table: Sweep(env, table, num_seeds, **shared), bar)
                 bar.update(num_finished(study) - before)
             _show_best(bar, study)
+    study.unsaved = batches.unsaved
     done = f"optuna_search was interrupted after {num_finished(study)} of {num_trials} trials; the same call continues"
     return end(study, interrupted, on_interrupt, done)
 
@@ -221,7 +224,7 @@ class _Batches:
         pruner: Any,
     ):
         self.study, self.space, self.num_trials, self.batch_size = study, space, num_trials, batch_size
-        self.save_every, self.prunes = save_every, pruner is not None
+        self.save_every, self.prunes, self.unsaved = save_every, pruner is not None, ""
         self.folder, self.make, self.plan = folder and folder / "batches", make, plan
         self.distributions: dict[str, Any] = {field: _to_optuna(distribution) for field, distribution in space.items()}
 
@@ -256,7 +259,8 @@ class _Batches:
         else:
             plan = replace(self.plan, sweep=sweep)  # a batch of the same shape: nothing compiles
         watch = Watch(self.study, trials, sweep, bar, self.prunes)
-        scores = run_sweep(plan, path, save_every=self.save_every, progress=False, watch=watch).scores
+        result = run_sweep(plan, path, save_every=self.save_every, progress=False, watch=watch)
+        self.unsaved, scores = self.unsaved or result.unsaved, result.scores
         values = aggregate(filled(scores), num_resamples=0)["value"].values
         failed = scores.isnull().all("seed").values
         values = [None if lost else float(value) for value, lost in zip(values, failed)]

@@ -5,6 +5,7 @@ their settings wait in the study to be trained again.
 """
 
 import contextlib
+import errno
 import os
 import socket
 import threading
@@ -74,6 +75,19 @@ def _refused(storage: str) -> Iterator[None]:
             f"storage={shown} cannot be opened: {reason} (it is a URL such as "
             "postgresql+psycopg://USER:PASSWORD@HOST/DATABASE)"
         ) from None
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """Turns the error of a study on a disk that is full into an OSError, as all other files raise it."""
+    from optuna.exceptions import StorageInternalError
+
+    try:
+        yield
+    except StorageInternalError as error:
+        if "disk is full" not in str(error.__cause__):  # as sqlite says it
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the study") from None
 
 
 def check_same(study: Any, sweep: Sweep):
