@@ -59,6 +59,16 @@ def test_the_words_of_the_flag_end_at_the_next_flag():
     assert words_of(["sweep", "x"]) is None and words_of(["sweep", "--distributed", "--help"]) is None
 
 
+def test_the_parent_says_that_the_others_did_not_come():
+    arguments = ["sweep", "x", "--out", "runs/x", "--distributed", "0/3", "h:1"]
+    sentence = _describe_end(
+        -6, FATAL + "Deadline Exceeded\nRPC: /xla.coordination.CoordinationService/RegisterTask", arguments
+    )
+    assert sentence.startswith(
+        "process 0 of 3 did not meet the others within 300 seconds (start the same command in all"
+    )
+
+
 UNHEALTHY = "tasks are unhealthy (stopped sending heartbeats):\n1\n"
 FATAL = "Terminating process because the JAX distributed service detected fatal errors. "
 

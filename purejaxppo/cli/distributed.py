@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from purejaxppo.experiment.distributed import HEARTBEAT, begin, is_first, leave, process_count, read_processes
+from purejaxppo.experiment.distributed import HEARTBEAT, PATIENCE, begin, is_first, leave, process_count, read_processes
 
 Distributed = Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[I/N] [HOST:PORT]")]
 FLAG, CHILD = "--distributed", "PUREJAXPPO_CHILD"
@@ -122,6 +122,11 @@ def _describe_end(status: int, log: str, arguments: Sequence[str]) -> str:
     with contextlib.suppress(ValueError):
         place = read_processes(words_of(arguments) or [])
         this, number = f"process {place.index}", "" if place.number is None else f" of {place.number}"
+    if "RegisterTask" in log:
+        return (
+            f"{this}{number} did not meet the others within {PATIENCE} seconds (start the same command in all of them, "
+            "with the same address, which they can reach)"
+        )
     unhealthy = UNHEALTHY.search(log)
     if unhealthy or ABORTED in log:
         lost = next(filter(None, unhealthy.groups()), "0") if unhealthy else "0"
