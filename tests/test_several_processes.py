@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 KILLS = int(os.environ.get("PUREJAXPPO_KILLS", 2))
 TINY = "CartPole-v1 --num-envs 4 --num-steps 8 --num-minibatches 2 --num-epochs 2 --widths 8".split()
-GRID = "--grid learning_rate=1e-3,1e-2 --grid discount=0.9,0.99 --num-seeds 4 --slice-size 2 --num-devices 2".split()
+GRID = "--grid learning_rate=1e-3,1e-2 --grid discount=0.9,0.99 --num-seeds 8 --slice-size 2 --num-devices 2".split()
 SWEEP = ["sweep", *TINY, "--num-updates", "1500", "--updates-per-chunk", "50", *GRID]
 TRAIN = ["train", *TINY, "--num-updates", "50", "--num-seeds", "2", "--save-every", "0"]
 
@@ -62,6 +62,14 @@ def kill(process):
     os.kill(random.choice([process.pid, int(child)]), signal.SIGKILL)
 
 
+def await_line(process, words):
+    """Waits until a process has printed a line with some words."""
+    for line in process.stdout:
+        if words in line:
+            return
+    raise AssertionError(process.communicate())
+
+
 def read(folder, name="results.nc"):
     return xarray.load_dataset(folder / name, engine="scipy")
 
@@ -101,7 +109,7 @@ def test_a_sweep_of_which_a_process_is_killed_ends_within_a_minute_and_the_same_
     random.seed()
     for _ in range(KILLS):
         before, processes = stored_updates(folder), start_two(folder, SWEEP, cache)
-        assert processes[0].stdout and processes[0].stdout.readline()  # once both have joined
+        await_line(processes[0], random.choice(["runs over", "compiled in"]))  # both have joined, or begin to train
         time.sleep(random.uniform(0, 12))
         lost = random.randrange(2)
         if processes[0].poll() is not None:  # complete
@@ -113,12 +121,13 @@ def test_a_sweep_of_which_a_process_is_killed_ends_within_a_minute_and_the_same_
         killed = time.monotonic()
         _, said = processes[1 - lost].communicate(timeout=60)
         report.append((lost, round(time.monotonic() - killed, 1), stored_updates(folder)))
+        print("process killed, seconds until the other ended, updates stored:", *report[-1], flush=True)
         assert processes[1 - lost].returncode == 5, said
         assert said.startswith(f"purejaxppo: process {lost} of 2 was lost"), said
         assert said.count("\n") == 1 and f"what {folder} holds stays, and the same command" in said
         processes[lost].communicate(timeout=60)
         assert stored_updates(folder) >= before
-    print(f"process killed, seconds until the other ended, updates stored: {report}")
+    assert report
     finish(*start_two(folder, SWEEP, cache))
     xarray.testing.assert_equal(read(folder), sweep_of_one)
 
