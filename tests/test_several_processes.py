@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("PUREJAXPPO_KILLS", 2))
 TINY = "CartPole-v1 --num-envs 4 --num-steps 8 --num-minibatches 2 --num-epochs 2 --widths 8".split()
 GRID = "--grid learning_rate=1e-3,1e-2 --grid discount=0.9,0.99 --num-seeds 8 --slice-size 2 --num-devices 2".split()
-SWEEP = ["sweep", *TINY, "--num-updates", "1500", "--updates-per-chunk", "50", *GRID]
+SWEEP = ["sweep", *TINY, "--num-updates", "300", "--updates-per-chunk", "50", *GRID]
 TRAIN = ["train", *TINY, "--num-updates", "50", "--num-seeds", "2", "--save-every", "0"]
 
 

@@ -21,6 +21,7 @@ from purejaxppo.experiment.distributed import HEARTBEAT, PATIENCE, begin, is_fir
 Distributed = Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[I/N] [HOST:PORT]")]
 FLAG, CHILD = "--distributed", "PUREJAXPPO_CHILD"
 LOST = 5  # the exit status if a process was lost
+SIGNALS = signal.SIGINT, signal.SIGTERM
 # What JAX and XLA log of a process that was lost, in C++, before they abort.
 NOISE = re.compile(
     r"coordination|distributed service|preemption_sync|check failure stack|^ *@ +0x|tasks? .*crashed|^\d*$|^RPC: |GRPC|"
@@ -93,7 +94,7 @@ def _supervise(arguments: Sequence[str]) -> int:
         stderr=subprocess.PIPE,
         process_group=0,  # so that Ctrl-C reaches the child only once
     )
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, lambda number, _: child.send_signal(number))
     held: list[str] = []
     reader = threading.Thread(target=_pass_on, args=(child.stderr, held), daemon=True)
@@ -102,8 +103,12 @@ def _supervise(arguments: Sequence[str]) -> int:
     reader.join(timeout=5)
     if status >= 0:
         return status
-    sentence = _describe_end(status, "".join(held), arguments)
-    print("purejaxppo:", sentence, file=sys.stderr, flush=True)
+    if -status in SIGNALS:  # before the child noted signals
+        return 128 + signal.SIGINT
+    log = "".join(held)
+    if ABORTED not in log:
+        sys.stderr.write(log)
+    print("purejaxppo:", _describe_end(status, log, arguments), file=sys.stderr, flush=True)
     return LOST
 
 

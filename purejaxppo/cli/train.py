@@ -108,7 +108,7 @@ def train(arguments: list[str]) -> int:
     options = complete(options, arguments)
 
     from purejaxppo.batched import batched
-    from purejaxppo.experiment.distributed import ALL, process_count
+    from purejaxppo.experiment.distributed import ALL
     from purejaxppo.experiment.runs.launch import Launch, launch_run
     from purejaxppo.experiment.runs.sinks import check_package
     from purejaxppo.sharded import sharded
@@ -124,7 +124,7 @@ def train(arguments: list[str]) -> int:
     launch = Launch(**{name: getattr(options, name) for name in names}, plugged=custom)
     folder = make_folder(options.env) if options.out is None else options.out
     # The command of several processes also resumes: a scheduler starts them all again.
-    with ALL.claim_folder(folder, new=process_count() == 1) as lock:
+    with ALL.claim_folder(folder, new=options.distributed is None) as lock:
         _print_header(options.env, options.config, launch)
         return _report(partial(launch_run, ppo, options.hyperparams, launch, lock or folder), launch, folder)
 
