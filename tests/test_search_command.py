@@ -130,7 +130,7 @@ def test_an_optuna_search_on_a_disk_that_fills_up_exits_with_status_three(elsewh
 
     def fill_and_write(*args):
         with contextlib.suppress(OSError), open(disk / "other", "ab", buffering=0) as file:
-            while True:
+            for _ in range(2**9):  # twice as much as there is
                 file.write(bytes(4096))
         original(*args)
 
