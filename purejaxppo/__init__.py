@@ -68,7 +68,7 @@ if TYPE_CHECKING:  # what LAZY imports when it is first used
     from purejaxppo.experiment.sweeps.run import run_sweep
     from purejaxppo.experiment.sweeps.sweep import Sweep
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ActionMask", "Batch", "Box", "Categorical", "Config", "Discrete", "Env", "Hyperparams", "Interrupted",
