@@ -171,6 +171,9 @@ def _train(command: Callable[[], int], terminal: int) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     if process_count() > 1 and not leave(status):
+        if status == 0:  # another process was lost at the end: JAX notices soon, and aborts
+            time.sleep(2 * HEARTBEAT)
+            os.abort()
         os._exit(status)  # a call that waits for the others would not return
     return status
 
