@@ -1,8 +1,10 @@
 """Processes that know each other: what tells a process its place, and what several of them train together."""
 
+import io
+
 import pytest
 
-from purejaxppo.cli.distributed import _describe_end, words_of
+from purejaxppo.cli.distributed import _describe_end, _pass_on, words_of
 from purejaxppo.experiment.distributed import ALL, Processes, is_first, is_news, read_processes
 
 SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "n[1-4]"}
@@ -57,6 +59,19 @@ def test_the_words_of_the_flag_end_at_the_next_flag():
     assert words_of(["sweep", "x", "--distributed", "0/2", "h:1", "--seed", "1"]) == ["0/2", "h:1"]
     assert words_of(["sweep", "x", "--distributed"]) == [] and words_of(["--distributed=0/2", "h:1"]) == ["0/2", "h:1"]
     assert words_of(["sweep", "x"]) is None and words_of(["sweep", "--distributed", "--help"]) is None
+
+
+def test_the_parent_keeps_to_itself_what_jax_logs_of_a_process_that_was_lost(capfd):
+    lines = [
+        b"W1128 05:47 x.cc:1] slow compile\n", b"of two lines\n", b"[Gloo] Rank 0 is connected to 1 peer ranks.\n",
+        b"F1128 05:47 client.h:80] Terminating because the JAX distributed service detected fatal errors\n",
+        b"This suggests that the workers are out of sync.\n", b"    @ 0x7f\n", b"E1128 05:48 y.cc:1] another error\n",
+    ]  # fmt: skip
+    held = []
+    _pass_on(io.BytesIO(b"".join(lines)), held)
+    passed = lines[:2] + lines[-1:]
+    assert capfd.readouterr().err == b"".join(passed).decode()
+    assert "".join(held) == b"".join(line for line in lines if line not in passed).decode()
 
 
 def test_the_parent_says_that_the_others_did_not_come():

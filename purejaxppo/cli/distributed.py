@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import jax
 import tyro
@@ -22,12 +22,9 @@ Distributed = Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[I/N] [HO
 FLAG, CHILD = "--distributed", "PUREJAXPPO_CHILD"
 LOST = 5  # the exit status if a process was lost
 SIGNALS = signal.SIGINT, signal.SIGTERM
-# What JAX and XLA log of a process that was lost, in C++, before they abort.
-NOISE = re.compile(
-    r"coordination|distributed service|preemption_sync|check failure stack|^ *@ +0x|tasks? .*crashed|^\d*$|^RPC: |GRPC|"
-    r"peer ranks",
-    re.IGNORECASE,
-)
+ENTRY = re.compile(r"[IWEF]\d{4} ")  # of a log in C++; the lines until the next one belong to it
+# Entries on a process that was lost, which JAX makes before it aborts; and lines that Gloo prints at any time.
+NOISE, GLOO = re.compile(r"coordination|distributed service|preemption_sync", re.IGNORECASE), "peer ranks"
 ABORTED = "the JAX distributed service detected fatal errors"
 UNHEALTHY = re.compile(r"stopped sending heartbeats\):\s*(\d+)|Task (\d+) heartbeat timeout")
 
@@ -112,11 +109,13 @@ def _supervise(arguments: Sequence[str]) -> int:
     return LOST
 
 
-def _pass_on(log: io.BufferedReader, held: list[str]):
+def _pass_on(log: IO[bytes], held: list[str]):
     """Writes the lines of a log to standard error, but those on a process that was lost, which are held."""
+    noisy = False
     for line in log:
         text = line.decode(errors="replace")
-        if NOISE.search(text.strip()):
+        noisy = bool(NOISE.search(text)) if ENTRY.match(text) else noisy
+        if noisy or GLOO in text:
             held.append(text)
         else:
             os.write(2, line)
