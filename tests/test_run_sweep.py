@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 import purejaxppo as pjp
 from probes import SMALL
-from purejaxppo.experiment import files
+from purejaxppo.experiment import datasets, files
 from purejaxppo.experiment.files import from_arrays, to_arrays
 from purejaxppo.experiment.lock import STALE_AFTER, claim, claim_folder
 from purejaxppo.experiment.program import Program
@@ -487,9 +487,10 @@ def test_what_does_not_fit_on_the_disk_is_in_the_result_and_said(plan, small_sli
 
     original = files.replace_file
     sweep_json = files.SWEEP
-    monkeypatch.setattr(
-        files, "replace_file", lambda path, *_: (original if path.name == sweep_json else write)(path, *_)
-    )
+    for module in (files, datasets):
+        monkeypatch.setattr(
+            module, "replace_file", lambda path, *_: (original if path.name == sweep_json else write)(path, *_)
+        )
     with pytest.warns(UserWarning) as warned:
         result = run(small_slices, tmp_path)
     lost = "2 slices" if full == "some slices" else "4 slices and results.nc"
