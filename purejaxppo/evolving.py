@@ -27,7 +27,7 @@ class Population(Record):
 
     runs: TrainState  # [R, ...]
     key: jax.Array  # [], of the evolution; every run has its own too
-    fitness: jax.Array  # [R], mean return since the last evolution; the one before it until an episode ends; -inf: none
+    fitness: jax.Array  # [R], see `evolving`; -inf: none
     num_episodes: jax.Array  # [R] int32, ended since the last evolution
 
     @property
@@ -48,6 +48,7 @@ def evolving(
     explore: str | Sequence[str] | Mapping[str, tuple[float, float]] = ("learning_rate", "entropy_coefficient"),
     fraction: float = 0.25,
     factors: Sequence[float] = (0.8, 1.25),
+    evaluate: bool = False,
     devices: int | Sequence[Any] | None = None,
 ) -> PPO:
     """The same PPO over R runs that evolve after every `every` updates: again a PPO, whose state is a `Population`.
@@ -61,7 +62,9 @@ def evolving(
 
     A run's fitness is the mean return of the episodes that ended since the last evolution. If none has ended, it keeps
     its fitness from before, so an interval should span several episodes. An episode during which a run was replaced
-    counts in full. A run that `batched` froze has no fitness, so it is replaced before others. See `evolve` for how.
+    counts in full. With `evaluate`, fitness is instead the mean return of 128 fresh episodes (`PPO.evaluate`), which
+    every run plays when an evolution is due. A run that `batched` froze has no fitness, so it is replaced before
+    others. See `evolve` for how.
 
     The metrics are those of `batched`, and: `parent`, [R] int32, the run from which each run continues after this
     update (itself if nothing was copied), and each field in `explore` as it was in this update. If `batched` reports
@@ -73,6 +76,7 @@ def evolving(
         explore: hyperparameters to change, by name, or with their ranges as {name: (lowest, highest)}.
         fraction: of the runs, at most replaced by one evolution, in (0, 0.5].
         factors: positive numbers, one of which multiplies an explored hyperparameter.
+        evaluate: whether fresh episodes are compared, which cost time, instead of those of training.
         devices: distributes the runs, as in `batched`; only copies pass between devices.
 
     Raises:
@@ -126,6 +130,9 @@ def evolving(
         _check_population(state)
         return finish(state, *many.step(state.runs))
 
+    def play(runs: TrainState):
+        return many.evaluate(runs.key, runs.policy, runs.env_params).episode_return.mean(1)
+
     def finish(state: Population, runs: TrainState, metrics: dict):
         """The population after an update of its runs, evolved if an evolution is due."""
         key, evolve_key = jax.random.split(state.key)
@@ -133,8 +140,10 @@ def evolving(
             raise ValueError("metric 'parent' is reported by evolving itself (report yours under another name)")
         metrics |= {f"current_{name}": metrics[name] for name in ranges if name in metrics}
         metrics |= {name: runs.hyperparams.get(name) for name in ranges}
-        fitness, num_episodes = count_episodes(state, metrics)
         due = runs.num_updates.max() % every == 0
+        fitness, num_episodes = count_episodes(state, metrics)
+        if evaluate:
+            fitness = jax.lax.cond(due, play, lambda _: state.fitness, runs)
         frozen = runs.num_updates == state.num_updates
         # Without any fitness nothing is copied.
         runs, parent = select(evolve_key, runs, jnp.where(due & ~frozen, fitness, -jnp.inf))
@@ -143,7 +152,10 @@ def evolving(
         population = Population(runs=runs, key=key, fitness=fitness, num_episodes=num_episodes)
         return place(population), metrics | {"parent": parent}
 
-    changes = (*many.changes, partial(evolving, every=every, explore=explore, fraction=fraction, factors=factors))
+    changes = (
+        *many.changes,
+        partial(evolving, every=every, explore=explore, fraction=fraction, factors=factors, evaluate=evaluate),
+    )
     return replace_step(many, step)._replace(init=init, collect=collect, learn=learn, freeze=None, changes=changes)
 
 

@@ -22,7 +22,7 @@ from purejaxppo.experiment.report.statistics import describe_scores, final_score
 from purejaxppo.experiment.runs.best import better_of
 from purejaxppo.experiment.runs.saved import SavedRun
 from purejaxppo.experiment.sweeps.division import Share
-from purejaxppo.experiment.sweeps.halving import train_runs
+from purejaxppo.experiment.sweeps.halving_runs import train_runs
 from purejaxppo.experiment.sweeps.slices import open_slices, read_rungs
 
 pytestmark = pytest.mark.full
@@ -164,7 +164,7 @@ def test_halving_with_evaluations_resumes_and_its_folder_ranks_as_it_does(halvin
         signal.raise_signal(signal.SIGINT)
         return train_runs(*args)
 
-    monkeypatch.setattr("purejaxppo.experiment.sweeps.halving.train_runs", interrupted)
+    monkeypatch.setattr("purejaxppo.experiment.sweeps.halving_runs.train_runs", interrupted)
     with pytest.raises(pjp.Interrupted):
         pjp.successive_halving(halving_plan, tmp_path, progress=False)
     with pytest.warns(UserWarning, match="turned nan"):
@@ -197,12 +197,16 @@ def test_the_score_of_a_trial_is_its_newest_evaluation(tmp_path):
         pjp.optuna_search("CartPole-v1", space, **call)
 
 
-def test_members_of_a_population_are_ranked_by_their_newest_evaluation():
+def test_members_of_a_population_evolve_and_are_ranked_by_evaluations():
     sweep = make_sweep(2, rates=[1e-4, 1e-3, 3e-3, 1e-2])
     search = pjp.population_search(sweep, every=4, progress=False)
-    last = search.fit.metrics[EVALUATION_RETURN].values[:, -1]
+    returns = search.fit.metrics[EVALUATION_RETURN].values
+    last = returns[:, -1]
     assert np.isfinite(last).all() and search.winner() == last.argmax()
     np.testing.assert_allclose(search.scores, last)
+    stayed = search.parents[:, 3] == np.arange(8)  # after the evolution a copy plays as its parent, with its own key
+    np.testing.assert_allclose(np.asarray(search.fit.state.fitness)[stayed], returns[stayed, 3], rtol=1e-5)
+    assert stayed.sum() == 6
     assert "fresh episodes" in search.criterion
 
 
@@ -284,6 +288,8 @@ def test_the_commands_read_the_best_policies(tmp_path, capsys):
     assert main(["evaluate", folder, "--best"]) == 0
     assert "with the policies of the best evaluations (updates " in capsys.readouterr().out
     assert main(["export", folder, "--best", "--out", str(tmp_path / "policy.npz")]) == 0
+    assert main(["render", folder, "--best", "--out", str(tmp_path / "best.gif")]) == 0
+    assert (tmp_path / "best.gif").stat().st_size > 1000
     (tmp_path / "run" / "best_policy.npz").unlink()
     assert main(["evaluate", folder, "--best"]) == 2
     assert "keeps no best policies" in capsys.readouterr().err

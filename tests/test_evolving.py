@@ -241,6 +241,26 @@ def test_evolution_compares_the_episodes_since_the_last_one(weeded):
     np.testing.assert_allclose(weeded[2].fitness, fitness[parent], rtol=1e-5)
 
 
+def test_evolution_compares_fresh_episodes_if_asked(weeded):
+    """They are what the runs would play as a batch; the fitness stays until the next evolution."""
+    ppo, first, *_ = weeded
+    many, plain_batch = evolving(ppo, every=2, evaluate=True), batched(ppo)
+    step, plain_step = jax.jit(many.step), jax.jit(plain_batch.step)
+    state, runs = first, first.runs
+    assert (state.fitness == -jnp.inf).all()
+    state, metrics = step(state)
+    assert (metrics["num_episodes"] > 0).all() and (state.fitness == -jnp.inf).all()
+    state, metrics = step(state)
+    for _ in range(2):
+        runs, _ = plain_step(runs)
+    played = jax.jit(plain_batch.evaluate)(runs.key, runs.policy, runs.env_params).episode_return.mean(1)
+    parent = np.asarray(metrics["parent"])
+    assert (parent != np.arange(8)).any()
+    np.testing.assert_allclose(state.fitness, played[parent], rtol=1e-6)
+    after, _ = step(state)
+    np.testing.assert_array_equal(after.fitness, state.fitness)
+
+
 def test_chunked_equals_unchunked_to_the_bit(weeded):
     ppo, state, whole, metrics = weeded
     fitted = pjp.fit(evolving(ppo, every=4), state, updates_per_chunk=7, slice_size=8, progress=False)

@@ -219,7 +219,15 @@ def plan_population(
                 "processes (leave it out)"
             )
         devices = jax.device_count()
-    ppo = evolving(one, every=every, explore=explore, fraction=fraction, factors=factors, devices=devices)
+    ppo = evolving(
+        one,
+        every=every,
+        explore=explore,
+        fraction=fraction,
+        factors=factors,
+        evaluate=sweep.evaluate_every is not None,
+        devices=devices,
+    )
     state = jax.eval_shape(lambda: _start(sweep, ppo))
     num_devices = 1 if ppo.mesh is None else ppo.mesh.size
     if num_devices > 1:  # whose shapes alone do not say where they lie
@@ -256,10 +264,10 @@ def population_search(
 ) -> PopulationSearch:
     """Trains all runs of a sweep as one population, whose poor members continue from good ones (see `evolving`).
 
-    The settings are those that the members begin with. With `evaluate_every` of the sweep the members are ranked by
-    their newest evaluation; evolution itself still compares training episodes. An interrupt (Ctrl-C, SIGTERM) ends the
-    call after the current chunk, as in `fit`: `Interrupted` is raised with the `result` so far, or this result is
-    returned.
+    The settings are those that the members begin with. With `evaluate_every` of the sweep, fresh episodes decide which
+    members are copied (see `evaluate` of `evolving`), and the newest evaluation ranks them. An interrupt (Ctrl-C,
+    SIGTERM) ends the call after the current chunk, as in `fit`: `Interrupted` is raised with the `result` so far, or
+    this result is returned.
 
     Args:
         sweep: the settings, of hyperparameters alone, and the seeds; a `PopulationPlan` of `plan_population` is
