@@ -15,10 +15,10 @@ from purejaxppo.batched import reported_failures
 from purejaxppo.cli.options import parse
 from purejaxppo.cli.train import TrainOptions
 from purejaxppo.experiment.runs import fit as fit_module
-from purejaxppo.experiment.sweeps import halving as halving_module
-from purejaxppo.experiment.sweeps import run
+from purejaxppo.experiment.sweeps import halving_runs, run
 from purejaxppo.experiment.sweeps.best import train_command
-from purejaxppo.experiment.sweeps.halving import Ladder, plan_halving, successive_halving, train_runs
+from purejaxppo.experiment.sweeps.halving import Ladder, plan_halving, successive_halving
+from purejaxppo.experiment.sweeps.halving_runs import train_runs
 from purejaxppo.experiment.sweeps.optuna_search import best_setting, optuna_search, plan_trials, rank_trials
 from purejaxppo.experiment.sweeps.population import plan_population, population_search
 from purejaxppo.experiment.sweeps.slices import Slice, open_slices
@@ -111,7 +111,7 @@ def test_halving_resumes_and_comes_to_the_result_of_an_uninterrupted_call(plan, 
             signal.raise_signal(signal.SIGINT)
         return train_runs(program, states, runs, length, *rest)
 
-    monkeypatch.setattr(halving_module, "train_runs", counted)
+    monkeypatch.setattr(halving_runs, "train_runs", counted)
     with pytest.raises(pjp.Interrupted, match="resumes from") as error:
         successive_halving(plan, tmp_path, **options)
     assert len(trained) == 4 and error.value.result.num_updates < halving.num_updates

@@ -5,39 +5,33 @@ A call that resumes repeats all rounds, and takes from the slices what they hold
 uninterrupted call, whatever of the last round was stored.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import xarray
-from jax.experimental import multihost_utils
 
-from purejaxppo.batched import batched, reported_failures, seed_keys
+from purejaxppo.batched import batched, reported_failures
 from purejaxppo.checks import check_number, check_whole
-from purejaxppo.experiment.distributed import ALL, is_first, process_count
-from purejaxppo.experiment.evaluations import EVALUATION_RETURN, Evaluations, ends_of_chunks, make_evaluations
-from purejaxppo.experiment.files import from_arrays, shapes_of, to_arrays
+from purejaxppo.experiment.distributed import ALL, process_count
+from purejaxppo.experiment.evaluations import Evaluations, make_evaluations
 from purejaxppo.experiment.identity import identify_ppo
 from purejaxppo.experiment.jax_setup import num_cores
-from purejaxppo.experiment.lock import LockLost
 from purejaxppo.experiment.loop import Timer, check_on_interrupt, end, noted_interrupt, step_bar, warn
 from purejaxppo.experiment.memory import bytes_of, memory_of, show_memory
 from purejaxppo.experiment.program import (
     Program,
     best_slice_size,
     compile_training,
-    first_state,
 )
-from purejaxppo.experiment.report.failures import describe_failure, join_failures, leaves_of
+from purejaxppo.experiment.report.failures import describe_failure, join_failures
 from purejaxppo.experiment.report.statistics import NO_SCORE
-from purejaxppo.experiment.sweeps.columns import run_arguments
+from purejaxppo.experiment.sweeps.halving_runs import Training, begin, settings_of
 from purejaxppo.experiment.sweeps.result import make_result
 from purejaxppo.experiment.sweeps.rungs import (
     Ladder,
@@ -45,12 +39,11 @@ from purejaxppo.experiment.sweeps.rungs import (
     choose_rungs,
     describe_criterion,
     last_scores,
-    score_of,
 )
-from purejaxppo.experiment.sweeps.slices import Slice, Slices, check_identities, find_slices, open_slices
+from purejaxppo.experiment.sweeps.slices import check_identities, find_slices, open_slices
 from purejaxppo.experiment.sweeps.sweep import Sweep, check_sweep, make_group
 from purejaxppo.ppo import PPO, TrainState, make_ppo
-from purejaxppo.text import align, count, show_setting
+from purejaxppo.text import align, show_setting
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -214,7 +207,7 @@ def plan_halving(
     check_whole("num_places", num_places, at_most=len(sweep.table), of="the settings")
     (group,) = sweep.groups()
     ppo = make_group(group, make)
-    _settings_of(find_slices(folder, sweep), sweep)
+    settings_of(find_slices(folder, sweep), sweep)
     identities = {sweep.name_group(group): identify_ppo(ppo, sweep.hyperparams)}
     check_identities(folder, sweep, identities, allow_changed)
     many = batched(ppo)
@@ -223,7 +216,7 @@ def plan_halving(
     places = num_threads * process_count()
     size = best_slice_size(num_runs, places, group.config) if on_cpu else -(-num_runs // places)
     size = int(ALL.broadcast(str(size)))  # on machines that differ
-    state = jax.eval_shape(lambda: _start(sweep, many, list(sweep.runs().values())[:size]))
+    state = jax.eval_shape(lambda: begin(sweep, many, list(sweep.runs().values())[:size]))
     with reported_failures():
         program = compile_training(many, state, rungs[0], slice_size=size)
     evaluations = make_evaluations(many, sweep.evaluate_every, state) if sweep.evaluate_every else None
@@ -288,7 +281,8 @@ def successive_halving(
         pool = held.enter_context(ThreadPoolExecutor(plan.num_threads))
         bar = held.enter_context(step_bar(progress=progress))
         interrupt = held.enter_context(noted_interrupt())
-        training = Training(plan, slices, pool, lock.check if lock else None)
+        check = lock.check if lock else None
+        training = Training(sweep, plan.ppo, plan.program, plan.evaluations, slices, pool, check)
         timer = Timer(save_every)
 
         def train(settings: Sequence[int], length: int) -> np.ndarray:
@@ -307,7 +301,7 @@ def successive_halving(
             train(ladder.finished(), length)
             left -= length
         training.store()
-        result = training.result(ladder, ALL.any(interrupt.is_set()))
+        result = _result(plan, training, ladder, ALL.any(interrupt.is_set()))
     failed = result.failed()
     if failed:
         warn(join_failures(failed, sweep.num_runs))
@@ -316,185 +310,12 @@ def successive_halving(
     return end(result, result.interrupted, on_interrupt, reached)
 
 
-class Training:
-    """The states of all runs of a sweep and their metrics so far, of which some settings train at a time.
-
-    Updates that the slices hold are not made again.
-    """
-
-    def __init__(
-        self, plan: HalvingPlan, slices: Slices, pool: ThreadPoolExecutor, check: Callable[[], Any] | None = None
-    ):
-        self.plan, self.slices, self.pool, self.check = plan, slices, pool, check
-        self.names = _names(plan.sweep)
-        self.states = _start(plan.sweep, plan.ppo, list(plan.sweep.runs().values()), first_state)
-        self.metrics: list[dict[str, np.ndarray]] = [{} for _ in self.names]  # [seeds, updates] of every setting
-        self.done = np.zeros(len(self.names), int)  # updates of every setting that this call has made or repeated
-        self.changed: set[int] = set()  # settings to store
-        self._load()
-
-    def train(self, settings: Sequence[int], length: int) -> int:
-        """Trains settings for `length` updates more; returns how many updates of runs were not stored already."""
-        self.done[settings] += length
-        lacking = {setting: self._lacking(setting) for setting in settings}
-        for chunks in sorted(set(lacking.values()) - {()}):
-            together = [setting for setting in settings if lacking[setting] == chunks]
-            for number, due in chunks:
-                self._train_together(together, number, due)
-            self.changed.update(together)
-        return sum(number for chunks in lacking.values() for number, _ in chunks) * self.plan.sweep.num_seeds
-
-    def _lacking(self, setting: int) -> tuple[tuple[int, bool], ...]:
-        """The chunks of a setting that are not stored: the updates of each, and whether an evaluation is due then."""
-        begin, evaluations = self.num_stored(setting), self.plan.evaluations
-        ends = ends_of_chunks(begin, int(self.done[setting]), self.plan.program.num_updates, evaluations)
-        due = [evaluations is not None and evaluations.is_due(end) for end in ends]
-        return tuple(zip((end - start for start, end in zip([begin, *ends], ends)), due))
-
-    def _train_together(self, settings: Sequence[int], number: int, due: bool):
-        """Trains settings for some updates, and evaluates them then if that is due."""
-        measure = partial(self.plan.evaluations.measure, due=due) if self.plan.evaluations else None
-        runs, num_seeds = self._runs(settings), self.plan.sweep.num_seeds
-        self.states, metrics = train_runs(self.plan.program, self.states, runs, number, self.pool, measure)
-        for i, setting in enumerate(settings):
-            self._append(setting, {name: x[i * num_seeds : (i + 1) * num_seeds] for name, x in metrics.items()})
-
-    def scores(self, settings: Sequence[int], length: int) -> np.ndarray:
-        """The scores [settings] after `length` updates more, see `score_of`."""
-        return np.array([score_of(self.metrics[i], int(self.done[i]), length) for i in settings])
-
-    def num_stored(self, setting: int) -> int:
-        """Updates of a setting whose metrics are known."""
-        return self.slice_of(setting).num_updates
-
-    def slice_of(self, setting: int, state: Mapping[str, np.ndarray] | None = None) -> Slice:
-        """The runs of a setting as a slice, with leaves of their states."""
-        return Slice(self.names[setting], self.metrics[setting], dict(state or {}), tuple(leaves_of(self.states)))
-
-    def store(self):
-        """Writes the settings that were trained since the last time; what a full disk does not take stays in memory."""
-        for setting in sorted(self.changed) if self.slices.folder and is_first() else ():
-            new = self.slice_of(setting, to_arrays(self.states[self._runs([setting])]))
-            try:
-                if self.check:
-                    self.check()
-                self.slices.write(new)
-            except (OSError, LockLost) as error:
-                self.slices.keep(new, error if isinstance(error, OSError) else OSError(str(error)))
-        self.changed.clear()
-
-    def result(self, ladder: "Ladder", interrupted: bool) -> Halving:
-        """The result so far, whose metrics are also written to the folder."""
-        sweep, num_updates = self.plan.sweep, np.asarray(self.states.num_updates)
-        begun = [i for i, metrics in enumerate(self.metrics) if metrics]
-        if not begun:
-            raise KeyboardInterrupt("successive_halving was interrupted before it trained anything")
-        stored = [self.slice_of(i, {"num_updates": num_updates[self._runs([i])]}) for i in begun]
-        found = make_result(sweep, self.slices, stored, self.plan.make, interrupted=interrupted)
-        failed_metric = found.metrics["failed_metric"].values.astype(object).reshape(-1)
-        return Halving(
-            sweep, self.plan.ppo, ladder.rungs, ladder.scores, self.states, int(num_updates.sum()), failed_metric,
-            found.metrics, interrupted, found.unsaved,
-        )  # fmt: skip
-
-    def _runs(self, settings: Sequence[int]) -> np.ndarray:
-        """The indices of the runs of some settings."""
-        seeds = self.plan.sweep.num_seeds
-        return np.add.outer(np.array(settings) * seeds, np.arange(seeds)).ravel()
-
-    def _append(self, setting: int, new: Mapping[str, np.ndarray]):
-        old = self.metrics[setting]
-        self.metrics[setting] = {name: np.concatenate([old[name], x], 1) if old else x for name, x in new.items()}
-
-    def _load(self):
-        """Takes states and metrics from the slices."""
-        stored = _settings_of(self.slices, self.plan.sweep)
-        if not stored:
-            return
-        like, like_one = jax.eval_shape(lambda: (self.states, self.states[: self.plan.sweep.num_seeds]))
-        arrays = {name: x.copy() for name, x in to_arrays(self.states).items()}
-        for setting, slice_ in stored.items():
-            runs = self._runs([setting])
-            whole = self.slices.load(slice_.name, shapes_of(like))
-            from_arrays(whole.state, like_one, f"the slice {slice_.name}")  # raises for another shape
-            for name, x in arrays.items():
-                x[runs] = whole.state[name]
-            self.metrics[setting] = {name: np.asarray(x) for name, x in whole.metrics.items()}
-        self.states = from_arrays(arrays, like)
-
-
-def _names(sweep: Sweep) -> list[tuple[str, ...]]:
-    """The names of the runs of every setting."""
-    return [tuple(sweep.runs([setting])) for setting in range(len(sweep.table))]
-
-
-def _settings_of(slices: Slices, sweep: Sweep) -> dict[int, Slice]:
-    """The stored slices by their settings. Raises ValueError if a slice holds anything but the seeds of one setting."""
-    settings, found = {names: i for i, names in enumerate(_names(sweep))}, {}
-    for slice_ in slices.read():
-        if slice_.runs not in settings:
-            raise ValueError(
-                f"folder={slices.folder} holds slices of {count(len(slice_.runs), 'run')}, but halving keeps the "
-                f"{count(sweep.num_seeds, 'seed')} of every setting in one (name another folder)"
-            )
-        found[settings[slice_.runs]] = slice_
-    return found
-
-
-def train_runs(
-    program: Program,
-    states: TrainState,
-    runs: np.ndarray,
-    length: int,
-    pool: ThreadPoolExecutor,
-    measure: Callable | None = None,
-) -> tuple[TrainState, dict[str, np.ndarray]]:
-    """Trains some runs of a batch in slices of the program's size; the last slice repeats its last run.
-
-    Several processes divide the slices, and give each other what they trained.
-
-    Args:
-        program: trains a slice.
-        states: of all runs of the batch.
-        runs: the indices of those to train.
-        length: updates to make.
-        pool: the threads that train slices side by side.
-        measure: (state, metrics) of a slice -> one more metric, `evaluation_return`.
-
-    Returns:
-        The states of all runs, and the metrics of the trained ones, [runs, length].
-    """
-    size = program.slice_size
-    slices = [runs[i : i + size] for i in range(0, len(runs), size)]
-    slices = [np.append(indices, np.repeat(indices[-1], size - len(indices))) for indices in slices]
-
-    def train(indices: np.ndarray) -> tuple[TrainState, dict[str, np.ndarray]]:
-        state, metrics = program(states[indices], length, donate=True)
-        return state, metrics | ({EVALUATION_RETURN: measure(state, metrics)} if measure else {})
-
-    own = slices[jax.process_index() :: process_count()] or slices[-1:]
-    trained = list(pool.map(train, own))
-    if process_count() > 1:
-        trained = _exchange(trained, len(slices), program.like)
-    for indices, (new, _) in zip(slices, trained):
-        states = jax.tree.map(lambda old, some, indices=indices: old.at[indices].set(some), states, new)
-    joined = {name: np.concatenate([metrics[name] for _, metrics in trained])[: len(runs)] for name in trained[0][1]}
-    return states, joined
-
-
-def _exchange(trained: Sequence[tuple[TrainState, dict]], number: int, like: Any) -> list[tuple[TrainState, dict]]:
-    """The states and metrics of all slices from those of each process, which has every n-th of the `number` slices."""
-    most = -(-number // process_count())
-    filled = [(to_arrays(state), metrics) for state, metrics in [*trained, *[trained[-1]] * (most - len(trained))]]
-    stacked = jax.tree.map(lambda *x: np.stack(x), *filled)
-    found = multihost_utils.process_allgather(stacked)  # [processes, most, ...]
-    places = [divmod(i, process_count())[::-1] for i in range(number)]
-    slices = [jax.tree.map(lambda x, place=place: x[place], found) for place in places]
-    return [(from_arrays(arrays, like), metrics) for arrays, metrics in slices]
-
-
-def _start(sweep: Sweep, ppo: PPO, runs: Sequence[tuple[int, int]], start: Callable | None = None) -> TrainState:
-    """The first states of runs of a sweep, which are pairs (setting, seed); `start` is called as `first_state`."""
-    seeds, *columns = run_arguments(sweep, ppo, runs)
-    keys = seed_keys(jax.random.key(sweep.seed), jnp.asarray(seeds))
-    return start(ppo, keys, *columns) if start else ppo.init(keys, *columns)
+def _result(plan: HalvingPlan, training: Training, ladder: Ladder, interrupted: bool) -> Halving:
+    """The result so far, whose metrics are also written to the folder."""
+    states = training.states
+    found = make_result(plan.sweep, training.slices, training.begun(), plan.make, interrupted=interrupted)
+    failed_metric = found.metrics["failed_metric"].values.astype(object).reshape(-1)
+    return Halving(
+        plan.sweep, plan.ppo, ladder.rungs, ladder.scores, states, int(np.sum(states.num_updates)), failed_metric,
+        found.metrics, interrupted, found.unsaved,
+    )  # fmt: skip

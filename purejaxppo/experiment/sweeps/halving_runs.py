@@ -1,0 +1,210 @@
+"""The runs of successive halving: their states and metrics so far, of which some train at a time."""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from purejaxppo.batched import seed_keys
+from purejaxppo.experiment.distributed import is_first, process_count
+from purejaxppo.experiment.evaluations import EVALUATION_RETURN, Evaluations, ends_of_chunks
+from purejaxppo.experiment.files import from_arrays, shapes_of, to_arrays
+from purejaxppo.experiment.lock import LockLost
+from purejaxppo.experiment.program import Program, first_state
+from purejaxppo.experiment.report.failures import leaves_of
+from purejaxppo.experiment.sweeps.columns import run_arguments
+from purejaxppo.experiment.sweeps.rungs import score_of
+from purejaxppo.experiment.sweeps.slices import Slice, Slices
+from purejaxppo.experiment.sweeps.sweep import Sweep
+from purejaxppo.ppo import PPO, TrainState
+from purejaxppo.text import count
+
+
+class Training:
+    """The states of all runs of a sweep and their metrics so far, of which some settings train at a time.
+
+    Updates that the slices hold are not made again.
+    """
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        ppo: PPO,
+        program: Program,
+        evaluations: Evaluations | None,
+        slices: Slices,
+        pool: ThreadPoolExecutor,
+        check: Callable[[], Any] | None = None,
+    ):
+        self.sweep, self.program, self.evaluations = sweep, program, evaluations
+        self.slices, self.pool, self.check = slices, pool, check
+        self.names = _names(sweep)
+        self.states = begin(sweep, ppo, list(sweep.runs().values()), first_state)
+        self.metrics: list[dict[str, np.ndarray]] = [{} for _ in self.names]  # [seeds, updates] of every setting
+        self.done = np.zeros(len(self.names), int)  # updates of every setting that this call has made or repeated
+        self.changed: set[int] = set()  # settings to store
+        self._load()
+
+    def train(self, settings: Sequence[int], length: int) -> int:
+        """Trains settings for `length` updates more; returns how many updates of runs were not stored already."""
+        self.done[settings] += length
+        lacking = {setting: self._lacking(setting) for setting in settings}
+        for chunks in sorted(set(lacking.values()) - {()}):
+            together = [setting for setting in settings if lacking[setting] == chunks]
+            for number, due in chunks:
+                self._train_together(together, number, due)
+            self.changed.update(together)
+        return sum(number for chunks in lacking.values() for number, _ in chunks) * self.sweep.num_seeds
+
+    def _lacking(self, setting: int) -> tuple[tuple[int, bool], ...]:
+        """The chunks of a setting that are not stored: the updates of each, and whether an evaluation is due then."""
+        begin, evaluations = self.num_stored(setting), self.evaluations
+        ends = ends_of_chunks(begin, int(self.done[setting]), self.program.num_updates, evaluations)
+        due = [evaluations is not None and evaluations.is_due(end) for end in ends]
+        return tuple(zip((end - start for start, end in zip([begin, *ends], ends)), due))
+
+    def _train_together(self, settings: Sequence[int], number: int, due: bool):
+        """Trains settings for some updates, and evaluates them then if that is due."""
+        measure = partial(self.evaluations.measure, due=due) if self.evaluations else None
+        runs, num_seeds = self._runs(settings), self.sweep.num_seeds
+        self.states, metrics = train_runs(self.program, self.states, runs, number, self.pool, measure)
+        for i, setting in enumerate(settings):
+            self._append(setting, {name: x[i * num_seeds : (i + 1) * num_seeds] for name, x in metrics.items()})
+
+    def scores(self, settings: Sequence[int], length: int) -> np.ndarray:
+        """The scores [settings] after `length` updates more, see `score_of`."""
+        return np.array([score_of(self.metrics[i], int(self.done[i]), length) for i in settings])
+
+    def num_stored(self, setting: int) -> int:
+        """Updates of a setting whose metrics are known."""
+        return self.slice_of(setting).num_updates
+
+    def slice_of(self, setting: int, state: Mapping[str, np.ndarray] | None = None) -> Slice:
+        """The runs of a setting as a slice, with leaves of their states."""
+        return Slice(self.names[setting], self.metrics[setting], dict(state or {}), tuple(leaves_of(self.states)))
+
+    def store(self):
+        """Writes the settings that were trained since the last time; what a full disk does not take stays in memory."""
+        for setting in sorted(self.changed) if self.slices.folder and is_first() else ():
+            new = self.slice_of(setting, to_arrays(self.states[self._runs([setting])]))
+            try:
+                if self.check:
+                    self.check()
+                self.slices.write(new)
+            except (OSError, LockLost) as error:
+                self.slices.keep(new, error if isinstance(error, OSError) else OSError(str(error)))
+        self.changed.clear()
+
+    def begun(self) -> list[Slice]:
+        """The settings that have trained, as slices. Raises KeyboardInterrupt if none has."""
+        num_updates, begun = np.asarray(self.states.num_updates), [i for i, x in enumerate(self.metrics) if x]
+        if not begun:
+            raise KeyboardInterrupt("successive_halving was interrupted before it trained anything")
+        return [self.slice_of(i, {"num_updates": num_updates[self._runs([i])]}) for i in begun]
+
+    def _runs(self, settings: Sequence[int]) -> np.ndarray:
+        """The indices of the runs of some settings."""
+        seeds = self.sweep.num_seeds
+        return np.add.outer(np.array(settings) * seeds, np.arange(seeds)).ravel()
+
+    def _append(self, setting: int, new: Mapping[str, np.ndarray]):
+        old = self.metrics[setting]
+        self.metrics[setting] = {name: np.concatenate([old[name], x], 1) if old else x for name, x in new.items()}
+
+    def _load(self):
+        """Takes states and metrics from the slices."""
+        stored = settings_of(self.slices, self.sweep)
+        if not stored:
+            return
+        like, like_one = jax.eval_shape(lambda: (self.states, self.states[: self.sweep.num_seeds]))
+        arrays = {name: x.copy() for name, x in to_arrays(self.states).items()}
+        for setting, slice_ in stored.items():
+            runs = self._runs([setting])
+            whole = self.slices.load(slice_.name, shapes_of(like))
+            from_arrays(whole.state, like_one, f"the slice {slice_.name}")  # raises for another shape
+            for name, x in arrays.items():
+                x[runs] = whole.state[name]
+            self.metrics[setting] = {name: np.asarray(x) for name, x in whole.metrics.items()}
+        self.states = from_arrays(arrays, like)
+
+
+def _names(sweep: Sweep) -> list[tuple[str, ...]]:
+    """The names of the runs of every setting."""
+    return [tuple(sweep.runs([setting])) for setting in range(len(sweep.table))]
+
+
+def settings_of(slices: Slices, sweep: Sweep) -> dict[int, Slice]:
+    """The stored slices by their settings. Raises ValueError if a slice holds anything but the seeds of one setting."""
+    settings, found = {names: i for i, names in enumerate(_names(sweep))}, {}
+    for slice_ in slices.read():
+        if slice_.runs not in settings:
+            raise ValueError(
+                f"folder={slices.folder} holds slices of {count(len(slice_.runs), 'run')}, but halving keeps the "
+                f"{count(sweep.num_seeds, 'seed')} of every setting in one (name another folder)"
+            )
+        found[settings[slice_.runs]] = slice_
+    return found
+
+
+def train_runs(
+    program: Program,
+    states: TrainState,
+    runs: np.ndarray,
+    length: int,
+    pool: ThreadPoolExecutor,
+    measure: Callable | None = None,
+) -> tuple[TrainState, dict[str, np.ndarray]]:
+    """Trains some runs of a batch in slices of the program's size; the last slice repeats its last run.
+
+    Several processes divide the slices, and give each other what they trained.
+
+    Args:
+        program: trains a slice.
+        states: of all runs of the batch.
+        runs: the indices of those to train.
+        length: updates to make.
+        pool: the threads that train slices side by side.
+        measure: (state, metrics) of a slice -> one more metric, `evaluation_return`.
+
+    Returns:
+        The states of all runs, and the metrics of the trained ones, [runs, length].
+    """
+    size = program.slice_size
+    slices = [runs[i : i + size] for i in range(0, len(runs), size)]
+    slices = [np.append(indices, np.repeat(indices[-1], size - len(indices))) for indices in slices]
+
+    def train(indices: np.ndarray) -> tuple[TrainState, dict[str, np.ndarray]]:
+        state, metrics = program(states[indices], length, donate=True)
+        return state, metrics | ({EVALUATION_RETURN: measure(state, metrics)} if measure else {})
+
+    own = slices[jax.process_index() :: process_count()] or slices[-1:]
+    trained = list(pool.map(train, own))
+    if process_count() > 1:
+        trained = _exchange(trained, len(slices), program.like)
+    for indices, (new, _) in zip(slices, trained):
+        states = jax.tree.map(lambda old, some, indices=indices: old.at[indices].set(some), states, new)
+    joined = {name: np.concatenate([metrics[name] for _, metrics in trained])[: len(runs)] for name in trained[0][1]}
+    return states, joined
+
+
+def _exchange(trained: Sequence[tuple[TrainState, dict]], number: int, like: Any) -> list[tuple[TrainState, dict]]:
+    """The states and metrics of all slices from those of each process, which has every n-th of the `number` slices."""
+    most = -(-number // process_count())
+    filled = [(to_arrays(state), metrics) for state, metrics in [*trained, *[trained[-1]] * (most - len(trained))]]
+    stacked = jax.tree.map(lambda *x: np.stack(x), *filled)
+    found = multihost_utils.process_allgather(stacked)  # [processes, most, ...]
+    places = [divmod(i, process_count())[::-1] for i in range(number)]
+    slices = [jax.tree.map(lambda x, place=place: x[place], found) for place in places]
+    return [(from_arrays(arrays, like), metrics) for arrays, metrics in slices]
+
+
+def begin(sweep: Sweep, ppo: PPO, runs: Sequence[tuple[int, int]], start: Callable | None = None) -> TrainState:
+    """The first states of runs of a sweep, which are pairs (setting, seed); `start` is called as `first_state`."""
+    seeds, *columns = run_arguments(sweep, ppo, runs)
+    keys = seed_keys(jax.random.key(sweep.seed), jnp.asarray(seeds))
+    return start(ppo, keys, *columns) if start else ppo.init(keys, *columns)
