@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 from html.parser import HTMLParser
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,26 +76,32 @@ def page_of(folder):
     return page
 
 
-def store_sweep(folder, table=GRID, num_seeds=4, height=None, failed=(), done=SMALL.num_updates, env="CartPole-v1"):
+def store_sweep(
+    folder, table=GRID, num_seeds=4, height=None, failed=(), done: Any = SMALL.num_updates, env="CartPole-v1", rungs=()
+):
     """Stores a sweep without training it, a slice for every run.
 
-    `height(row, seed)` is its return in all updates; `failed` has the runs that turned nan in update 2, by number.
+    `height(row, seed)` is its return in all updates; `failed` has the runs that turned nan in update 2, by number;
+    `done` are the updates of all runs, or of those of each setting.
     """
-    height = height or (lambda row, seed: HEIGHTS[row["learning_rate"]][seed] + (row["discount"] == 0.99))
+    height = height or (lambda row, seed: HEIGHTS[row["learning_rate"]][seed] + (row.get("discount") == 0.99))
     sweep = pjp.Sweep("CartPole-v1", table, num_seeds, config=SMALL, hyperparams=DEFAULTS)
-    save_json(folder / SWEEP, {"sweep": sweep.to_json() | {"env": env}, "sessions": [SWEEP_SESSION]})
+    save_json(
+        folder / SWEEP, {"sweep": sweep.to_json() | {"env": env}, "sessions": [SWEEP_SESSION], "rungs": list(rungs)}
+    )
     (folder / "slices").mkdir()
     slices = Slices(dataclasses.replace(sweep, env=env), folder)
     for number, (name, (setting, seed)) in enumerate(sweep.runs().items()):
-        returns = np.full((1, done), height(sweep.table.rows()[setting], seed), np.float32)
-        losses = np.ones((1, done), np.float32)
+        updates = np.broadcast_to(done, len(table))[setting]
+        returns = np.full((1, updates), height(sweep.table.rows()[setting], seed), np.float32)
+        losses = np.ones((1, updates), np.float32)
         if number in failed:
             returns[:, 1:], losses[:, 1:] = np.nan, np.nan
         ended = np.where(np.isnan(returns), 0, 40).astype(np.float32)
         failure = np.cumsum(np.isnan(losses), 1, dtype=np.int32) > 0
         metrics = {"learning_rate": np.nan_to_num(losses), "episode_return": returns, "num_episodes": ended}
         metrics |= {"loss": losses, "failure": failure.astype(np.int32)}
-        state = {"num_updates": np.array([1 if number in failed else done], np.int32)}
+        state = {"num_updates": np.array([1 if number in failed else updates], np.int32)}
         slices.write(Slice((name,), metrics, state))
     return folder
 
@@ -135,6 +142,22 @@ def test_the_ranking_of_the_page_is_that_of_the_result(tmp_path):
         ends = [float(x) for x in row["95 % interval"].split(" to ")]
         assert ends == pytest.approx([float(ranked["low"][i]), float(ranked["high"][i])], rel=1e-5)
         assert float(row["mean"]) == pytest.approx(float(ranked["mean"][i]), rel=1e-5)
+
+
+def test_halving_is_ranked_by_its_rungs_which_are_drawn(tmp_path, capsys):
+    page = page_of(store_sweep(tmp_path, pjp.grid(learning_rate=list(HEIGHTS)), done=[1, 2, 3], rungs=(1, 2, 3)))
+    assert "Successive halving stopped settings early." in page.words
+    names, *rows = page.rows[:4]
+    rows = [dict(zip(names, row, strict=True)) for row in rows]
+    # The lowest scores went on: the rung decides.
+    assert [row["learning_rate"] for row in rows] == ["0.01", "0.001", "0.0001"]
+    assert [row["updates"] for row in rows] == ["3", "2", "1"]
+    assert [row["score there"] for row in rows] == ["2.5", "65", "25"]
+    assert "Rungs" in page.all("h2")
+    (rungs,) = (figure["data"] for figure in page.figures() if "steps of a run" in str(figure["layout"]["xaxis"]))
+    assert [line["name"].split("=")[1] for line in rungs] == ["0.0001", "0.001", "0.01"]  # the best lies on top
+    status, printed, _ = run(capsys, "plot", str(tmp_path))
+    assert status == 0 and "rungs.png" in printed and (tmp_path / "rungs.png").stat().st_size > 10_000
 
 
 def test_curves_heat_maps_and_scores_have_the_numbers_of_the_sweep(tmp_path):

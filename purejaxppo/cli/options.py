@@ -1,6 +1,7 @@
 """What the commands that train share: flags made from `Config` and `Hyperparams`, on top of a preset."""
 
 import datetime
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -182,3 +183,12 @@ def draw_without_screen():
     import matplotlib
 
     matplotlib.use("Agg")
+
+
+def save_figures(figures: Mapping[str, Any], out: Path) -> list[str]:
+    """Writes plots as NAME.png into a folder; returns the names of the files."""
+    from purejaxppo.experiment.files import replace_file
+
+    for name, figure in figures.items():
+        replace_file(out / f"{name}.png", lambda half, figure=figure: figure.savefig(half, dpi=150, format="png"))
+    return [f"{name}.png" for name in figures]

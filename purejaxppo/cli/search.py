@@ -17,6 +17,7 @@ from purejaxppo.cli.options import (
     make_folder,
     parse,
     prepare_jax,
+    save_figures,
     say,
 )
 from purejaxppo.cli.plugged import to_named
@@ -140,7 +141,6 @@ def _finish(options: SearchOptions, report: Report, out: Path, interrupted: bool
 
 def _show(options: SearchOptions, report: Report, out: Path, interrupted: bool, scored: list[dict]):
     draw_without_screen()
-    from purejaxppo.experiment.files import replace_file
     from purejaxppo.experiment.sweeps.best import BEST, save_best, train_command
 
     rows = scored + [row | {"score": "none"} for row in report.ranked[len(scored) :]]
@@ -151,10 +151,7 @@ def _show(options: SearchOptions, report: Report, out: Path, interrupted: bool, 
         more = {"method": options.method, "score_of": report.criterion, **report.more}
         save_best(out, sweep, setting, scored[0]["score"], **more)
         say("the best setting trains with", f"  {train_command(sweep, setting)}")
-    figures = report.plots(options.env)
-    for name, figure in figures.items():
-        replace_file(out / f"{name}.png", lambda half, figure=figure: figure.savefig(half, dpi=150, format="png"))
-    saved = [*[BEST] * bool(scored), *(f"{name}.png" for name in figures)]
+    saved = [*[BEST] * bool(scored), *save_figures(report.plots(options.env), out)]
     say(f"  {'not all ' * bool(report.unsaved)}saved in {out}: {', '.join(saved) or 'what is trained'}")
     if interrupted:
         say(f"interrupted: the same command with --out {out} continues")

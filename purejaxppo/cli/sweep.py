@@ -18,6 +18,7 @@ from purejaxppo.cli.options import (
     make_folder,
     parse,
     prepare_jax,
+    save_figures,
     say,
 )
 from purejaxppo.cli.plugged import to_named
@@ -136,7 +137,7 @@ def _report(result: "SweepResult", out: Path, title: str):
         for versus, found in improvements(result.scores, field).items():
             low, value, high = (float(found[name]) for name in ("low", "value", "high"))
             say(f"  P({versus}) = {value:.2f}  [{low:.2f}, {high:.2f}] 95 %")
-    saved = [] if result.unsaved else ["results.nc", *_draw_sweep(result.metrics, out, title)]
+    saved = [] if result.unsaved else ["results.nc", *_draw_sweep(result, out, title)]
     if result.steps:
         _say_speed("", result)
     say(f"  {'not all ' * bool(result.unsaved)}saved in {out}: {', '.join(saved) or 'what fitted'}")
@@ -184,9 +185,9 @@ def plot(arguments: list[str]) -> int:
     if kind_of(options.folder) == "sweep":
         loaded = load_sweep(options.folder)
         chosen = {"line": options.line, "panel": options.panel, "statistic": options.statistic}
-        plots = _draw_sweep(loaded.metrics, out, loaded.sweep.env, **chosen)
+        plots = _draw_sweep(loaded, out, loaded.sweep.env, **chosen)
     else:
-        plots = [draw(read_metrics(options.folder), out, read_settings(options.folder).env)]
+        plots = draw(read_metrics(options.folder), out, read_settings(options.folder).env)
     say(f"drawn in {out}: {', '.join(plots)}")
     return 0
 
@@ -200,19 +201,14 @@ def _parse_sweep(arguments: list[str]):
     return complete(options, arguments), table
 
 
-def _draw_sweep(metrics, out: Path, title: str, **chosen) -> list[str]:
+def _draw_sweep(result: "SweepResult", out: Path, title: str, **chosen) -> list[str]:
     """Draws every plot that the swept fields allow; returns the names of the files."""
     draw_without_screen()
-    from purejaxppo.experiment.files import replace_file
-    from purejaxppo.experiment.report.sweep_plots import plot_sweep
-
     try:
-        figures = plot_sweep(metrics, title=title, **chosen)
+        figures = result.plots(title, **chosen)
     except ValueError as error:
         if any(chosen.get(name) for name in ("line", "panel")):
             raise
         say(f"  no plots: {error}")
         return []
-    for name, figure in figures.items():
-        replace_file(out / f"{name}.png", lambda half, figure=figure: figure.savefig(half, dpi=150, format="png"))
-    return [f"{name}.png" for name in figures]
+    return save_figures(figures, out)

@@ -23,6 +23,7 @@ from purejaxppo.cli.options import (
     make_folder,
     parse,
     prepare_jax,
+    save_figures,
     say,
 )
 from purejaxppo.cli.plugged import Plugged, check_given, make_plugged
@@ -267,12 +268,9 @@ def _table(
     return "\n".join(f"  {name:<28}{value}" for name, value in [*rows, (where, str(folder))])
 
 
-def draw(metrics: "xarray.Dataset", folder: Path, title: str) -> str:
-    """Draws the learning curve of a run into a folder; returns the name of the file."""
+def draw(metrics: "xarray.Dataset", folder: Path, title: str) -> list[str]:
+    """Draws the learning curve of a run into a folder; returns the names of the files."""
     draw_without_screen()
-    from purejaxppo.experiment.files import replace_file
     from purejaxppo.experiment.report.curve import plot_learning_curve
 
-    figure = plot_learning_curve(metrics, title=title)
-    replace_file(folder / "learning_curve.png", lambda half: figure.savefig(half, dpi=150, format="png"))
-    return "learning_curve.png"
+    return save_figures({"learning_curve": plot_learning_curve(metrics, title=title)}, folder)

@@ -63,13 +63,11 @@ def _page_of_sweep(folder: Path) -> str:
         status = f"{done} of {count(sweep.num_runs, 'run')} are complete, {len(failed)} of them failed."
         if result.num_unfinished:
             status += " Unfinished runs are ranked by what they have done."
-        if result.rungs:
-            status += (
-                " Successive halving stopped settings early and ranks them by the rungs that they reached, as "
-                "`purejaxppo evaluate` does; the ranking here compares the scores of all."
-            )
+        ranked = result.ranked() if result.rungs else None
+        rungs = [] if ranked is None else [sections.rungs_section(result.rung_scores, result.rung_steps, ranked)]
         parts = [
-            *sections.sections_of_sweep(result.metrics),
+            *sections.sections_of_sweep(result.metrics, ranked),
+            *rungs,
             *sections.failure_section(failed, sweep.num_runs),
             *sections.ignored_section(result.slices.ignored),
         ]

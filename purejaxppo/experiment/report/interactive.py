@@ -73,6 +73,25 @@ def draw_runs(metrics: xarray.Dataset) -> go.Figure:
     return figure
 
 
+def draw_rungs(scores: np.ndarray, steps: Sequence[int], labels: Sequence[str]) -> go.Figure:
+    """The score of every setting on every rung of successive halving; that of the first is thick.
+
+    Args:
+        scores: [settings, rungs], best first; nan where a setting did not get to the rung, -inf where it failed.
+        steps: environment steps of a run at each rung.
+        labels: a text for every setting.
+    """
+    figure = _figure("environment steps of a run", "episode return", height=420)
+    for i, (row, label) in reversed(list(enumerate(zip(np.where(np.isfinite(scores), scores, np.nan), labels)))):
+        style = {"color": COLORS[3], "width": 3} if i == 0 else {"color": COLORS[0], "width": 1}
+        figure.add_scatter(
+            x=list(steps), y=_short(row), mode="lines+markers", line=style, opacity=1 if i == 0 else 0.5,
+            name=_text(label), hovertemplate="%{fullData.name}<br>%{x:,} steps: %{y:.4~g}<extra></extra>",
+        )  # fmt: skip
+    figure.update_xaxes(type="log", tickvals=list(steps), ticktext=[f"{x:,}" for x in steps])
+    return figure
+
+
 def draw_metric(values: xarray.DataArray, name: str) -> go.Figure:
     """A metric of a run: the mean over its agents, and the range of all agents, each the mean of some updates.
 

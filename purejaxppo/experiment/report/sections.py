@@ -19,6 +19,7 @@ from purejaxppo.experiment.report.interactive import (
     draw_field,
     draw_metric,
     draw_pair,
+    draw_rungs,
     draw_runs,
     line_style,
 )
@@ -37,22 +38,25 @@ MAX_PAIRS = 10  # heat maps
 MAX_METRICS = 60
 
 
-def sections_of_sweep(metrics: xarray.Dataset) -> list[Element]:
+def sections_of_sweep(metrics: xarray.Dataset, ranked: xarray.Dataset | None = None) -> list[Element]:
     """The ranking, the learning curves, the scores and the importance of fields, for every environment by itself.
 
-    `metrics` has the dimensions of the sweep's table, `seed` and `updates`.
+    Args:
+        metrics: with the dimensions of the sweep's table, `seed` and `updates`.
+        ranked: of one environment, if it is not in the order of `rank`; with the variables `rung` and `rung_score`
+            after successive halving.
     """
     names = np.unique(metrics["env"]).tolist() if "env" in metrics.coords else []
     if len(names) < 2:
-        return _sections_of_env(metrics, "")
+        return _sections_of_env(metrics, "", ranked)
     dim = metrics["env"].dims[0]
     parts = [_sections_of_env(metrics.isel({dim: metrics["env"].values == name}), f": {name}") for name in names]
     return list(itertools.chain(*parts))
 
 
-def _sections_of_env(metrics: xarray.Dataset, of: str) -> list[Element]:
+def _sections_of_env(metrics: xarray.Dataset, of: str, ranked: xarray.Dataset | None = None) -> list[Element]:
     scores = scores_of(metrics)
-    ranked = rank(scores)
+    ranked = rank(scores) if ranked is None else ranked
     labels = [show_setting(row) or "the only setting" for row in _rows_of(ranked)]
     ranking = section(f"Ranking{of}", *_ranking(ranked, scores))
     num_scored = int((ranked["num_runs"] > 0).sum())
@@ -63,6 +67,26 @@ def _sections_of_env(metrics: xarray.Dataset, of: str) -> list[Element]:
     return [ranking, curves, *([section(f"Scores by field{of}", *fields)] if fields else [])]
 
 
+def rungs_section(scores: np.ndarray, steps: Sequence[int], ranked: xarray.Dataset) -> Element:
+    """The rungs of successive halving: the score of every setting where it was compared.
+
+    Args:
+        scores: [settings, rungs], nan where a setting did not get to the rung, -inf where it failed.
+        steps: environment steps of a run at each rung.
+        ranked: the settings, best first; their coordinate `setting` is the row of `scores`.
+    """
+    shown = ranked.isel(setting=slice(MAX_SETTINGS))
+    reached, failed = (~np.isnan(scores)).sum(0), int(np.isneginf(scores).any(1).sum())
+    rows = [
+        {"steps of a run": f"{step:,}", "settings": int(number), "best score": show(float(best))}
+        for step, number, best in zip(steps, reached, np.nanmax(scores, 0, initial=-np.inf))
+        if number
+    ]
+    figure = draw_rungs(scores[shown["setting"].values], steps, [show_setting(row) for row in _rows_of(shown)])
+    note = f"{count(failed, 'setting')} failed and {'has' if failed == 1 else 'have'} no point." if failed else ""
+    return section("Rungs", table(rows), plot(figure, f"A line ends where its setting was stopped. {note}"))
+
+
 def _rows_of(ranked: xarray.Dataset) -> list[dict[str, Any]]:
     """The fields of every setting of a ranking that vary, or else all."""
     names = [str(name) for name in ranked.coords if name != "setting"]
@@ -71,7 +95,7 @@ def _rows_of(ranked: xarray.Dataset) -> list[dict[str, Any]]:
 
 
 def _ranking(ranked: xarray.Dataset, scores: xarray.DataArray) -> list[Element | None]:
-    fields = [str(name) for name in ranked.coords if name != "setting"]
+    fields, on_rungs = [str(name) for name in ranked.coords if name != "setting"], "rung" in ranked
     missing, has_intervals = bool(ranked["num_missing"].any()), bool(ranked["low"].notnull().any())
     rows = []
     for place in range(min(len(ranked["setting"]), MAX_ROWS)):
@@ -80,7 +104,9 @@ def _ranking(ranked: xarray.Dataset, scores: xarray.DataArray) -> list[Element |
         failed = not number["num_runs"]
         ends = "" if math.isnan(number["low"]) else f"{show(number['low'])} to {show(number['high'])}"
         rows.append(
-            {"rank": place + 1, "IQM": "failed" if failed else show(number["iqm"])}
+            {"rank": place + 1}
+            | ({"updates": number["rung"], "score there": show(number["rung_score"])} if on_rungs else {})
+            | {"IQM": "failed" if failed else show(number["iqm"])}
             | ({"95 % interval": ends} if has_intervals else {})
             | {name: show(row[name].item()) for name in fields}
             | {name: "" if failed else show(number[name]) for name in ("mean", "median")}
@@ -90,8 +116,12 @@ def _ranking(ranked: xarray.Dataset, scores: xarray.DataArray) -> list[Element |
     total, num_seeds = len(ranked["setting"]), scores.sizes["seed"]
     return [
         sentences(
-            f"{count(total, 'setting')} by the interquartile mean (IQM), over {count(num_seeds, 'seed')}, of "
-            f"{describe_scores(scores)}"
+            "Successive halving stopped settings early. They are ranked by the updates of the last comparison that they"
+            " reached, then by their score there."
+            if on_rungs
+            else "",
+            f"{count(total, 'setting')} {'with' if on_rungs else 'by'} the interquartile mean (IQM), over "
+            f"{count(num_seeds, 'seed')}, of {describe_scores(scores)}"
             + (", with 95 % bootstrap intervals." if num_seeds > 1 else "; one seed has no interval."),
             "Missing runs turned nan, ended no episode or were not evaluated yet; they count as the lowest score."
             if missing

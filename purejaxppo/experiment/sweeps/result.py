@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -27,6 +27,9 @@ from purejaxppo.experiment.sweeps.sweep import Sweep, make_group, name_run
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.rollout import Policy
 from purejaxppo.text import count, shorten, show_setting, to_coordinate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RESULTS = "results.nc"
 
@@ -88,15 +91,32 @@ class SweepResult:
         ranked = rank(self.scores)
         if not self.rungs:
             return ranked
-        reached, last = last_scores(self._rung_scores)
+        reached, last = last_scores(self.rung_scores)
         updates = np.array([0, *self.rungs])[reached]
-        order = best_first(self._rung_scores)
+        order = best_first(self.rung_scores)
         ranked = ranked.isel(setting=np.argsort(ranked["setting"].values)[order])
         return ranked.assign(rung=("setting", updates[order]), rung_score=("setting", last[order]))
 
     @cached_property
-    def _rung_scores(self) -> np.ndarray:
+    def rung_scores(self) -> np.ndarray:
+        """The score of every setting on every rung of successive halving, [settings, rungs]: nan where a setting did
+        not get to the rung, -inf where it failed."""
         return scores_on_rungs(self.sweep, self.slices.read(warn=False), self.rungs)
+
+    @property
+    def rung_steps(self) -> list[int]:
+        """Environment steps of a run at each rung."""
+        return [updates * self.sweep.groups()[0].config.steps_per_update for updates in self.rungs]
+
+    def plots(self, title: str = "", **options: Any) -> "dict[str, Figure]":
+        """All plots that suit the swept fields, by name, see `plot_sweep` for the options; of halving its rungs too."""
+        from purejaxppo.experiment.report.search_plots import plot_rungs
+        from purejaxppo.experiment.report.sweep_plots import plot_sweep
+
+        figures = plot_sweep(self.metrics, title=title, **options)
+        if self.rungs:
+            figures["rungs"] = plot_rungs(self.rung_scores, self.rung_steps, self.sweep.table.rows(), title)
+        return figures
 
     def best(self) -> dict:
         """The first setting of `ranked`, field -> value.
@@ -116,8 +136,8 @@ class SweepResult:
                 "the best setting is that of the others"
             )
         if self.rungs:
-            first = best_first(self._rung_scores)[0]
-            if np.isnan(last_scores(self._rung_scores)[1][first]):
+            first = best_first(self.rung_scores)[0]
+            if np.isnan(last_scores(self.rung_scores)[1][first]):
                 raise ValueError(NO_SCORE)
             return self.sweep.table.rows()[first]
         row = best(self.scores)
