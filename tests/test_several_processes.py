@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import xarray
 
@@ -21,7 +22,8 @@ KILLS = int(os.environ.get("PUREJAXPPO_KILLS", 2))
 TINY = "CartPole-v1 --num-envs 4 --num-steps 8 --num-minibatches 2 --num-epochs 2 --widths 8".split()
 GRID = "--grid learning_rate=1e-3,1e-2 --grid discount=0.9,0.99 --num-seeds 8 --slice-size 2 --num-devices 2".split()
 SWEEP = ["sweep", *TINY, "--num-updates", "600", "--updates-per-chunk", "50", *GRID]
-TRAIN = ["train", *TINY, "--num-updates", "50", "--num-seeds", "2", "--save-every", "0"]
+TRAIN = "--num-updates 50 --num-seeds 2 --save-every 0 --evaluate-every 20 --keep-best".split()
+TRAIN = ["train", *TINY, *TRAIN]
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +125,11 @@ def test_a_sweep_of_which_a_process_is_killed_ends_within_a_minute_and_the_same_
         killed = time.monotonic()
         _, said = processes[1 - lost].communicate(timeout=60)
         seconds, stored = time.monotonic() - killed, stored_updates(folder)
-        print(f"process {lost} killed, the other ended in {seconds:.1f} s, {before} then {stored} updates are stored")
         processes[lost].communicate(timeout=60)
+        print(
+            f"process {lost} killed, the other ended in {seconds:.1f} s with {processes[1 - lost].returncode}, "
+            f"{before} then {stored} updates are stored"
+        )
         assert stored >= before
         if processes[1 - lost].returncode == 0:  # it was killed after all its work was done
             xarray.testing.assert_equal(read(folder), sweep_of_one)
@@ -148,19 +153,27 @@ def await_checkpoint(folder, process):
     assert process.poll() is None, process.communicate()
 
 
+def lose_one(processes, lost):
+    """Kills one of two processes within three seconds, which ends the other."""
+    time.sleep(random.uniform(0, 3))
+    kill(processes[lost])
+    for process in processes:
+        process.communicate(timeout=60)
+    assert processes[1 - lost].returncode == 5
+
+
 def test_a_sharded_run_of_two_processes_is_killed_and_resumes_in_two_and_in_one(cache, tmp_path):
     undisturbed, folder, alone = (tmp_path / name for name in ("undisturbed", "run", "alone"))
     finish(*start_two(undisturbed, TRAIN, cache))
     expected, processes = read(undisturbed, "metrics.nc"), start_two(folder, TRAIN, cache)
+    assert expected["evaluation_return"].notnull().any("seed")[[19, 39, 49]].all()
     await_checkpoint(folder, processes[0])
-    time.sleep(random.uniform(0, 3))
-    kill(processes[0])
-    for process in processes:
-        process.communicate(timeout=60)
-    assert [process.returncode for process in processes][1] == 5
+    lose_one(processes, 0)
     shutil.copytree(folder, alone)
     finish(*start_two(folder, TRAIN, cache))
     xarray.testing.assert_equal(read(folder, "metrics.nc"), expected)
+    best = [np.load(path / "best_policy.npz") for path in (folder, undisturbed)]
+    assert set(best[0]) == set(best[1]) and all((best[0][name] == best[1][name]).all() for name in best[0])
     done = max(int(path.name) for path in (alone / "checkpoints").glob("[0-9]" * 10))
     finish(start(alone, ["resume", str(alone)], cache, devices=4))
     found = read(alone, "metrics.nc")
@@ -190,8 +203,8 @@ def test_ctrl_c_in_one_process_ends_a_run_of_two_after_the_same_chunk(cache, tmp
 
 
 SPACE = "--grid learning_rate=1e-3,1e-2,1e-4,1e-1 --num-seeds 2 --num-updates 30 --save-every 0".split()
-HALVING = ["search", *TINY, *SPACE, "--method", "halving", "--eta", "2", "--num-rungs", "2"]
-PBT = ["search", *TINY, *SPACE, "--method", "pbt", "--every", "5"]
+HALVING = ["search", *TINY, *SPACE, "--evaluate-every", "5", "--method", "halving", "--eta", "2", "--num-rungs", "2"]
+PBT = ["search", *TINY, *SPACE, "--evaluate-every", "5", "--method", "pbt", "--every", "5"]
 
 
 def test_halving_in_two_processes_gives_the_numbers_of_one_to_rounding(cache, tmp_path):
@@ -209,3 +222,20 @@ def test_a_population_on_the_devices_of_two_processes_gives_the_numbers_of_one(c
     assert "the best setting trains with" in first and not second
     expected, found = read(tmp_path / "one", "metrics.nc"), read(tmp_path / "two", "metrics.nc")
     xarray.testing.assert_equal(found, expected)  # a run lies on one device, and only copies pass between them
+
+
+@pytest.mark.parametrize("search", [HALVING, PBT], ids=["halving", "pbt"])
+def test_a_search_of_which_a_process_is_killed_is_finished_by_the_same_command(search, cache, tmp_path):
+    folder, longer = tmp_path / "search", [*search, "--num-updates", "200"]
+    processes = start_two(folder, longer, cache)
+    while processes[0].poll() is None and not [*folder.glob("slices/*.npz"), *folder.glob("checkpoints/[0-9]*")]:
+        time.sleep(0.05)
+    lose_one(processes, random.randrange(2))
+    first, second = finish(*start_two(folder, longer, cache))
+    assert "the best setting trains with" in first and not second
+    finish(*start_two(tmp_path / "undisturbed", longer, cache))
+    name = "metrics.nc" if search == PBT else "results.nc"
+    expected, found = read(tmp_path / "undisturbed", name), read(folder, name)
+    # Halving gives free places to whoever waits, so after an interruption other settings may go on.
+    shown = slice(100 if search == HALVING else 200)
+    xarray.testing.assert_equal(found["loss"].isel(updates=shown), expected["loss"].isel(updates=shown))
