@@ -15,8 +15,9 @@ from purejaxppo import Box, Discrete, Env
 from purejaxppo.cli.main import main
 from purejaxppo.envs import SUITES, env_names, suite
 from purejaxppo.envs.check import check_shapes
+from purejaxppo.envs.roles import allowed_actions, random_action
 from purejaxppo.experiment.identity import identify, identify_ppo
-from purejaxppo.experiment.presets import find_preset, preset
+from purejaxppo.experiment.presets import PRESETS, find_preset, preset
 from purejaxppo.experiment.suite_presets import PUBLISHED, TRIED, UNTRIED
 
 Step: Any = pjp.Step  # without its types: those of suites vary
@@ -216,12 +217,12 @@ def test_an_error_of_a_suite_is_one_sentence(fake):
 
 
 def test_envs_lists_the_environments_of_a_suite_and_which_presets_are_untried(fake, monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS, "fake/walk", preset("CartPole-v1"))
+    monkeypatch.setitem(UNTRIED, "fake/r*", UNTRIED["brax/hopper"])
     assert main(["envs", "fake"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
-        "environment",
-        "fake/walk",
-        "fake/run",
-    ]
+    _, walk, run = capsys.readouterr().out.splitlines()
+    assert walk.startswith("fake/walk ") and "untried" not in walk and "discount=0.98" in walk
+    assert run.startswith("fake/run ") and " untried: num_envs=64" in run
     assert main(["envs", "fkae"]) == 2
     assert "'fkae' is not a known suite (did you mean fake?)" in capsys.readouterr().err
 
@@ -276,6 +277,41 @@ def test_a_time_limit_of_a_suite_is_a_truncation(limited):
 
     terminated, truncated = play(jax.random.key(0))
     assert terminated.tolist() == [False] * 3 and truncated.tolist() == [False, False, True]
+
+
+def test_freeway_ends_by_its_clock_which_is_a_truncation():
+    if not suite.is_installed("pgx"):
+        pytest.skip("not installed")
+    env = pjp.make_env("pgx/minatar-freeway")
+    state, _ = env.reset(jax.random.key(0), env.params)
+    state = state.replace(_terminate_timer=jnp.int32(1))
+    for ended in (False, True):
+        state, _, _, terminated, truncated, *_ = env.step(jax.random.key(1), state, jnp.int32(0), env.params)
+        assert (bool(terminated), bool(truncated)) == (False, ended)
+
+
+@pytest.mark.slow
+def test_the_time_limits_of_jumanji_are_truncations():
+    if not suite.is_installed("jumanji"):
+        pytest.skip("not installed")
+
+    def first_step(env):
+        state, obs = env.reset(jax.random.key(0), env.params)
+        action = random_action(jax.random.key(1), env.action_space, allowed_actions(env.observation_space, obs))
+        return env.step(jax.random.key(2), state, action, env.params)
+
+    limited = []
+    with jax.numpy_rank_promotion("allow"):
+        for name in env_names("jumanji"):
+            try:
+                envs = [pjp.make_env(name, **options) for options in ({}, {"time_limit": 1})]
+            except ValueError:  # it takes no time limit, or needs a download
+                continue
+            without, within = map(first_step, envs)
+            assert bool(within.terminated) == bool(without.terminated) and not without.truncated, name
+            assert bool(within.truncated) != bool(within.terminated), name
+            limited.append(name)
+    assert len(limited) >= 10
 
 
 def quiet_action(env, obs):

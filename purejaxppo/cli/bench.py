@@ -86,7 +86,7 @@ def envs(arguments: list[str]) -> int:
     for name in names:
         config, hyperparams = preset(name)
         changed = ", ".join(f"{key}={value}" for key, value in changed_settings(config, hyperparams).items())
-        untried = "" if options.suite == "gymnax" or name in PRESETS else "untried: "
+        untried = "untried: " if changed and name not in PRESETS else ""
         say(f"{name:{width}}  {config.total_steps:>13,}  {untried}{changed}")
     if options.suite == "gymnax":
         say("other suites (purejaxppo envs SUITE lists one):")

@@ -15,12 +15,15 @@ def names() -> list[str]:
 def make(name: str, **options: Any) -> Env:
     """A game of pgx; those of MinAtar repeat the last action with probability 0.1, as MinAtar does.
 
+    Freeway ends by its clock alone, which pgx calls a termination; here it is a truncation.
+
     Args:
         name: as `names` lists it.
         options: of the game in pgx.
     """
     game = pgx.make(name, **options)
     masked = not name.startswith("minatar-")  # there all actions are legal
+    timed = name == "minatar-freeway"
 
     def show(state):
         return {"board": state.observation, "action_mask": state.legal_action_mask} if masked else state.observation
@@ -31,7 +34,8 @@ def make(name: str, **options: Any) -> Env:
 
     def step(key, state, action, params):
         state = game.step(state, action, key)
-        return Step(state, show(state), state.rewards[0], state.terminated, state.truncated)
+        terminated, truncated = state.terminated & (not timed), state.truncated | (state.terminated & timed)
+        return Step(state, show(state), state.rewards[0], terminated, truncated)
 
     board = Box(0, 1, game.observation_shape, bool)
     space = {"board": board, "action_mask": ActionMask((game.num_actions,))} if masked else board

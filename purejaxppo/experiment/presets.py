@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from purejaxppo.config import Config, Hyperparams
 from purejaxppo.envs import check_name
-from purejaxppo.experiment.suite_presets import PUBLISHED, TRIED, UNTRIED
+from purejaxppo.experiment.suite_presets import MINATAR, NORMALIZED, PUBLISHED, TRIED, UNTRIED
 from purejaxppo.text import quote
 
 
@@ -24,8 +24,8 @@ DEFAULTS = Preset(Config(), Hyperparams())
 def preset(env: str) -> Preset:
     """The preset of an environment by name, or the defaults if it has none.
 
-    Most environments of suites have settings that are not tried with this package, most of them published by the suite
-    (`purejaxppo envs SUITE` says which).
+    Most environments of suites have settings that are not tried with this package, most of them published by the suite;
+    `purejaxppo envs SUITE` says so.
 
     Raises ValueError for a name that no environment has, with the nearest known names.
     """
@@ -76,11 +76,9 @@ def _preset(total_steps: int, config: dict[str, Any] | None = None, **hyperparam
     return Preset(Config(**config or {}).with_total_steps(total_steps), Hyperparams(**hyperparams))
 
 
-NORMALIZED = {"normalize_observation": True, "scale_reward": True}
 # The time limit is part of the task: no value is bootstrapped after it.
 FINITE = {"bootstrap_on_truncation": False}
 CONTROL = NORMALIZED | {"num_envs": 32, "num_steps": 100, "num_epochs": 10, "num_minibatches": 32}
-MINATAR = {"num_envs": 64, "num_steps": 128, "num_minibatches": 8, "widths": (128, 128), "activation": "relu"}
 BSUITE = {"num_envs": 8, "num_steps": 32}
 BANDIT = FINITE | {"num_envs": 16, "num_steps": 100}
 

@@ -53,6 +53,7 @@ UNTRIED = {
     "xland/MiniGrid-Memory*": Settings(
         5_000_000, GRID | {"num_envs": 64, "memory": "gru", "segment_length": 64}, {"learning_rate": 1e-3}
     ),
+    "pgx/2048": Settings(1_000_000, BOARD | {"scale_reward": True}, {"learning_rate": 1e-3, "discount": 0.997}),
     "pgx/minatar-asterix": Settings(3_000_000, MINATAR, {"learning_rate": 1e-3}),
 }
 
@@ -62,8 +63,8 @@ BRAX_PPO = {
     "learning_rate": 3e-4, "learning_rate_annealing": 0.0, "discount": 0.97, "clip": 0.3, "max_grad_norm": 1e9,
 }  # fmt: skip
 # mujoco_playground/config, dm_control_suite_params.py, locomotion_params.py and manipulation_params.py.
-CONTROL = BRAX | {"num_steps": 480, "num_epochs": 16}
-CONTROL_PPO = BRAX_PPO | {"learning_rate": 1e-3, "discount": 0.995}
+DM_CONTROL = BRAX | {"num_steps": 480, "num_epochs": 16}
+DM_CONTROL_PPO = BRAX_PPO | {"learning_rate": 1e-3, "discount": 0.995}
 ROBOT = BRAX | {"num_envs": 8192, "num_steps": 20, "widths": (512, 256, 128)}
 ROBOT_PPO = BRAX_PPO | {"max_grad_norm": 1.0}
 HUMANOID_PPO = ROBOT_PPO | {"clip": 0.2, "entropy_coefficient": 5e-3}
@@ -89,12 +90,12 @@ PUBLISHED = {
         50_000_000, BRAX | {"num_steps": 120, "num_epochs": 8, "num_minibatches": 16}, BRAX_PPO | {"discount": 0.95}
     ),
     "brax/inverted_double_pendulum": Settings(20_000_000, BRAX | {"num_steps": 80}, BRAX_PPO),
-    "playground/*": Settings(60_000_000, CONTROL, CONTROL_PPO),
-    "playground/Acrobot*": Settings(100_000_000, CONTROL, CONTROL_PPO),
-    "playground/SwimmerSwimmer6": Settings(100_000_000, CONTROL, CONTROL_PPO),
-    "playground/WalkerRun": Settings(100_000_000, CONTROL, CONTROL_PPO),
-    "playground/BallInCup": Settings(60_000_000, CONTROL, CONTROL_PPO | {"discount": 0.95}),
-    "playground/FingerSpin": Settings(60_000_000, CONTROL, CONTROL_PPO | {"discount": 0.95}),
+    "playground/*": Settings(60_000_000, DM_CONTROL, DM_CONTROL_PPO),
+    "playground/Acrobot*": Settings(100_000_000, DM_CONTROL, DM_CONTROL_PPO),
+    "playground/SwimmerSwimmer6": Settings(100_000_000, DM_CONTROL, DM_CONTROL_PPO),
+    "playground/WalkerRun": Settings(100_000_000, DM_CONTROL, DM_CONTROL_PPO),
+    "playground/BallInCup": Settings(60_000_000, DM_CONTROL, DM_CONTROL_PPO | {"discount": 0.95}),
+    "playground/FingerSpin": Settings(60_000_000, DM_CONTROL, DM_CONTROL_PPO | {"discount": 0.95}),
     "playground/*Gait*": Settings(100_000_000, ROBOT | {"widths": (128,) * 4}, ROBOT_PPO),
     "playground/*Joystick": Settings(100_000_000, ROBOT | {"widths": (128,) * 4}, ROBOT_PPO),
     "playground/Spot*": Settings(100_000_000, ROBOT | {"widths": (128,) * 4}, ROBOT_PPO),
@@ -135,7 +136,7 @@ PUBLISHED = {
         },
         {"learning_rate": 1e-3},
     ),
-    "pgx/*": Settings(
+    "pgx/minatar-*": Settings(
         20_000_000, {"num_envs": 4096, "num_epochs": 3, "num_minibatches": 128}, {"learning_rate": 3e-4}
     ),
 }  # fmt: skip
