@@ -17,6 +17,7 @@ from purejaxppo.collectives import gather_shards
 from purejaxppo.experiment.files import from_arrays, to_arrays
 from purejaxppo.experiment.program import compile_training
 from purejaxppo.loss import ppo_loss
+from purejaxppo.networks.memories import MEMORIES
 from purejaxppo.summary import measure_rollout, summarize
 
 
@@ -176,12 +177,16 @@ def test_schedules_may_be_batched_like_numbers():
 
 
 @pytest.mark.full
-def test_double_precision_mode_trains_too():
+@pytest.mark.parametrize("memory", ["", *MEMORIES])
+def test_double_precision_mode_trains_too(memory):
+    segments = {"memory": memory, "segment_length": 8 if memory else 1}
+    config = dataclasses.replace(SMALL, normalize_observation=True, scale_reward=True, **segments)
     with jax.enable_x64(True):
-        ppo = make_ppo("Pendulum-v1", dataclasses.replace(SMALL, normalize_observation=True, scale_reward=True))
+        ppo = make_ppo("Pendulum-v1", config)
         state, metrics = jax.jit(ppo.step)(ppo.init(jax.random.key(0)))
         assert np.isfinite(metrics["loss"])
-        assert {x.dtype for x in jax.tree.leaves(state.policy)} == {jnp.dtype(jnp.float32)}
+        kept = state.policy, state.actors.memory
+        assert {x.dtype for x in jax.tree.leaves(kept)} == {jnp.dtype(jnp.float32)}
 
 
 VALUES = Config(num_envs=16, num_steps=16, num_updates=300, widths=(32,), num_minibatches=4, clip_value_loss=False)

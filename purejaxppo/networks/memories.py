@@ -23,13 +23,13 @@ class GRU(nn.Module):
 
     def empty(self, batch: int) -> jax.Array:
         """The memory [B, width] before the first step."""
-        return jnp.zeros((batch, self.width))
+        return jnp.zeros((batch, self.width), jnp.float32)
 
     @nn.compact
     def __call__(self, memory: jax.Array, features: jax.Array | Columns, first: jax.Array):
         """The memory [B, width] after features [T, B, F], and features [T, B, width]."""
         weights = draw_weights(self, ("reset", "update", "candidate"), features)
-        bias = self.param("recalled_candidate_bias", nn.initializers.zeros, (self.width,))
+        bias = self.param("recalled_candidate_bias", nn.initializers.zeros, (self.width,), jnp.float32)
 
         def cell(hidden, given, recalled):
             (*gates, candidate), (*more, recalled) = jnp.split(given, 3, axis=-1), jnp.split(recalled, 3, axis=-1)
@@ -47,7 +47,7 @@ class LSTM(nn.Module):
 
     def empty(self, batch: int) -> tuple[jax.Array, jax.Array]:
         """The memory before the first step: the cell [B, width] and the output [B, width]."""
-        return jnp.zeros((batch, self.width)), jnp.zeros((batch, self.width))
+        return jnp.zeros((batch, self.width), jnp.float32), jnp.zeros((batch, self.width), jnp.float32)
 
     @nn.compact
     def __call__(self, memory: tuple[jax.Array, jax.Array], features: jax.Array | Columns, first: jax.Array):
@@ -72,7 +72,7 @@ class MinGRU(nn.Module):
 
     def empty(self, batch: int) -> jax.Array:
         """The memory [B, width] before the first step."""
-        return jnp.zeros((batch, self.width))
+        return jnp.zeros((batch, self.width), jnp.float32)
 
     @nn.compact
     def __call__(self, memory: jax.Array, features: jax.Array | Columns, first: jax.Array):
@@ -163,7 +163,7 @@ def draw_weights(module: Any, gates: Sequence[str], features: jax.Array | Column
         shape = (size, module.width)
         return jnp.concatenate([module.param(f"{name}_{gate}", orthogonal(), shape) for gate in gates], axis=1)
 
-    bias = module.param("bias", nn.initializers.zeros, (len(gates) * module.width,))
+    bias = module.param("bias", nn.initializers.zeros, (len(gates) * module.width,), jnp.float32)
     return Weights(draw("given", num_features), draw("recalled", module.width), bias)
 
 
