@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import flax.linen as nn
@@ -25,7 +26,7 @@ CONFIG = replace(SMALL, num_epochs=1, num_minibatches=1)
 def masked(action_space: Any = pjp.Discrete(3), shape=(3,), lost=False):
     """Random masks; an action that is masked ends the episode with reward -100, an allowed one is rewarded by 1."""
 
-    always = {(3,): [0], (5,): [0, 2], (2, 3): [0]}[shape]  # so that each entry of an action has a choice
+    always = [0, 2] if shape == (5,) else [0]  # so that each entry of an action has a choice
 
     def observe(key):
         allowed = jax.random.bernoulli(key, 0.5, shape).at[jnp.array(always)].set(True)
@@ -60,6 +61,7 @@ SPACES = [
     (pjp.MultiDiscrete([2, 3]), (5,)),
     (pjp.MultiDiscrete([2, 3]), (2, 3)),
 ]
+WIDE = pjp.MultiDiscrete([10, 10]), (10, 10)  # whose distributions a rollout does not keep
 
 
 @pytest.fixture(params=SPACES, ids=["one choice", "independent choices", "combinations"])
@@ -67,8 +69,10 @@ def env(request):
     return masked(*request.param)
 
 
-def test_a_masked_action_is_never_taken(env, key):
+@pytest.mark.parametrize("space, shape", [*SPACES, WIDE])
+def test_a_masked_action_is_never_taken(space, shape, key):
     """In rollouts, in evaluation (sampled and greedy), and by random play."""
+    env = masked(space, shape)
     ppo = pjp.make_ppo(env, CONFIG)
     state, _ = jax.jit(ppo.train)(ppo.init(key))
     _, rollout = jax.jit(ppo.collect)(state)
@@ -84,7 +88,20 @@ def test_a_masked_action_is_never_taken(env, key):
 
 
 def test_an_environment_with_a_mask_passes_its_check_and_is_played_by_the_mask():
-    assert not pjp.check_env(masked(*SPACES[2]), num_steps=50)
+    """A masked action would be rewarded by nan, in a step that does not end: a fault."""
+    env = masked(*SPACES[2])
+
+    def step(key, state, action, params):
+        forbidden = ~is_allowed(state[1], action, env.action_space)
+        return env.step(key, state, action, params)._replace(
+            reward=jnp.where(forbidden, jnp.nan, 1.0), terminated=jnp.bool_(False)
+        )
+
+    assert not pjp.check_env(env._replace(step=step), num_steps=50)
+    unaware = env.observation_space | {"mask": pjp.Box(0, 1, env.observation_space["mask"].shape, bool)}
+    assert any(
+        "nan" in fault for fault in pjp.check_env(env._replace(step=step, observation_space=unaware), num_steps=50)
+    )
 
 
 def test_a_random_action_has_equal_probability_among_the_allowed():
@@ -182,6 +199,23 @@ def test_a_mask_is_applied_to_a_network_that_knows_of_none(space, shape, key):
     state, _ = jax.jit(ppo.train)(ppo.init(key))
     _, rollout = jax.jit(ppo.collect)(state)
     assert (np.asarray(rollout.reward) == 1).all()
+
+
+def test_a_mask_keeps_what_else_a_network_has(key):
+    """An auxiliary head, which the loss reads as without a mask."""
+    plain = pjp.from_linen(Plain(*HEADS[(3,)]))
+    network = SimpleNamespace(**plain._asdict(), scale=lambda params: 2.0)
+
+    def loss(params, minibatch, hyperparams, *, network, config):
+        loss, report = pjp.ppo_loss(params, minibatch, hyperparams, network=network, config=config)
+        return loss, report | {"scale": network.scale(params)}
+
+    ppo = pjp.make_ppo(masked(*SPACES[0]), CONFIG, network=network, loss=loss)
+    _, metrics = jax.jit(ppo.step)(ppo.init(key))
+    assert metrics["scale"] == 2
+    given: Any = ppo.network
+    with pytest.raises(AttributeError, match="nothing"):
+        given.nothing
 
 
 class Unmasked(pjp.Normal):

@@ -6,7 +6,8 @@ which is () for a feed-forward network: feed-forward and recurrent networks shar
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -118,21 +119,31 @@ def _feed_forward(init, apply) -> Network:
 def respect_mask(network: Network, observation_space: Any) -> Network:
     """The network with the action mask of its observations applied to its distribution, if they hold one.
 
-    Raises ValueError at tracing if the distribution has no `masked`.
+    It keeps all other attributes, which a loss may read; further distributions that they return are not masked. Raises
+    ValueError at tracing if the distribution has no `masked`.
     """
-    if mask_of(observation_space) is None:
-        return network
+    return network if mask_of(observation_space) is None else cast(Network, Masked(network, observation_space))
 
-    def apply_masked(params, memory, obs, first):
-        memory, distribution, value = network.apply(params, memory, obs, first)
+
+@dataclass(frozen=True, eq=False)
+class Masked:
+    """A network whose distribution respects the action mask of its observations."""
+
+    network: Network
+    observation_space: Any
+
+    def apply(self, params: Any, memory: Any, obs: Any, first: jax.Array) -> tuple[Any, Any, jax.Array]:
+        """The memory, the masked distribution, and the values [T, B]."""
+        memory, distribution, value = self.network.apply(params, memory, obs, first)
         if not hasattr(distribution, "masked"):
             raise ValueError(
                 f"the observations hold an action mask, but {type(distribution).__name__} has no masked(allowed) (try "
                 "Categorical, MultiCategorical or JointCategorical)"
             )
-        return memory, distribution.masked(allowed_actions(observation_space, obs)), value
+        return memory, distribution.masked(allowed_actions(self.observation_space, obs)), value
 
-    return Network(network.initial_memory, network.init, apply_masked)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "network"), name)
 
 
 def check_network(network: Network, obs: Any, observation_space: Any, action_space: Space, config: Config) -> None:
