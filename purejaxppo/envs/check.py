@@ -84,7 +84,8 @@ def measure_costs(env: Env) -> EnvCosts:
 
     def step(start, keys):
         state, obs = start
-        actions = jax.vmap(partial(_random_action, space, observation_space(env)))(keys, obs)
+        action_keys = jax.vmap(partial(jax.random.fold_in, data=1))(keys)
+        actions = jax.vmap(partial(_random_action, space, observation_space(env)))(action_keys, obs)
         result = jax.vmap(env.step, in_axes=(0, 0, 0, None))(keys, state, actions, env.params)
         return jax.tree.map(lambda new, old: new.astype(old.dtype), (result.state, result.obs), start), result
 
@@ -254,7 +255,7 @@ def _check_play(env: Env, num_steps: int, seed: int) -> list[str]:
 
     def step(start, key):
         state, obs = start
-        action_key, step_key = jax.random.split(key)
+        action_key, step_key, reset_key = jax.random.split(key, 3)
         action = _random_action(space, observation_space(env), action_key, obs)
         result = env.step(step_key, state, action, env.params)
         again = env.step(step_key, state, action, env.params)
@@ -263,7 +264,7 @@ def _check_play(env: Env, num_steps: int, seed: int) -> list[str]:
         done = result.terminated | result.truncated
         next_start = jax.tree.map(
             lambda f, s: jnp.where(done, f, s).astype(jnp.result_type(f)),
-            env.reset(step_key, env.params),
+            env.reset(reset_key, env.params),
             (result.state, result.obs),
         )
         # An episode may end on nan, see `Step`.

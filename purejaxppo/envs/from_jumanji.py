@@ -28,7 +28,15 @@ def names() -> list[str]:
 
 
 def make(name: str, **options: Any) -> Env:
-    """An environment of Jumanji with its own options; its time limit is a truncation, and its clock is not shown."""
+    """An environment of Jumanji; its time limit is a truncation, and its clock is not shown.
+
+    Args:
+        name: as `names` lists it.
+        options: of the environment in Jumanji, such as `time_limit=500` or a generator.
+
+    Raises:
+        ValueError: for Sokoban, which downloads its levels, without a generator.
+    """
     if name.startswith("Sokoban") and "generator" not in options:
         raise Refusal(f"env='jumanji/{name}' downloads its levels: allow it in Python by generator={SOKOBAN}")
     task = jumanji.make(name, **options)
@@ -72,9 +80,10 @@ def _part(spec: specs.Array) -> tuple[Any, Callable]:
     """The space of a part of an observation, and how it is shown: integers of few values as codes, others as floats."""
     if spec.dtype == bool:
         return Box(0, 1, spec.shape, bool), jnp.asarray
-    low, high = (np.broadcast_to(getattr(spec, bound, np.inf), spec.shape) for bound in ("minimum", "maximum"))
+    bounds = getattr(spec, "minimum", -np.inf), getattr(spec, "maximum", np.inf)
+    low, high = (np.broadcast_to(bound, spec.shape) for bound in bounds)
     if not jnp.issubdtype(spec.dtype, jnp.integer) or not np.all(high - low < MOST_CODES):
-        return Box(shape=spec.shape), partial(jnp.asarray, dtype=jnp.float32)
+        return Box(*bounds, spec.shape), partial(jnp.asarray, dtype=jnp.float32)
     sizes = (high - low + 1).astype(int)
     space = MultiDiscrete(sizes) if spec.shape else Discrete(int(sizes))
     return space, lambda x: (jnp.asarray(x, jnp.int32) - low.astype(int)).astype(jnp.uint8)

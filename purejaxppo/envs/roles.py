@@ -62,8 +62,8 @@ def check_roles(space: Any, actions: Space) -> list[str]:
     """The faults of the roles in a space of observations, one sentence each."""
     parts = jax.tree.leaves(space)
     masks = [part for part in parts if isinstance(part, ActionMask)]
-    if len(masks) > 1 or any(mask.privileged for mask in masks):
-        return [f"observation_space holds the action masks {masks}; it may hold one, which is not privileged."]
+    if len(masks) > 1:
+        return [f"observation_space holds the action masks {masks}; it may hold one."]
     if all(isinstance(part, ActionMask) or part.privileged for part in parts):
         return [f"observation_space is {space!r}, which leaves nothing for the actor to read."]
     shapes = [(actions.n,)] if isinstance(actions, Discrete) else []

@@ -108,7 +108,7 @@ def suite_versions() -> dict[str, str]:
 def with_keys(state: Any, key: jax.Array) -> Any:
     """`state` in new containers, with a key drawn from `key` in place of each random key.
 
-    Suites draw from keys in their states, which environments that began alike would share for ever, and some write into
+    Suites draw from keys in their states, which environments that began alike would then share, and some write into
     the dictionaries of the state that they are given.
     """
 

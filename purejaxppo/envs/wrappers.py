@@ -1,6 +1,6 @@
 """Wrappers of any `Env`: time limits, stacked frames, repeated and sticky actions, randomized parameters.
 
-They make it another environment, so its name becomes another one.
+A wrapped environment has a name of its own.
 """
 
 from collections.abc import Callable

@@ -189,7 +189,8 @@ def play(key: jax.Array, actors: Actors, env_params: Any, ppo: PPO) -> tuple[Any
         allowed = allowed_actions(observation_space(env), actors.obs)
         if allowed is not None:
             random = partial(random_action, space=space)
-            draws = draws.replace(action=jax.vmap(lambda key, x: random(key, allowed=x))(draws.env_keys, allowed))
+            action_keys = jax.vmap(partial(jax.random.fold_in, data=1))(draws.env_keys)
+            draws = draws.replace(action=jax.vmap(lambda key, x: random(key, allowed=x))(action_keys, allowed))
         result = step_envs(draws.env_keys, actors.env_state, draws.action, env_params, env=env, config=config)
         done = result.terminated | result.truncated
         state, obs = begin_where(done, draws.start, (result.state, result.obs))

@@ -3,9 +3,10 @@
     python tests/benchmarks/suite_speed.py [--only brax/ant ...] [--num-envs 64] [--num-steps 200] [--rounds 7]
                                            [--out FILE]
 
-Both play the same number of environments for the same number of steps, compiled as one loop, without a reset. They are
-called in turn, after a call that compiles. Prints steps per second and the median ratio of the speeds with its range.
---out saves the same as JSON.
+Both play the same number of environments for the same number of steps, compiled as one loop. Actions are uniform,
+masked ones too, and nothing is reset: a compiled step does the same work in every state, also after an episode's end.
+They are called in turn, after a call that compiles. Prints steps per second and the median ratio of the speeds with
+its range. --out saves the same as JSON.
 """
 
 import argparse
