@@ -1,9 +1,10 @@
 """Checks every environment of every suite that needs no download, and trains one update of it.
 
-    python tests/matrix.py [--suite SUITE ...] [--out tests/matrix-py311.json] [--limit SECONDS]
+    python tests/matrix.py [--suite SUITE ...] [--out tests/matrix-py311.json] [--limit SECONDS] [--again]
 
-Each environment has a process of its own. The file is the table; a run leaves out what is in it already and did not
-fail, so it may be interrupted. Several runs must not write one file at the same time.
+Each environment has a process of its own. The file is the table; a run leaves out what is in it already of the same
+version of the suite and did not fail, so it may be interrupted; --again repeats all. Several runs must not write one
+file at the same time.
 """
 
 import argparse
@@ -26,6 +27,7 @@ def main():
     default = Path(__file__).parent / f"matrix-py{sys.version_info.major}{sys.version_info.minor}.json"
     parser.add_argument("--out", type=Path, default=default)
     parser.add_argument("--limit", type=float, default=600, help="seconds for one environment")
+    parser.add_argument("--again", action="store_true", help="environments that are in the table already, too")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -34,7 +36,8 @@ def main():
     table = json.loads(options.out.read_text()) if options.out.exists() else {}
     for suite in options.suite:
         for env in list_names(suite):
-            if env not in table or "error" in table[env]:
+            row = table.get(env, {})
+            if options.again or "error" in row or row.get("version") != version_of(suite):
                 table[env] = run_one(env, options.limit)
                 options.out.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n")
                 show(env, table[env])
@@ -52,6 +55,11 @@ def list_names(suite):
     return [line for line in done.stdout.splitlines() if line.startswith(f"{suite}/")]
 
 
+def version_of(suite):
+    """The installed version of a suite's package."""
+    return importlib.metadata.version("xminigrid" if suite == "xland" else suite)
+
+
 def run_one(env, limit):
     begin = time.time()
     command = [sys.executable, "-W", "ignore", __file__, "--one", env]
@@ -66,7 +74,7 @@ def run_one(env, limit):
 
 
 def last_line(text):
-    """Of what a process complained; nothing if it was killed."""
+    """The last line of what a process wrote to its standard error, or "killed"."""
     return (text.strip() or "killed").splitlines()[-1][:300]
 
 
@@ -77,8 +85,7 @@ def check_one(name):
     import purejaxppo as pjp
     from purejaxppo.envs.base import action_space, observation_space
 
-    suite = name.partition("/")[0]
-    version = importlib.metadata.version("xminigrid" if suite == "xland" else suite)
+    version = version_of(name.partition("/")[0])
     try:
         env = pjp.make_env(name)
     except ValueError as error:
