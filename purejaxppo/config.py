@@ -77,7 +77,7 @@ class Config:
     share_encoder: bool = False
     """Whether the actor and the critic share all layers but the last."""
     memory: Literal["", "gru", "lstm", "mingru"] = ""
-    """Kind of recurrent layer after the encoder, where "" means none; `mingru` computes all steps in parallel."""
+    """Kind of recurrent layer after the encoder, where "" means none; accelerators compute `mingru` in parallel."""
     memory_width: int = 64
     """Width of the recurrent layer."""
     memory_inputs: bool = False

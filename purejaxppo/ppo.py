@@ -440,6 +440,8 @@ def act(
 ) -> tuple[Any, Any]:
     """The action of a policy for one observation, which may lack privileged parts, and the memory after it.
 
+    Without these parts the critic's share of the memory has no meaning; the action does not depend on it.
+
         >>> action, memory = ppo.act(state.policy, obs)  # the first step of an episode
         >>> action, memory = ppo.act(state.policy, obs, memory=memory)
 

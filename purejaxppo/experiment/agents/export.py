@@ -44,7 +44,8 @@ def export(
     which `jax.export` reads. For a recurrent network it maps (observations, memory [B, ...], first [B]) to (actions,
     memory); where `first` is set an episode begins and the memory is reset. An `.npz` file holds arrays for NumPy; it
     supports an `mlp` without memory that reads one Box, beside an action mask perhaps, and a Discrete or Box action.
-    Both respect a mask, and take observations without their privileged parts.
+    Both respect a mask, and take observations without their privileged parts; then the critic's share of the memory has
+    no meaning, and no action depends on it.
 
     Args:
         ppo: of one agent.
