@@ -2,14 +2,12 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jumanji
 import numpy as np
-from jumanji import specs
 
 from purejaxppo.envs.base import ActionMask, Box, Discrete, Env, MultiDiscrete, Step
 from purejaxppo.envs.suite import Refusal
@@ -28,14 +26,9 @@ def names() -> list[str]:
 
 
 def make(name: str, **options: Any) -> Env:
-    """An environment of Jumanji; its time limit is a truncation, and its clock is not shown.
+    """An environment of Jumanji by its name; its clock is not shown, and its time limit, an option, is a truncation.
 
-    Args:
-        name: as `names` lists it.
-        options: of the environment in Jumanji, such as `time_limit=500` or a generator.
-
-    Raises:
-        ValueError: for Sokoban, which downloads its levels, without a generator.
+    Raises ValueError for Sokoban without the option `generator`, since its own downloads the levels.
     """
     if name.startswith("Sokoban") and "generator" not in options:
         raise Refusal(f"env='jumanji/{name}' downloads its levels: allow it in Python by generator={SOKOBAN}")
@@ -43,7 +36,7 @@ def make(name: str, **options: Any) -> Env:
     max_steps, task.time_limit = getattr(task, "time_limit", NEVER), NEVER  # Jumanji would report a termination
     shown = _as_dict(task.observation_spec)
     if name.startswith("Game2048"):  # whose board holds exponents, up to 17
-        shown["board"] = specs.BoundedArray(shown["board"].shape, jnp.int32, 0, 17)
+        shown["board"] = jumanji.specs.BoundedArray(shown["board"].shape, jnp.int32, 0, 17)
     space = jax.tree.map(lambda spec: _part(spec)[0], shown)
     chosen = task.action_spec
     sizes = tuple((np.broadcast_to(chosen.maximum, chosen.shape) + 1).ravel().tolist())
@@ -61,9 +54,8 @@ def make(name: str, **options: Any) -> Env:
 
     def step(key, state, action, params):
         state, timestep = task.step(state, action)
-        terminated = timestep.last() & (timestep.discount == 0)
-        truncated = timestep.last() & ~terminated
-        return Step(state, show(timestep), timestep.reward, terminated, truncated, {}, timestep.extras)
+        last, lost = timestep.last(), timestep.discount == 0
+        return Step(state, show(timestep), timestep.reward, last & lost, last & ~lost, {}, timestep.extras)
 
     actions = MultiDiscrete(sizes) if chosen.shape else Discrete(sizes[0])
     return time_limit(Env(reset, step, (), actions, space), max_steps)
@@ -72,18 +64,17 @@ def make(name: str, **options: Any) -> Env:
 def _as_dict(x: Any) -> Any:
     """An observation, or its specification, as nested dictionaries without the count of steps."""
     fields = getattr(x, "_specs", {}) or getattr(x, "_fields", ()) or getattr(x, "__dataclass_fields__", {})
-    named = {name: x[name] if isinstance(x, specs.Spec) else getattr(x, name) for name in fields}
+    named = {name: x[name] if isinstance(x, jumanji.specs.Spec) else getattr(x, name) for name in fields}
     return {name: _as_dict(part) for name, part in named.items() if name != "step_count"} if fields else x
 
 
-def _part(spec: specs.Array) -> tuple[Any, Callable]:
+def _part(spec: jumanji.specs.Array) -> tuple[Any, Callable]:
     """The space of a part of an observation, and how it is shown: integers of few values as codes, others as floats."""
     if spec.dtype == bool:
         return Box(0, 1, spec.shape, bool), jnp.asarray
-    bounds = getattr(spec, "minimum", -np.inf), getattr(spec, "maximum", np.inf)
-    low, high = (np.broadcast_to(bound, spec.shape) for bound in bounds)
+    low, high = getattr(spec, "minimum", -np.inf), getattr(spec, "maximum", np.inf)
     if not jnp.issubdtype(spec.dtype, jnp.integer) or not np.all(high - low < MOST_CODES):
-        return Box(*bounds, spec.shape), partial(jnp.asarray, dtype=jnp.float32)
-    sizes = (high - low + 1).astype(int)
+        return Box(low, high, spec.shape), lambda x: jnp.asarray(x, jnp.float32)
+    sizes = np.broadcast_to(high - low + 1, spec.shape).astype(int)
     space = MultiDiscrete(sizes) if spec.shape else Discrete(int(sizes))
-    return space, lambda x: (jnp.asarray(x, jnp.int32) - low.astype(int)).astype(jnp.uint8)
+    return space, lambda x: (jnp.asarray(x, jnp.int32) - np.int32(low)).astype(jnp.uint8)
