@@ -5,16 +5,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import purejaxppo as pjp
+from bounds import BOUNDS, bound, solve_frozen_lake
 from purejaxppo.cli.main import main
+from purejaxppo.envs import gymnax_names
+from purejaxppo.envs.import_gymnax import import_gymnax
 from purejaxppo.experiment.bench import bench
 
 pytestmark = pytest.mark.full
 
-COMPARE = Path(__file__).parent / "benchmarks" / "compare.py"
+BENCHMARKS = Path(__file__).parent / "benchmarks"
+COMPARE = BENCHMARKS / "compare.py"
+SLOW_BOUNDS = {
+    "Asterix-MinAtar", "GaussianBandit-misc", "MountainCar-v0", "Pendulum-v1", "PointRobot-misc", "Reacher-misc",
+}  # fmt: skip
+KEPT_BOUNDS = json.loads((BENCHMARKS / "bounds.json").read_text())
+KEPT_SCORES = json.loads((BENCHMARKS / "scores.json").read_text())
 TINY = ["--num-steps", "16", "--num-envs", "4", "--num-updates", "4", "--rounds", "1", "--seconds", "0.01"]
 
 
@@ -90,3 +101,100 @@ def test_the_comparison_with_a_peer_runs(tmp_path):
 
 def without_jax_flags() -> dict:
     return {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+
+
+def test_every_environment_of_gymnax_has_a_bound():
+    assert set(KEPT_BOUNDS) == set(BOUNDS) == set(gymnax_names())
+
+
+@pytest.mark.parametrize("env", sorted(set(BOUNDS) - SLOW_BOUNDS))
+def test_a_kept_bound_is_what_is_computed(env):
+    computed, kept = bound(env), dict(KEPT_BOUNDS[env])
+    assert computed.pop("value") == pytest.approx(kept.pop("value"), abs=2e-3)
+    assert computed == kept
+
+
+@pytest.mark.parametrize("name", [name for name in KEPT_SCORES if name.split()[0] in KEPT_BOUNDS])
+def test_no_kept_score_exceeds_its_bound(name):
+    kept, best = KEPT_SCORES[name], KEPT_BOUNDS[name.split()[0]]
+    for returns in (kept["training"], kept["sampled"], kept["greedy"]):
+        error = np.std(returns, ddof=1) / np.sqrt(len(returns))
+        assert np.mean(returns) <= best["value"] + best["error"] + 5 * error + 1e-4
+
+
+def go_by_table(memory, time, state, obs):
+    with jax.ensure_compile_time_eval():
+        _, actions = solve_frozen_lake(*import_gymnax().make("FrozenLake-misc"))
+    return memory, jnp.asarray(actions)[len(actions) - 1 - time, state.position]
+
+
+def pull_the_likelier_arm(evidence, time, state, obs):
+    """Evidence for the first arm: rewards of it, and missed rewards of the other."""
+    reward, was_first = obs[0] > 0, obs[1] > 0
+    evidence = evidence + jnp.where(time == 0, 0, jnp.where(reward == was_first, 1, -1))
+    return evidence, jnp.where(evidence >= 0, 0, 1)
+
+
+def pull_once_and_as_long_as_it_pays(mean, time, state, obs):
+    """The running mean of the second arm, which is given up for good when it is below 0."""
+    mean = jnp.where(time == 0, 0, jnp.where(mean < 0, mean, mean + (obs[0] - mean) / time))
+    return mean, jnp.where(mean < 0, 0, 1)
+
+
+def lean_against_the_pole(memory, time, state, obs):
+    return memory, jnp.where(obs @ jnp.array([0.1, 0.3, 3.0, 1.0]) > 0, 1, 0)
+
+
+def follow_the_ball(memory, time, state, obs):
+    apart = state.ball_position[0] - state.paddle_centers[0]
+    return memory, jnp.where(apart > 0, 2, jnp.where(apart < 0, 1, 0))
+
+
+def push_along(memory, time, state, obs):
+    return memory, jnp.where(obs[1:] < 0, -0.18, 0.18)
+
+
+def go_straight(memory, time, state, obs):
+    return memory, jnp.clip(state.goal - state.pos, -0.1, 0.1)
+
+
+@pytest.mark.parametrize(
+    "env, policy, num_episodes, loss",
+    [
+        ("FrozenLake-misc", go_by_table, 4_000, 0),
+        ("BernoulliBandit-misc", pull_the_likelier_arm, 4_000, 0),
+        ("GaussianBandit-misc", pull_once_and_as_long_as_it_pays, 4_000, 0),
+        ("CartPole-v1", lean_against_the_pole, 20, 0),
+        ("Pong-misc", follow_the_ball, 1, 0),
+        ("MountainCarContinuous-v0", push_along, 20, 1.3),
+        ("PointRobot-misc", go_straight, 1_000, 0),  # knowing where the goal is
+    ],
+)
+def test_a_policy_that_knows_the_rules_gets_the_bound_or_loses_a_little(env, policy, num_episodes, loss):
+    returns = play(pjp.make_env(env), policy, num_episodes)
+    error = 4 * returns.std() / np.sqrt(num_episodes) + 1e-3
+    assert -error <= KEPT_BOUNDS[env]["value"] - returns.mean() <= loss + error
+
+
+def play(env, policy, num_episodes):
+    """The returns of whole episodes of a policy that sees the state: memory, time, state, obs -> memory, action."""
+
+    def episode(key):
+        start_key, play_key = jax.random.split(key)
+        state, obs = env.reset(start_key, env.params)
+
+        def step(carry, time):
+            memory, state, obs, total, over = carry
+            memory, action = policy(memory, time, state, obs)
+            result = env.step(jax.random.fold_in(play_key, time), state, action, env.params)
+            total = total + jnp.where(over, 0, result.reward)
+            return (memory, result.state, result.obs, total, over | result.terminated | result.truncated), None
+
+        steps = jnp.arange(int(env.params.max_steps_in_episode))
+        start = jnp.float32(0), state, obs, jnp.float32(0), jnp.bool_(False)
+        (*_, total, over), _ = jax.lax.scan(step, start, steps)
+        return total, over
+
+    total, over = jax.jit(jax.vmap(episode))(jax.random.split(jax.random.key(1), num_episodes))
+    assert over.all()
+    return np.asarray(total)
