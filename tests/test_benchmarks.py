@@ -209,3 +209,10 @@ def play(env, policy, num_episodes):
     total, over, start = jax.jit(jax.vmap(episode))(jax.random.split(jax.random.key(1), num_episodes))
     assert over.all()
     return np.asarray(total), start
+
+
+def test_the_table_of_scores_is_that_of_the_data():
+    from score_table import table
+
+    folder = COMPARE.parent
+    assert (folder / "scores.md").read_text() == table(json.loads((folder / "scores.json").read_text()))

@@ -1,11 +1,12 @@
 """Trains presets with several seeds each and evaluates what they learned; the data is kept beside this file.
 
-    python tests/benchmarks/scores.py [--only brax/reacher navix/Navix-Empty-5x5-v0] [--num-seeds 5] [--again]
+    python tests/benchmarks/scores.py [--only brax/reacher navix/Navix-Empty-5x5-v0] [--num-seeds 10] [--again]
                                       [--out tests/benchmarks/scores.json]
 
-Every seed trains in one batch and plays 128 fresh episodes, once sampled and once greedy. The file is written after
-every environment, and environments in it are left out unless --again is given, so a run can be interrupted. Prints
-means over seeds with 95 % intervals, and the worst seed. Environments of suites need their suite.
+All seeds train in one batch, and each plays 128 fresh episodes, once sampled and once greedy. The data, and the table
+beside it (scores.md), are written after every environment. Environments in the data are left out unless --again is
+given, so a run can be interrupted; a mean that then leaves the interval that was kept is named. Prints means over
+seeds with 95 % intervals, and the worst seed. Environments of suites need their suite.
 """
 
 import argparse
@@ -17,12 +18,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from score_table import table
 
 import purejaxppo as pjp
-from purejaxppo.experiment.presets import changed_settings
+from purejaxppo.experiment.presets import PRESETS, changed_settings
 from purejaxppo.experiment.provenance import describe_machine
 from purejaxppo.experiment.report.metrics import learning_curve, mean_interval
-from purejaxppo.experiment.suite_presets import TRIED, UNTRIED
+from purejaxppo.experiment.suite_presets import UNTRIED
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from variants import VARIANTS, Variant
@@ -33,19 +35,19 @@ NUM_POINTS = 50  # of a learning curve
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--only", nargs="+", default=[*TRIED, *(name for name in UNTRIED if "*" not in name), *VARIANTS]
-    )
-    parser.add_argument("--num-seeds", type=int, default=5)
+    everything = [*PRESETS, *(name for name in UNTRIED if "*" not in name), *VARIANTS]
+    parser.add_argument("--only", nargs="+", default=everything)
+    parser.add_argument("--num-seeds", type=int, help="by default 10, or 5 of suites, whose steps take longer")
     parser.add_argument("--again", action="store_true", help="environments that are in the file already, too")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "scores.json")
     options = parser.parse_args()
     kept = json.loads(options.out.read_text()) if options.out.exists() else {}
     for env in options.only:
         if options.again or env not in kept or kept[env].get("settings") != settings_of(env):
-            kept[env] = score(env, options.num_seeds)
+            before, kept[env] = kept.get(env), score(env, options.num_seeds or (5 if "/" in env else 10))
             options.out.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
-            print(describe(env, kept[env]), flush=True)
+            options.out.with_suffix(".md").write_text(table(kept))
+            print(describe(env, kept[env]), *changes(before, kept[env]), sep="\n", flush=True)
     print("\n".join(describe(env, kept[env]) for env in options.only))
 
 
@@ -69,18 +71,17 @@ def score(name: str, num_seeds: int) -> dict:
     state = pjp.first_state(ppo, keys, hyperparams)
     program = pjp.compile_training(ppo, state)
     compiled = time.perf_counter()
+    play = jax.jit(ppo.evaluate, static_argnames="greedy")
+    untrained = play(keys, state.policy)
+    start_training = time.perf_counter()
     result = pjp.fit(ppo, state, progress=False, program=program)
-    seconds = time.perf_counter() - compiled
-    played = {
-        name: jax.jit(lambda keys, policy, greedy=greedy: ppo.evaluate(keys, policy, greedy=greedy))(
-            keys, result.state.policy
-        )
-        for name, greedy in (("sampled", False), ("greedy", True))
-    }
+    seconds = time.perf_counter() - start_training
+    played = {name: play(keys, result.state.policy, greedy=name == "greedy") for name in ("sampled", "greedy")}
     curve = learning_curve(result.metrics, NUM_POINTS).values.astype(float)
     return {
         "settings": settings_of(name),
         "steps": config.total_steps,
+        "untrained": float(np.mean(untrained.episode_return)),
         "training": pjp.statistics.final_scores(result.metrics).values.tolist(),
         **{name: np.asarray(x.episode_return).mean(1).tolist() for name, x in played.items()},
         "unfinished": {name: int((~np.asarray(x.finished)).sum()) for name, x in played.items()},
@@ -89,6 +90,18 @@ def score(name: str, num_seeds: int) -> dict:
         "train_seconds": round(seconds, 1),
         "versions": describe_machine()["versions"],
     }
+
+
+def changes(before: dict | None, row: dict) -> list[str]:
+    """A sentence for every mean that is outside the interval that was kept."""
+    found = []
+    if before is None:
+        return found
+    for name in ("sampled", "greedy"):
+        (old, low, high), (new, *_) = mean_interval(before[name]), mean_interval(row[name])
+        if not low <= new <= high:
+            found.append(f"  {name}: {new:.2f} is outside of what was kept, {old:.2f} [{low:.2f}, {high:.2f}]")
+    return found
 
 
 def describe(env: str, row: dict) -> str:

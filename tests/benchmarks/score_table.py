@@ -1,0 +1,91 @@
+"""The table of scores (scores.md), from the data of scores.py, the published scores and the bounds.
+
+python tests/benchmarks/score_table.py    # writes it again
+"""
+
+import json
+from pathlib import Path
+
+from purejaxppo.experiment.report.metrics import mean_interval
+from purejaxppo.experiment.report.statistics import STATISTICS
+from purejaxppo.text import show_value
+
+HERE = Path(__file__).parent
+HEAD = """# Scores
+
+Every seed trains as its preset says and then plays 128 fresh episodes, whose mean return is the score of the seed. No
+preset was tuned on these seeds. IQM is the mean of the middle half of the seeds; brackets hold the 95 % interval of the
+mean over seeds. Actions are sampled, but under "greedy", where the most likely one is taken. Seconds are those of
+training all seeds together on two CPU cores, on which other programs often ran. `scores.json` has the return of every
+seed, learning curves and settings; `python tests/benchmarks/scores.py` makes both again.
+"""
+COLUMNS = (
+    "environment",
+    "steps",
+    "seeds",
+    "IQM",
+    "mean",
+    "worst",
+    "greedy",
+    "untrained",
+    "seconds",
+    "bound",
+    "published",
+)
+PARTS = {
+    "gymnax": lambda name: "/" not in name and " with" not in name,
+    "The same with other settings, or less to see": lambda name: " with" in name and "/" not in name,
+    "Suites": lambda name: "/" in name,
+}
+
+
+def main():
+    (HERE / "scores.md").write_text(table(json.loads((HERE / "scores.json").read_text())))
+
+
+def table(scores: dict) -> str:
+    """The whole page."""
+    published, bounds = (json.loads((HERE / f"{name}.json").read_text()) for name in ("published", "bounds"))
+    parts = [HEAD]
+    for title, belongs in PARTS.items():
+        chosen = {name: score for name, score in scores.items() if belongs(name)}
+        rows = [row(name, x, bounds.get(name), published["scores"].get(name, [])) for name, x in chosen.items()]
+        if rows:
+            parts.append(f"\n## {title}\n\n{line(COLUMNS)}{line(['---'] * len(COLUMNS))}{''.join(rows)}")
+    parts.append("\n## How the bounds are known\n\n")
+    parts += [f"- {name}: {x['why']}\n" for name, x in bounds.items() if name in scores]
+    parts.append("\n## Where the others are published\n\n")
+    parts += [f"- {name}: {source}\n" for name, source in published["sources"].items()]
+    return "".join(parts)
+
+
+def row(name: str, score: dict, bound: dict | None, published: list[dict]) -> str:
+    """The line of an environment."""
+    sampled, greedy = (interval(score[kind]) for kind in ("sampled", "greedy"))
+    limit = "" if bound is None or bound["value"] is None else f"{show_value(bound['value'])} ({bound['kind']})"
+    others = "; ".join(f"{x['score']} at {millions(x['steps'])} ({x['by']})" for x in published)
+    iqm = show_value(float(STATISTICS["iqm"](score["sampled"], axis=0)))
+    seeds, worst = len(score["sampled"]), show_value(min(score["sampled"]))
+    untrained = show_value(score["untrained"]) if "untrained" in score else ""
+    cells = name, millions(score["steps"]), seeds, iqm, sampled, worst, greedy, untrained
+    return line([*cells, round(score["train_seconds"]), limit, others])
+
+
+def interval(values: list[float]) -> str:
+    """Mean and interval, to four digits."""
+    mean, low, high = (show_value(x) for x in mean_interval(values))
+    return mean if low == high else f"{mean} [{low}, {high}]"
+
+
+def millions(steps: int) -> str:
+    """A number of steps in short."""
+    return f"{steps / 1e6:.3g}M" if steps >= 1e6 else f"{steps / 1e3:.3g}k"
+
+
+def line(cells) -> str:
+    """A line of a table in Markdown."""
+    return f"| {' | '.join(map(str, cells))} |\n"
+
+
+if __name__ == "__main__":
+    main()
