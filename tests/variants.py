@@ -102,7 +102,7 @@ def memory_of_xland(**config: Any) -> Variant:
     hyperparams = replace(hyperparams, entropy_coefficient=0.05)  # with 0.01 two of five seeds settle for either end
     rollout = {"num_envs": 64, "num_steps": 64, "num_minibatches": 8}
     env = pjp.make_env("xland/MiniGrid-MemoryS8", view_size=7)
-    return Variant(env, pjp.Config(**rollout, **config).with_total_steps(800_000), hyperparams)
+    return Variant(env, pjp.Config(**rollout, **config).with_total_steps(2_000_000), hyperparams)
 
 
 CARTPOLE = pjp.Hyperparams(learning_rate=1e-3, clip=pjp.linear(0.2, 0.0), entropy_coefficient=0.0)
