@@ -44,10 +44,8 @@ def main():
     kept = json.loads(options.out.read_text()) if options.out.exists() else {}
     for env in options.only:
         if options.again or env not in kept or kept[env].get("settings") != settings_of(env):
-            before, kept[env] = (
-                kept.get(env),
-                score(env, options.first_seed, options.num_seeds or (5 if "/" in env else 10)),
-            )
+            before, num_seeds = kept.get(env), options.num_seeds or (5 if "/" in env else 10)
+            kept[env] = score(env, options.first_seed, num_seeds)
             options.out.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
             options.out.with_suffix(".md").write_text(table(kept))
             print(describe(env, kept[env]), *changes(before, kept[env]), sep="\n", flush=True)
