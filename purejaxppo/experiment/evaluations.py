@@ -50,9 +50,7 @@ class Evaluations:
         returns = np.full(healthy.shape, np.nan, np.float32)
         if due:
             runs = getattr(state, "runs", state)
-            players = runs.key, runs.policy, runs.env_params
-            players = _in_this_process(*players) if spans_processes(players) else players
-            played = np.asarray(self.play(*players).episode_return)
+            played = np.asarray(to_host(self.play(runs.key, runs.policy, runs.env_params).episode_return))
             returns[..., -1] = np.where(healthy[..., -1], played.mean(-1), np.nan)
         return returns
 
@@ -78,7 +76,12 @@ def make_evaluations(ppo: PPO, every: int, state: Any = None) -> Evaluations:
     play = jax.jit(ppo.evaluate)
     if ppo.mesh is not None and AXIS in ppo.mesh.axis_names:  # every device has the policy: one of them plays
         device = ppo.mesh.local_devices[0]
-        return Evaluations(lambda *args: play(*jax.device_put(args, device)), every, ppo.config.num_updates)
+
+        def play_on_one(*players: Any) -> Any:
+            players = _in_this_process(*players) if spans_processes(players) else players
+            return play(*jax.device_put(players, device))
+
+        return Evaluations(play_on_one, every, ppo.config.num_updates)
     if state is not None:
         play = play.lower(state.key, state.policy, state.env_params).compile()
     return Evaluations(play, every, ppo.config.num_updates)
