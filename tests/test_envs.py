@@ -439,6 +439,14 @@ def test_an_environment_that_fails_names_its_file_and_line_and_is_the_cause(key)
     assert check_env(env) == [message + place + "."]
 
 
+def test_a_failure_in_a_notebook_names_the_cell_and_not_its_file_of_a_number():
+    names: dict = {}
+    source = "def step(key, state, action, params):\n    return undefined_name"
+    exec(compile(source, "/tmp/ipykernel_17/3655367297.py", "exec"), names)
+    (problem,) = check_env(counter(3)._replace(step=names["step"]))
+    assert problem.endswith("NameError: name 'undefined_name' is not defined (notebook cell, line 2).")
+
+
 @pytest.mark.parametrize("low, high", [(-3.4e38, 3.4e38), (-np.inf, 1), (1, 1)])
 def test_tanh_is_refused_between_bounds_that_it_cannot_fill(low, high):
     env = counter(3)._replace(action_space=Box(low, high, (2,)))

@@ -426,7 +426,13 @@ def _call(what: str, function, *args):
 
 
 def place(error: Exception) -> str:
-    """The last line that an error passed through outside of JAX, flax and this package, " (FILE, line N)" or ""."""
+    """The last line that an error passed through outside of JAX, flax and this package, " (FILE, line N)" or "".
+
+    The file of a notebook's cell has a number for a name, which says nothing, so FILE is "notebook cell".
+    """
     frames = [(Path(f.filename), f.lineno) for f in traceback.extract_tb(error.__traceback__)]
-    places = [f" ({path.name}, line {line})" for path, line in frames if not any(map(path.is_relative_to, PACKAGES))]
-    return places[-1] if places else ""
+    outside = [(path, line) for path, line in frames if not any(map(path.is_relative_to, PACKAGES))]
+    if not outside:
+        return ""
+    path, line = outside[-1]
+    return f" ({'notebook cell' if path.parent.name.startswith('ipykernel_') else path.name}, line {line})"
