@@ -37,8 +37,8 @@ def in_words(name: str) -> str:
 
 
 def show_value(value: Any) -> str:
-    """The value of a field as short text, with at most four digits."""
-    return f"{value:.4g}" if isinstance(value, (float, np.floating)) else str(value)
+    """The value of a field as short text, with at most four digits; "none" for an empty text, such as `memory=""`."""
+    return f"{value:.4g}" if isinstance(value, (float, np.floating)) else str(value) or "none"
 
 
 def count(number: int, noun: str) -> str:

@@ -141,6 +141,11 @@ def test_where_nothing_was_swept_there_is_one_curve():
     assert len(figure.axes[0].lines) == 1 and not figure.legends
 
 
+def test_a_value_that_is_an_empty_text_has_a_name_in_the_legend():
+    data = metrics(np.arange(2.0), memory=["", "gru"])
+    assert legend_of(plot_curves(data)) == ("memory", ["none", "gru"])
+
+
 def test_of_many_values_some_are_drawn():
     data = metrics(np.arange(20.0), learning_rate=np.geomspace(1e-4, 1e-2, 20))
     title, labels = legend_of(plot_curves(data))
