@@ -68,6 +68,14 @@ def plain(settings):
     return dataclasses.replace(settings, notes=json.loads(json.dumps(settings.notes)))
 
 
+def test_a_notebook_keeps_no_names_of_files_that_its_kernel_was_given(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/usr/lib/python3/ipykernel_launcher.py", "-f", "/run/user/1/kernel-7.json"])
+    assert describe_machine()["command"] == ["notebook"]
+    for words in (["train.py", "-f", "x"], [""], []):
+        monkeypatch.setattr("sys.argv", words)
+        assert describe_machine()["command"] == words
+
+
 def make_sweep():
     table = pjp.grid(target_kl=[float("inf"), 0.1], widths=[(8,), (8, 8)]) * pjp.paired(clip=[0.1], env=["CartPole-v1"])
     return pjp.Sweep("CartPole-v1", table, 2, config=dataclasses.replace(SMALL, stop_on_kl=True), hyperparams=DEFAULTS)

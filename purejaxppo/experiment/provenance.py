@@ -57,9 +57,15 @@ def describe_machine() -> Machine:
         "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
         "cpu_cores": os.cpu_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "command": sys.argv,
+        "command": _command(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _command() -> list[str]:
+    """The words of the command; the kernel of a notebook was given the names of temporary files, which say nothing."""
+    in_notebook = [Path(word).name for word in sys.argv[:1]] == ["ipykernel_launcher.py"]
+    return ["notebook"] if in_notebook else sys.argv
 
 
 @functools.cache
