@@ -3,11 +3,13 @@ import signal
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+import xarray
 
 import purejaxppo as pjp
 from probes import SMALL, copy_cue
@@ -16,12 +18,14 @@ from purejaxppo.cli.options import parse
 from purejaxppo.cli.train import TrainOptions
 from purejaxppo.experiment.runs import fit as fit_module
 from purejaxppo.experiment.sweeps import halving_runs, run
+from purejaxppo.experiment.sweeps import optuna_search as optuna_search_module
 from purejaxppo.experiment.sweeps.best import train_command
 from purejaxppo.experiment.sweeps.halving import Ladder, plan_halving, successive_halving
 from purejaxppo.experiment.sweeps.halving_runs import train_runs
 from purejaxppo.experiment.sweeps.optuna_search import best_setting, optuna_search, plan_trials, rank_trials
-from purejaxppo.experiment.sweeps.population import plan_population, population_search
+from purejaxppo.experiment.sweeps.population import PopulationSearch, plan_population, population_search
 from purejaxppo.experiment.sweeps.slices import Slice, open_slices
+from purejaxppo.experiment.sweeps.studies import tell
 from purejaxppo.experiment.sweeps.sweep import name_run
 
 pytestmark = pytest.mark.full
@@ -250,6 +254,28 @@ def test_a_search_with_a_folder_resumes_its_batch_and_comes_to_the_same_trials(t
         optuna_search("probe", space, folder=tmp_path / "cut", num_seeds=2, **call)
 
 
+def test_a_batch_that_dies_while_its_scores_are_told_or_is_refused_is_told_by_the_next_call(tmp_path, monkeypatch):
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    space = {"learning_rate": pjp.log_uniform(1e-5, 1e-1)}
+    call: Any = {"num_trials": 2, "batch_size": 2, "config": SMALL, "make": make_probe, "progress": False}
+
+    def die_after_one(study, trials, scores, *rest):
+        tell(study, trials[:1], scores, *rest)
+        raise SystemExit
+
+    with pytest.raises(SystemExit), monkeypatch.context() as patch:
+        patch.setattr(optuna_search_module, "tell", die_after_one)
+        optuna_search("probe", space, folder=tmp_path, **call)
+    other = call | {"make": lambda env, config: make_probe(env, config)._replace(optimizer=lambda hyperparams: None)}
+    with pytest.raises(ValueError, match="optimizer"):
+        optuna_search("probe", space, folder=tmp_path, **other)
+    study = optuna_search("probe", space, folder=tmp_path, **call)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE"]
+    whole = optuna_search("probe", space, folder=tmp_path / "whole", **call)
+    assert [trial.value for trial in study.trials] == [trial.value for trial in whole.trials]
+
+
 @pytest.mark.slow
 def test_a_pruner_stops_settings_by_their_returns_and_they_rank_after_the_others(tmp_path):
     optuna = pytest.importorskip("optuna")
@@ -328,6 +354,24 @@ def test_the_winner_of_a_population_is_its_fittest_member_and_its_line_leads_bac
     followed = [[row for row in schedule if row["from_update"] <= update + 1][-1] for update in range(12)]
     np.testing.assert_allclose([row["learning_rate"] for row in followed], expected, rtol=1e-6)
     assert population.best() == {"learning_rate": ranked[0]["learning_rate"]}
+
+
+def test_a_member_that_was_replaced_after_its_evaluation_has_no_score():
+    """Evaluated after updates 2 and 4; member 0 is replaced in update 3, member 1 in update 4, which then plays."""
+    nan = np.nan
+    data = {
+        "parent": [[0, 0, 2, 0, 0], [1, 1, 1, 2, 1], [2, 2, 2, 2, 2]],
+        "evaluation_return": [[nan, 5, nan, nan, nan], [nan, 6, nan, 8, nan], [nan, 7, nan, 9, nan]],
+        "learning_rate": np.ones((3, 5)), "loss": np.ones((3, 5)),
+        "episode_return": np.zeros((3, 5)), "num_episodes": np.ones((3, 5)),
+    }  # fmt: skip
+    metrics = xarray.Dataset({name: (("run", "updates"), np.asarray(x, float)) for name, x in data.items()})
+    zeros = np.zeros(3, int)
+    metrics = metrics.assign(failed_update=("run", zeros), failed_metric=("run", zeros.astype(str)))
+    metrics = metrics.assign_coords(updates=np.arange(1, 6), step=("updates", np.arange(1, 6)), run=np.arange(3))
+    found: Any = SimpleNamespace(metrics=metrics)
+    search = PopulationSearch(pjp.Sweep("CartPole-v1", pjp.Table(), 3, evaluate_every=2), ("learning_rate",), found)
+    np.testing.assert_array_equal(search.scores, [nan, 8, 9])
 
 
 def test_a_population_resumes_in_its_folder_to_the_bit(population_plan, population, tmp_path, monkeypatch):

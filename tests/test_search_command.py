@@ -89,6 +89,12 @@ def test_a_search_is_planned_run_ranked_and_drawn_and_repeats_nothing(flags, pla
         ([], "nothing is swept"),
         (["--method", "optuna"], "--num-samples=0 and --sample go together"),
         (["--method", "optuna", *RATE], "--num-samples=0 and --sample go together"),
+        (["--method", "optuna", *RATE, "--num-samples", "-1"], "--num-samples=-1 must be at least 0"),
+        (["--method", "optuna", *RATE, "--num-samples", "4", "--sobol"], "--sobol belongs to halving and pbt"),
+        (
+            ["--method", "pbt", "--sample", "learning_rate=choice:1e-3:abc", "--num-samples", "4"],
+            "learning_rate='abc' must be a number",
+        ),
         (["--method", "optuna", "--num-samples", "4"], "--num-samples=4 and --sample go together"),
         (["--method", "optuna", "--num-rungs", "3"], "--num-rungs=3 belongs to --method halving, not to optuna"),
         (["--every", "3"], "--every=3 belongs to --method pbt, not to halving"),

@@ -96,7 +96,7 @@ def search(arguments: list[str]) -> int:
     options = parse(SearchOptions, "search", arguments)
     counts = "evaluate_every", "num_seeds", "num_rungs", "num_places", "every", "num_devices", "batch_size"
     check_counts(options, *counts)
-    check_counts(options, "seed", at_least=0)
+    check_counts(options, "seed", "num_samples", at_least=0)
     if not options.save_every >= 0:
         raise ValueError(f"save_every={options.save_every} must be a number of seconds, at least 0")
     for name, method in OWN.items():
@@ -192,7 +192,12 @@ def _pbt(options: SearchOptions) -> Method:
 
     check_num_devices(options.num_devices)
     own = _own(options, "every", "fraction")
-    ranges = {name: (min(x.values), max(x.values)) for name, x in read_distributions(options).items()}
+    found = read_distributions(options)
+    words = {name: value for name, x in found.items() for value in x.values if not isinstance(value, (int, float))}
+    if words:
+        name, value = next(iter(words.items()))
+        raise ValueError(f"{name}={value!r} must be a number, since pbt multiplies it (try --method halving or optuna)")
+    ranges = {name: (min(x.values), max(x.values)) for name, x in found.items()}
     plan = plan_population(_sweep(options, make_table(options)), explore=ranges, devices=options.num_devices, **own)
     return Method(
         plan,
@@ -215,6 +220,10 @@ def _optuna(options: SearchOptions) -> Method:
     from purejaxppo.experiment.report.statistics import describe_scores
     from purejaxppo.experiment.sweeps.optuna_search import best_setting, optuna_search, plan_trials, rank_trials
 
+    if options.sobol:
+        raise ValueError(
+            "--sobol belongs to halving and pbt, since Optuna's sampler draws its own settings (leave it out)"
+        )
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space = read_space(options)
     sweep, size = _sweep(options), min(options.batch_size or 8, options.num_samples)
@@ -238,6 +247,7 @@ def _optuna(options: SearchOptions) -> Method:
             plan=plan,
             save_every=options.save_every,
             pruner=pruner,
+            allow_changed=options.allow_changed,
             **search,
         ),  # fmt: skip
         report=lambda study: Report(

@@ -5,7 +5,7 @@ batches/NUMBER/  the sweep of the batch that begins with this trial, see `slices
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -118,6 +118,7 @@ def optuna_search(
     save_every: float = 60.0,
     make: Callable = make_ppo,
     plan: SearchPlan | None = None,
+    allow_changed: Sequence[str] = (),
     on_interrupt: Literal["raise", "return"] = "raise",
     **shared: Any,
 ) -> Any:
@@ -150,6 +151,7 @@ def optuna_search(
         save_every: seconds between two saves of a batch that is training, see `run_sweep`.
         make: `make(env, config)` makes the PPO of a group.
         plan: of `plan_trials` for the same search, whose programs are then used.
+        allow_changed: what may differ from what an unfinished batch was trained with, see `run_sweep`.
         on_interrupt: what the call does after an interrupt: "raise" or "return".
         shared: the other fields of `Sweep`.
 
@@ -167,7 +169,9 @@ def optuna_search(
         folder = None if folder is None else Path(folder)
         study = open_study(folder, storage, name, sampler or own_sampler(shared.get("seed", 0)), pruner)
         check_same(study, Sweep(env, Table(), num_seeds, **shared))
-        batches = _Batches(study, space, num_trials, batch_size, folder, save_every, make, plan and plan.batch, pruner)
+        batches = _Batches(
+            study, space, num_trials, batch_size, folder, save_every, make, plan and plan.batch, pruner, allow_changed
+        )
         interrupted = False
         with tqdm(
             total=num_trials, initial=num_finished(study), unit=" trials", disable=None if progress else True
@@ -222,7 +226,9 @@ class _Batches:
         make: Callable,
         plan: Plan | None,
         pruner: Any,
+        allow_changed: Sequence[str],
     ):
+        self.allow_changed = allow_changed
         self.study, self.space, self.num_trials, self.batch_size = study, space, num_trials, batch_size
         self.save_every, self.prunes, self.unsaved = save_every, pruner is not None, ""
         self.folder, self.make, self.plan = folder and folder / "batches", make, plan
@@ -232,19 +238,21 @@ class _Batches:
         """Trains one batch and tells its scores, or waits while others train what is left; whether it was
         interrupted."""
         trials: list[Any] = []
+        path = None
         try:
             path = self._next(trials)
             if not trials:
                 time.sleep(POLL)
                 return False
-            with signs_of_life(self.study, trials):
+            with signs_of_life(self.study, open_trials(self.study, trials)):
                 self._train(trials, path, make_sweep, bar)
         except KeyboardInterrupt:
             if self.folder is None:
                 withdraw(self.study, trials, again=True)
             return True
         except Exception:
-            tell(self.study, open_trials(self.study, trials))
+            if not (path and kind_of(path)):  # with a sweep in its folder the next call resumes it
+                tell(self.study, open_trials(self.study, trials))
             raise
         return False
 
@@ -252,7 +260,7 @@ class _Batches:
         columns = {f: [_from_optuna(self.space[f], trial.params[f]) for trial in trials] for f in self.space}
         sweep = make_sweep(paired(**columns))
         if path is not None and kind_of(path):  # its slices may have another size, and some may be complete
-            plan = plan_sweep(sweep, path, make=self.make)
+            plan = plan_sweep(sweep, path, make=self.make, allow_changed=self.allow_changed)
         elif self.plan is None or sweep.groups() != self.plan.sweep.groups():
             slice_size = sweep.num_seeds if self.prunes else None
             plan = self.plan = plan_sweep(sweep, make=self.make, slice_size=slice_size)
@@ -290,13 +298,16 @@ class _Batches:
         return path
 
     def _unfinished(self) -> dict[str, list]:
-        """The open trials whose batches lie in this folder, by the names of these: nobody else trains them."""
+        """The trials of batches that lie in this folder and have open ones, by the names of these.
+
+        Nobody else trains them. Those that were told before a kill are part of the sweep, too.
+        """
         found: dict[str, list] = {}
         for trial in self.study.trials if self.folder else ():
             batch = trial.user_attrs.get(BATCH)
-            if batch and not trial.state.is_finished() and self.folder and (self.folder / batch).is_dir():
+            if batch and self.folder and (self.folder / batch).is_dir():
                 found.setdefault(batch, []).append(trial)
-        return found
+        return {batch: trials for batch, trials in found.items() if any(not x.state.is_finished() for x in trials)}
 
 
 def _check_space(space: Any):

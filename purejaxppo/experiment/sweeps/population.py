@@ -18,6 +18,7 @@ from purejaxppo.checks import check_whole
 from purejaxppo.config import spec_of
 from purejaxppo.evolving import Population, evolving, num_replaced
 from purejaxppo.experiment.distributed import process_count, to_host
+from purejaxppo.experiment.evaluations import EVALUATION_RETURN
 from purejaxppo.experiment.loop import Interrupted, check_on_interrupt
 from purejaxppo.experiment.memory import bytes_of, memory_of, show_memory
 from purejaxppo.experiment.program import Program, compile_training, first_state
@@ -105,12 +106,15 @@ class PopulationSearch:
     @cached_property
     def scores(self) -> np.ndarray:
         """The fitness of every member, [R], or the mean return of its newest evaluation if the sweep has such; nan
-        without one, and for members that the last update replaced."""
-        if self.sweep.evaluate_every:
-            fitness = scores_of(self.fit.metrics.rename(run="seed")).values.astype(np.float64)
+        without one, and for members that were replaced since (without evaluations: by the last update)."""
+        replaced = self.parents != np.arange(len(self.parents))[:, None]
+        if not self.sweep.evaluate_every:
+            fitness, replaced = np.asarray(self.fit.state.fitness, np.float64), replaced[:, -1]
         else:
-            fitness = np.asarray(self.fit.state.fitness, np.float64)
-        replaced = self.parents[:, -1] != np.arange(len(fitness))
+            fitness = scores_of(self.fit.metrics.rename(run="seed")).values.astype(np.float64)
+            known = np.isfinite(self.fit.metrics[EVALUATION_RETURN].values)
+            since = known[:, ::-1].cumsum(1)[:, ::-1] == 0  # [R, U], after the newest evaluation
+            replaced = (replaced & since).any(1)
         return np.where(np.isfinite(fitness) & ~replaced, fitness, np.nan)
 
     def ranked(self) -> list[dict[str, Any]]:

@@ -11,6 +11,8 @@ from purejaxppo.experiment.report.metrics import mean_returns
 from purejaxppo.experiment.report.statistics import STATISTICS
 from purejaxppo.experiment.sweeps.sweep import Sweep
 
+PRUNED = "pruned"  # attribute of a trial
+
 
 class Watch:
     """Is told of every chunk of a batch, see `run_sweep`; its answer stops runs whose settings are all pruned."""
@@ -18,8 +20,8 @@ class Watch:
     def __init__(self, study: Any, trials: Sequence[Any], sweep: Sweep, bar: tqdm, prunes: bool):
         self.study, self.sweep, self.bar, self.prunes = study, sweep, bar, prunes
         self.trials = [_with_reports(study, trial) for trial in trials] if prunes else list(trials)
-        self.pruned: set[int] = set()
-        """Settings of the batch that were pruned."""
+        self.pruned = {i for i, trial in enumerate(trials) if PRUNED in trial.user_attrs}
+        """Settings of the batch that were pruned, also by a call before this one."""
         self._runs = sweep.runs()
         self._done: dict[str, int] = {}
         self._lock = threading.Lock()  # waves train side by side
@@ -54,6 +56,7 @@ class Watch:
             trial.report(value, num_updates)
             if trial.should_prune():
                 self.pruned.add(setting)
+                trial.set_user_attr(PRUNED, True)
 
 
 def _with_reports(study: Any, trial: Any) -> Any:
