@@ -285,9 +285,20 @@ def test_a_folder_of_another_sweep_is_refused_and_kept(result, folder, change, w
 
 def test_results_that_do_not_fit_on_the_disk_are_refused_before_training(plan, monkeypatch, tmp_path):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    with pytest.raises(ValueError, match="0.0 GiB free, but the results of 8 runs take"):
+    with pytest.raises(ValueError, match="0.0 MiB free, but the results of what is to train take"):
         run(plan, tmp_path / "full")
     assert not (tmp_path / "full").exists()
+
+
+def test_a_sweep_resumes_on_a_disk_with_room_for_what_is_missing(plan, result, monkeypatch, tmp_path):
+    run(plan, tmp_path)
+    gone, *others = sorted((tmp_path / "slices").glob("*.npz"))
+    gone.unlink()
+    again = plan_sweep(plan.sweep, tmp_path)
+    missing = plan.stored_bytes / (len(others) + 1)
+    assert again.stored_bytes == pytest.approx(missing) and again.total_steps < plan.total_steps
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1.5 * missing})())
+    xarray.testing.assert_equal(run(again, tmp_path).metrics, result.metrics)
 
 
 @pytest.mark.parametrize(

@@ -96,20 +96,14 @@ class Plan:
     """The part of the sweep that is trained; None for all."""
     num_slices: int = 0
     """Slices that are to train."""
+    total_steps: int = 0
+    """Environment steps that are to make."""
+    stored_bytes: int = 0
+    """Approximate size on disk of the results of the runs that are to train."""
     missing: str = ""
     """The runs of the whole sweep that are not finished, in words; empty if nothing is stored yet."""
     again: "Callable[[Any], Plan] | None" = None
     """Makes the plan again, for the sizes of slices that a folder has."""
-
-    @property
-    def total_steps(self) -> int:
-        """Environment steps of all runs of the groups."""
-        return sum(compiled.num_runs * compiled.group.config.total_steps for compiled in self.groups)
-
-    @property
-    def stored_bytes(self) -> int:
-        """Approximate size of the results of these groups on disk."""
-        return sum(compiled.num_runs * compiled.stored_bytes for compiled in self.groups)
 
     def __repr__(self) -> str:
         sweep = self.sweep
@@ -205,6 +199,12 @@ def plan_sweep(
     return Plan(
         sweep, [compiled[group] for group in own], make, identities, allow_changed,
         division=division, share=part, num_slices=sum(map(len, own.values())),
+        total_steps=sum(
+            (group.config.num_updates - x.num_updates) * group.config.steps_per_update * len(x.runs)
+            for group in own
+            for x in own[group]
+        ),
+        stored_bytes=sum(compiled[group].stored_bytes * len(x.runs) for group in own for x in own[group]),
         missing=describe_missing(sweep, stored) if part or stored else "",
         again=partial(plan_sweep, sweep, allow_changed=allow_changed, **options),
     )  # fmt: skip

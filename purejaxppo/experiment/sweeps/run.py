@@ -335,6 +335,6 @@ def _check_disk(folder: str | Path | None, plan: Plan):
     free = shutil.disk_usage(existing(Path(folder))).free
     if plan.stored_bytes > free:
         raise ValueError(
-            f"folder={folder} has {free / 2**30:.1f} GiB free, but the results of {plan.sweep.num_runs} runs take "
-            f"about {plan.stored_bytes / 2**30:.1f} GiB (name a folder on another disk, or sweep less)"
+            f"folder={folder} has {free / 2**20:,.1f} MiB free, but the results of what is to train take about "
+            f"{plan.stored_bytes / 2**20:,.1f} MiB (name a folder on another disk, or sweep less)"
         )
