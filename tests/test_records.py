@@ -76,6 +76,14 @@ def test_a_notebook_keeps_no_names_of_files_that_its_kernel_was_given(monkeypatc
         assert describe_machine()["command"] == words
 
 
+def test_the_command_is_kept_without_passwords(monkeypatch):
+    url = "postgresql+psycopg://me:{}@host:5432/trials"
+    monkeypatch.setattr("sys.argv", ["purejaxppo", "--storage", url.format("se:cr/et"), "--x=" + url.format("secret")])
+    assert describe_machine()["command"][2:] == [url.format("***"), "--x=" + url.format("***")]
+    monkeypatch.setattr("sys.argv", ["purejaxppo", "train", "runs/a:b@c"])
+    assert describe_machine()["command"] == ["purejaxppo", "train", "runs/a:b@c"]
+
+
 def make_sweep():
     table = pjp.grid(target_kl=[float("inf"), 0.1], widths=[(8,), (8, 8)]) * pjp.paired(clip=[0.1], env=["CartPole-v1"])
     return pjp.Sweep("CartPole-v1", table, 2, config=dataclasses.replace(SMALL, stop_on_kl=True), hyperparams=DEFAULTS)

@@ -5,6 +5,7 @@ import functools
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import purejaxppo
 from purejaxppo.envs.suite import suite_versions
 
+PASSWORD = re.compile(r"(://[^:/@\s]*:)[^@\s]*@")  # in a URL
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "gymnax", "numpy")
 
 
@@ -63,9 +65,12 @@ def describe_machine() -> Machine:
 
 
 def _command() -> list[str]:
-    """The words of the command; the kernel of a notebook was given the names of temporary files, which say nothing."""
+    """The words of the command, without passwords in URLs.
+
+    The kernel of a notebook was given the names of temporary files, which say nothing.
+    """
     in_notebook = [Path(word).name for word in sys.argv[:1]] == ["ipykernel_launcher.py"]
-    return ["notebook"] if in_notebook else sys.argv
+    return ["notebook"] if in_notebook else [PASSWORD.sub(r"\1***@", word) for word in sys.argv]
 
 
 @functools.cache
