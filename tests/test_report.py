@@ -160,6 +160,11 @@ def test_halving_is_ranked_by_its_rungs_which_are_drawn(tmp_path, capsys):
     assert status == 0 and "rungs.png" in printed and (tmp_path / "rungs.png").stat().st_size > 10_000
 
 
+def test_halving_that_has_not_compared_anything_has_no_rungs(tmp_path):
+    page = page_of(store_sweep(tmp_path, pjp.grid(learning_rate=list(HEIGHTS)), done=1, rungs=(2, 3)))
+    assert "Rungs" not in page.all("h2") and "Ranking" in page.all("h2")
+
+
 def test_curves_heat_maps_and_scores_have_the_numbers_of_the_sweep(tmp_path):
     curves, rates, discounts, pair = page_of(store_sweep(tmp_path)).figures()
     lines = [trace for trace in curves["data"] if trace.get("fill") != "toself"]

@@ -123,6 +123,7 @@ def _pass_on(log: IO[bytes], held: list[str]):
 
 def _describe_end(status: int, log: str, arguments: Sequence[str]) -> str:
     """One sentence on why a child was ended by a signal, from what JAX logged, and what to do."""
+    this, number = "this process", ""
     with contextlib.suppress(ValueError):
         place = read_processes(words_of(arguments) or [])
         this, number = f"process {place.index}", "" if place.number is None else f" of {place.number}"

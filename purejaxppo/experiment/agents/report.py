@@ -64,7 +64,7 @@ def _page_of_sweep(folder: Path) -> str:
         if result.num_unfinished:
             status += " Unfinished runs are ranked by what they have done."
         ranked = result.ranked() if result.rungs else None
-        rungs = [] if ranked is None else [sections.rungs_section(result.rung_scores, result.rung_steps, ranked)]
+        rungs = [] if ranked is None else sections.rungs_section(result.rung_scores, result.rung_steps, ranked)
         parts = [
             *sections.sections_of_sweep(result.metrics, ranked),
             *rungs,

@@ -67,8 +67,8 @@ def _sections_of_env(metrics: xarray.Dataset, of: str, ranked: xarray.Dataset | 
     return [ranking, curves, *([section(f"Scores by field{of}", *fields)] if fields else [])]
 
 
-def rungs_section(scores: np.ndarray, steps: Sequence[int], ranked: xarray.Dataset) -> Element:
-    """The rungs of successive halving: the score of every setting where it was compared.
+def rungs_section(scores: np.ndarray, steps: Sequence[int], ranked: xarray.Dataset) -> list[Element]:
+    """The rungs of successive halving: the score of every setting where it was compared; nothing before the first.
 
     Args:
         scores: [settings, rungs], nan where a setting did not get to the rung, -inf where it failed.
@@ -82,9 +82,11 @@ def rungs_section(scores: np.ndarray, steps: Sequence[int], ranked: xarray.Datas
         for step, number, best in zip(steps, reached, np.nanmax(scores, 0, initial=-np.inf))
         if number
     ]
+    if not rows:
+        return []
     figure = draw_rungs(scores[shown["setting"].values], steps, [show_setting(row) for row in _rows_of(shown)])
     note = f"{count(failed, 'setting')} failed and {'has' if failed == 1 else 'have'} no point." if failed else ""
-    return section("Rungs", table(rows), plot(figure, f"A line ends where its setting was stopped. {note}"))
+    return [section("Rungs", table(rows), plot(figure, f"A line ends where its setting was stopped. {note}"))]
 
 
 def _rows_of(ranked: xarray.Dataset) -> list[dict[str, Any]]:
