@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import xarray
 
-from purejaxppo.experiment.sweeps.slices import Slices, read_sweep
+from purejaxppo.experiment.sweeps.slices import Slices, read_sessions, read_sweep
 
 pytestmark = pytest.mark.slow
 
@@ -94,6 +94,8 @@ def test_two_processes_of_a_sweep_give_the_numbers_of_one_and_the_first_speaks(s
     first, second = finish(*start_two(tmp_path / "sweep", SWEEP, cache))
     assert "num_runs" in first and not second
     xarray.testing.assert_equal(read(tmp_path / "sweep"), sweep_of_one)
+    (session,) = read_sessions(tmp_path / "sweep")
+    assert session.get("steps") == 4 * 8 * sweep_of_one["loss"].size  # of both
 
 
 def test_bad_input_is_said_once(cache, tmp_path):

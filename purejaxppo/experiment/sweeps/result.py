@@ -48,7 +48,7 @@ class SweepResult:
     allow_changed: Sequence[str] = ()
     """What may differ from what the folder was trained with."""
     steps: int = 0
-    """Environment steps of all runs that this call made."""
+    """Environment steps of all runs that this call made, with those of the processes that joined it."""
     run_seconds: float = 0.0
     interrupted: bool = False
     """Whether a signal ended the call."""

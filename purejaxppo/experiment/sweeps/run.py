@@ -137,7 +137,7 @@ def run_sweep(
         session.claims.await_writers(interrupt)  # they may have been killed
         for compiled in plan.groups:
             session.run(compiled, [slice_ for slice_ in own[compiled.group] if slice_.name in session.claims.left])
-    ALL.gather()
+    steps = sum(map(int, ALL.gather(str(session.steps))))
     seconds = time.perf_counter() - start
     with turn(folder):  # of calls that end at the same time, the last writes the results of all
         stored, left = slices.read(), session.claims.describe_left() if session.claims.left else ""
@@ -147,10 +147,10 @@ def run_sweep(
             raise ValueError(f"{left}; nothing is stored yet (the same call later resumes)")
         if plan.share and not stored:
             raise ValueError(f"share={plan.share} has no slice, and nothing is stored yet (run the other shares first)")
-        slices.note_work(session.steps, seconds)
+        slices.note_work(steps, seconds)
         result = make_result(
             sweep, slices, stored, plan.make,
-            steps=session.steps, run_seconds=seconds, interrupted=interrupt.is_set(),
+            steps=steps, run_seconds=seconds, interrupted=interrupt.is_set(),
         )  # fmt: skip
     if left:
         warnings.warn(f"{left}; the result holds what is stored of them so far, and the same call later the rest")
