@@ -106,6 +106,8 @@ def search(arguments: list[str]) -> int:
         raise ValueError(
             "method=optuna takes no --distributed (leave it out, and give the same --storage to several processes)"
         )
+    if options.method != "optuna" and options.out is not None and (options.out / "study.db").exists():
+        raise ValueError(f"out={options.out} already holds a study of Optuna (name another folder)")
     if not options.dry_run:
         check_folder(options)
     options = complete(options, arguments)

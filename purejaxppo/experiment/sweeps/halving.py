@@ -43,7 +43,7 @@ from purejaxppo.experiment.sweeps.rungs import (
 from purejaxppo.experiment.sweeps.slices import check_identities, find_slices, open_slices
 from purejaxppo.experiment.sweeps.sweep import Sweep, check_sweep, make_group
 from purejaxppo.ppo import PPO, TrainState, make_ppo
-from purejaxppo.text import align, show_setting
+from purejaxppo.text import align, count, show_setting
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -165,13 +165,15 @@ class HalvingPlan:
         whole = len(sweep.table) * sweep.num_seeds * config.total_steps
         rows = [
             {"rung": i + 1, "updates": updates, "steps each": f"{updates * config.steps_per_update:,}", "settings": n}
-            for i, (updates, n) in enumerate(zip(ends, numbers.tolist()))
+            for i, (updates, n) in enumerate(zip(self.rungs, numbers.tolist()))
         ]
+        left = config.num_updates - self.rungs[-1]
         lines = [
             f"{sweep.env}: halving of {len(sweep.table)} settings x {sweep.num_seeds} seeds, one in {self.eta} reaches "
             f"the next rung, {self.num_places} at a time",
             f"compared by {describe_criterion(sweep, self.rungs)}",
             align(rows),
+            *([f"settings on the last rung train for {count(left, 'update')} more, without a comparison"] * (left > 0)),
             f"about {steps:,} steps ({100 * steps / whole:.0f} % of those of all settings to the end), compiled in "
             f"{self.program.compile_seconds:.1f} s",
             "memory of a run, in MiB:",
