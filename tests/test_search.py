@@ -16,12 +16,13 @@ from probes import SMALL, copy_cue
 from purejaxppo.batched import reported_failures
 from purejaxppo.cli.options import parse
 from purejaxppo.cli.train import TrainOptions
+from purejaxppo.experiment.lock import claim, claim_folder
 from purejaxppo.experiment.runs import fit as fit_module
 from purejaxppo.experiment.sweeps import halving_runs, run
 from purejaxppo.experiment.sweeps import optuna_search as optuna_search_module
 from purejaxppo.experiment.sweeps.best import train_command
 from purejaxppo.experiment.sweeps.halving import Ladder, plan_halving, successive_halving
-from purejaxppo.experiment.sweeps.halving_runs import train_runs
+from purejaxppo.experiment.sweeps.halving_runs import Trainer, compile_trainer, train_runs
 from purejaxppo.experiment.sweeps.optuna_search import best_setting, optuna_search, plan_trials, rank_trials
 from purejaxppo.experiment.sweeps.population import PopulationSearch, plan_population, population_search
 from purejaxppo.experiment.sweeps.slices import Slice, open_slices
@@ -105,6 +106,22 @@ def test_the_plan_says_how_many_settings_reach_each_rung(plan):
         successive_halving(plan, eta=2)
 
 
+def test_fewer_settings_train_in_smaller_slices_where_there_are_such(plan, halving, monkeypatch):
+    ppo, trained = make_probe("probe", plan.sweep.config), []
+
+    def counted(trainer, states, runs, *rest):
+        trained.append((len(runs), trainer.program.slice_size))
+        return train_runs(trainer, states, runs, *rest)
+
+    monkeypatch.setattr(halving_runs, "train_runs", counted)
+    sizes = 6, 4, 2
+    trainers = tuple(compile_trainer(plan.sweep, ppo, size, 5, jax.local_devices()) for size in sizes)
+    found = successive_halving(replace(plan, trainers=trainers), progress=False)
+    assert all(used == min(size for size in sizes if size >= runs) for runs, used in trained)
+    assert {used for _, used in trained} >= {6, 2}
+    np.testing.assert_allclose(found.scores, halving.scores, rtol=1e-3)
+
+
 def test_halving_resumes_and_comes_to_the_result_of_an_uninterrupted_call(plan, halving, tmp_path, monkeypatch):
     options = {"progress": False, "save_every": 0}
     trained = []
@@ -146,6 +163,19 @@ def test_halving_refuses_the_folder_of_a_sweep_with_other_slices(tmp_path):
     slices.write(Slice(tuple(sweep.runs([0, 1])), {"loss": zeros}, {"num_updates": zeros[:, 0]}))
     with pytest.raises(ValueError, match="slices of 4 runs, but halving keeps the 2 seeds of every setting in one"):
         successive_halving(sweep, tmp_path, num_rungs=2, eta=2, make=make_probe, progress=False)
+
+
+def test_halving_and_a_sweep_do_not_write_one_folder_at_the_same_time(plan, tmp_path):
+    with claim_folder(tmp_path, note="successive halving"):
+        started = time.monotonic()
+        with pytest.raises(ValueError, match=r"is being written by this process since .* \(wait for its end, or name"):
+            pjp.run_sweep(plan.sweep, tmp_path, make=make_probe, progress=False)
+        assert time.monotonic() - started < 100  # which it would wait for another sweep
+    (tmp_path / "slices").mkdir()
+    with claim(tmp_path / "slices" / "0123.lock", note="learning_rate=0.1 seed=0"):
+        with pytest.raises(ValueError, match="is being written by this process since .*, which trains a sweep there"):
+            successive_halving(plan, tmp_path, progress=False)
+    assert not list((tmp_path / "slices").iterdir())
 
 
 def test_the_ladder_promotes_from_the_highest_rung_and_fills_free_places_with_new_settings():
@@ -314,8 +344,9 @@ def test_training_some_runs_leaves_the_others_as_they_are(key):
     states = many.init(jax.random.split(key, 5))
     with reported_failures():
         program = pjp.compile_training(many, states[:2], 2, slice_size=2)
+    trainer = Trainer(program, None, states.num_updates.sharding)
     with ThreadPoolExecutor(2) as pool:
-        after, metrics = train_runs(program, states, np.array([4, 0, 2]), 2, pool)
+        after, metrics = train_runs(trainer, states, np.array([4, 0, 2]), 2, pool)
     assert after.num_updates.tolist() == [2, 0, 2, 0, 2] and {x.shape for x in metrics.values()} == {(3, 2)}
     np.testing.assert_array_equal(jax.random.key_data(after[[1, 3]].key), jax.random.key_data(states[[1, 3]].key))
 

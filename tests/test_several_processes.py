@@ -210,7 +210,7 @@ PBT = ["search", *TINY, *SPACE, "--evaluate-every", "5", "--method", "pbt", "--e
 
 
 def test_halving_in_two_processes_gives_the_numbers_of_one_to_rounding(cache, tmp_path):
-    finish(start(tmp_path / "one", HALVING, cache))
+    finish(start(tmp_path / "one", HALVING, cache, devices=1))
     first, second = finish(*start_two(tmp_path / "two", HALVING, cache))
     assert "the best setting trains with" in first and not second
     expected, found = read(tmp_path / "one"), read(tmp_path / "two")
@@ -238,6 +238,4 @@ def test_a_search_of_which_a_process_is_killed_is_finished_by_the_same_command(s
     finish(*start_two(tmp_path / "undisturbed", longer, cache))
     name = "metrics.nc" if search == PBT else "results.nc"
     expected, found = read(tmp_path / "undisturbed", name), read(folder, name)
-    # Halving gives free places to whoever waits, so after an interruption other settings may go on.
-    shown = slice(100 if search == HALVING else 200)
-    xarray.testing.assert_equal(found["loss"].isel(updates=shown), expected["loss"].isel(updates=shown))
+    xarray.testing.assert_equal(found["loss"], expected["loss"])

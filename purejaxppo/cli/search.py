@@ -26,10 +26,11 @@ from purejaxppo.experiment.distributed import is_first
 from purejaxppo.table import Table
 from purejaxppo.text import align
 
-# Flag -> the method that it belongs to.
+# Flag -> the methods that it belongs to.
 OWN = {
-    "num_rungs": "halving", "eta": "halving", "num_places": "halving", "every": "pbt", "fraction": "pbt",
-    "num_devices": "pbt", "batch_size": "optuna", "storage": "optuna", "pruner": "optuna",
+    "num_rungs": ("halving",), "eta": ("halving",), "num_places": ("halving",), "every": ("pbt",),
+    "fraction": ("pbt",), "num_devices": ("halving", "pbt"), "batch_size": ("optuna",), "storage": ("optuna",),
+    "pruner": ("optuna",),
 }  # fmt: skip
 DEFAULT_SEEDS = {"halving": 8, "pbt": 1, "optuna": 8}
 
@@ -59,7 +60,8 @@ class SearchOptions(SpaceOptions):
     fraction: float | None = None
     """pbt: of the agents, at most replaced by one evolution; 0.25 by default."""
     num_devices: int | None = None
-    """pbt: devices, or CPU cores, that share the agents evenly; 1 by default, with --distributed all."""
+    """halving, pbt: devices, or CPU cores, that share the agents evenly; halving uses all by default, pbt one, or all
+    with --distributed. Those of halving are of each process."""
     batch_size: int | None = None
     """optuna: settings that train together; 8 by default."""
     storage: str | None = None
@@ -99,9 +101,11 @@ def search(arguments: list[str]) -> int:
     check_counts(options, "seed", "num_samples", at_least=0)
     if not options.save_every >= 0:
         raise ValueError(f"save_every={options.save_every} must be a number of seconds, at least 0")
-    for name, method in OWN.items():
-        if getattr(options, name) is not None and options.method != method:
-            raise ValueError(f"{name}={getattr(options, name)} belongs to --method {method}, not to {options.method}")
+    for name, methods in OWN.items():
+        if getattr(options, name) is not None and options.method not in methods:
+            raise ValueError(
+                f"{name}={getattr(options, name)} belongs to --method {' and '.join(methods)}, not to {options.method}"
+            )
     if options.distributed is not None and options.method == "optuna":
         raise ValueError(
             "method=optuna takes no --distributed (leave it out, and give the same --storage to several processes)"
@@ -174,12 +178,15 @@ def _own(options: SearchOptions, *names: str) -> dict[str, Any]:
 
 
 def _halving(options: SearchOptions) -> Method:
+    import jax
+
     from purejaxppo.experiment.sweeps.halving import plan_halving, successive_halving
     from purejaxppo.experiment.sweeps.rungs import describe_criterion
 
+    check_num_devices(options.num_devices, jax.local_device_count())  # each process has its own slices
     own = _own(options, "num_rungs", "eta", "num_places")
     sweep = _sweep(options, make_table(options))
-    plan = plan_halving(sweep, options.out, **own, allow_changed=options.allow_changed)
+    plan = plan_halving(sweep, options.out, devices=options.num_devices, **own, allow_changed=options.allow_changed)
     return Method(
         plan,
         run=lambda out: successive_halving(plan, out, save_every=options.save_every),

@@ -238,11 +238,11 @@ class Team(NamedTuple):
             )
 
     @contextlib.contextmanager
-    def claim_folder(self, folder: str | Path | Lock, *, new: bool = False) -> Iterator[Lock | None]:
+    def claim_folder(self, folder: str | Path | Lock, *, new: bool = False, note: str = "") -> Iterator[Lock | None]:
         """As the function of this name, by the first process for all; yields the lock there, and None elsewhere."""
         with contextlib.ExitStack() as held:
             with self.together():
-                lock = held.enter_context(claim_folder(folder, new=new)) if self.is_first else None
+                lock = held.enter_context(claim_folder(folder, new=new, note=note)) if self.is_first else None
             yield lock
 
 

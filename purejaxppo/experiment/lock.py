@@ -115,13 +115,14 @@ class Lock:
 
 
 @contextlib.contextmanager
-def claim_folder(folder: str | Path | Lock, *, new: bool = False, wait: float = 0.0) -> Iterator[Lock]:
+def claim_folder(folder: str | Path | Lock, *, new: bool = False, wait: float = 0.0, note: str = "") -> Iterator[Lock]:
     """Makes a folder and holds its lock; a lock that the caller holds already is passed through, and stays held.
 
     Args:
         folder: to make, or a lock that `claim_folder` gave.
         new: whether the folder must not hold a run yet.
         wait: seconds to wait for another writer.
+        note: what others may want to know of the lock, see `claim`.
 
     Raises:
         ValueError: if another writer has the folder (the message says who), if it cannot be written, or if it is to be
@@ -133,7 +134,7 @@ def claim_folder(folder: str | Path | Lock, *, new: bool = False, wait: float = 
     folder = Path(folder)
     make_writable(folder)
     try:
-        lock = claim(folder / LOCK, wait=wait)
+        lock = claim(folder / LOCK, wait=wait, note=note)
     except LockHeld as error:
         sentence = f"folder={folder} is being written by {error.holder} (wait for its end, or name another folder)"
         raise LockHeld(error.holder, sentence) from None
@@ -152,15 +153,15 @@ def claim(path: Path, *, wait: float = 0.0, note: str = "") -> Lock:
 
     Args:
         path: of the lock file, in a folder that exists.
-        wait: seconds to wait for another writer.
-        note: what others may want to know of the lock, see `read_note`.
+        wait: seconds to wait for another writer, unless its lock has a note.
+        note: what others may want to know of a lock that is held for long, see `read_note`.
     """
     deadline = time.monotonic() + wait
     while True:
         try:
             return _claim(path, note)
         except LockHeld:
-            if time.monotonic() >= deadline:
+            if time.monotonic() >= deadline or read_note(path):
                 raise
         time.sleep(0.05)
 

@@ -7,7 +7,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from purejaxppo.experiment.files import is_full, remove_halves
-from purejaxppo.experiment.lock import Holder, Lock, LockHeld, await_signs, claim, claim_folder, read_holder, read_note
+from purejaxppo.experiment.lock import (
+    Holder,
+    Lock,
+    LockHeld,
+    await_signs,
+    claim,
+    claim_folder,
+    is_stale,
+    read_holder,
+    read_note,
+)
 from purejaxppo.experiment.sweeps.slices import Foreign, Slice, Slices
 from purejaxppo.text import count
 
@@ -108,6 +118,17 @@ class Claims:
             if path.stem not in self._known:
                 runs |= dict.fromkeys(read_note(path).splitlines(), read_holder(path))
         return runs
+
+
+def check_idle(folder: Path):
+    """Raises ValueError if a call trains slices of a folder, whose lock the caller holds, so that no other begins."""
+    for path in sorted((folder / "slices").glob("*.lock")):
+        holder = read_holder(path)
+        if holder and not is_stale(path, holder):
+            raise ValueError(
+                f"folder={folder} is being written by {holder}, which trains a sweep there (wait for its end, or name "
+                "another folder)"
+            )
 
 
 @contextlib.contextmanager

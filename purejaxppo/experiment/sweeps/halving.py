@@ -16,22 +16,18 @@ import jax
 import numpy as np
 import xarray
 
-from purejaxppo.batched import batched, reported_failures
+from purejaxppo.batched import batched
 from purejaxppo.checks import check_number, check_whole
 from purejaxppo.experiment.distributed import ALL, process_count
-from purejaxppo.experiment.evaluations import Evaluations, make_evaluations
 from purejaxppo.experiment.identity import identify_ppo
 from purejaxppo.experiment.jax_setup import num_cores
 from purejaxppo.experiment.loop import Timer, check_on_interrupt, end, noted_interrupt, step_bar, warn
 from purejaxppo.experiment.memory import bytes_of, memory_of, show_memory
-from purejaxppo.experiment.program import (
-    Program,
-    best_slice_size,
-    compile_training,
-)
 from purejaxppo.experiment.report.failures import describe_failure, join_failures
 from purejaxppo.experiment.report.statistics import NO_SCORE
-from purejaxppo.experiment.sweeps.halving_runs import Training, begin, settings_of
+from purejaxppo.experiment.sweeps.claims import check_idle
+from purejaxppo.experiment.sweeps.halving_runs import Trainer, Training, compile_trainer, settings_of
+from purejaxppo.experiment.sweeps.plan import choose_slice_size
 from purejaxppo.experiment.sweeps.result import make_result
 from purejaxppo.experiment.sweeps.rungs import (
     Ladder,
@@ -43,6 +39,7 @@ from purejaxppo.experiment.sweeps.rungs import (
 from purejaxppo.experiment.sweeps.slices import check_identities, find_slices, open_slices
 from purejaxppo.experiment.sweeps.sweep import Sweep, check_sweep, make_group
 from purejaxppo.ppo import PPO, TrainState, make_ppo
+from purejaxppo.sharded import choose_devices
 from purejaxppo.text import align, count, show_setting
 
 if TYPE_CHECKING:
@@ -134,8 +131,9 @@ class HalvingPlan:
     """Settings that train side by side."""
     ppo: PPO
     """Batched over runs."""
-    program: Program
-    """Trains a slice of runs for up to as many updates as the first rung."""
+    trainers: tuple[Trainer, ...]
+    """Each trains a slice of runs for up to as many updates as the first rung. One on a CPU; on an accelerator one for
+    the settings of every rung, the largest first."""
     num_threads: int
     """Slices that train side by side."""
     memory: dict[str, int]
@@ -144,8 +142,6 @@ class HalvingPlan:
     """What is plugged in, see `Plan`."""
     make: Callable
     allow_changed: Sequence[str] = ()
-    evaluations: Evaluations | None = None
-    """Of a slice of runs, if the sweep has such."""
 
     def expected(self) -> np.ndarray:
         """How many settings reach each rung, [rungs], if their scores are in random order and none fails."""
@@ -175,7 +171,7 @@ class HalvingPlan:
             align(rows),
             *([f"settings on the last rung train for {count(left, 'update')} more, without a comparison"] * (left > 0)),
             f"about {steps:,} steps ({100 * steps / whole:.0f} % of those of all settings to the end), compiled in "
-            f"{self.program.compile_seconds:.1f} s",
+            f"{sum(trainer.program.compile_seconds for trainer in self.trainers):.1f} s",
             "memory of a run, in MiB:",
             show_memory([self.memory]),
         ]
@@ -189,6 +185,7 @@ def plan_halving(
     num_rungs: int | None = None,
     eta: int = 3,
     num_places: int | None = None,
+    devices: int | Sequence[Any] | None = None,
     make: Callable = make_ppo,
     allow_changed: Sequence[str] = (),
 ) -> HalvingPlan:
@@ -200,10 +197,13 @@ def plan_halving(
         num_rungs: how often a setting is compared at most, by default 4, or fewer if there are too few settings.
         eta: the inverse of the fraction that is promoted.
         num_places: settings that train side by side, by default all.
+        devices: devices or their number; by default all of this process.
         make: `make(env, config)` makes the PPO.
         allow_changed: what may differ from what the folder was trained with, see `run_sweep`.
     """
     check_sweep(sweep)
+    known = jax.local_devices()
+    devices = known if devices is None else choose_devices(devices, known)
     rungs = choose_rungs(sweep, num_rungs, eta)
     num_places = len(sweep.table) if num_places is None else num_places
     check_whole("num_places", num_places, at_most=len(sweep.table), of="the settings")
@@ -212,19 +212,18 @@ def plan_halving(
     settings_of(find_slices(folder, sweep), sweep)
     identities = {sweep.name_group(group): identify_ppo(ppo, sweep.hyperparams)}
     check_identities(folder, sweep, identities, allow_changed)
-    many = batched(ppo)
-    on_cpu = jax.devices()[0].platform == "cpu"
-    num_threads, num_runs = num_cores() if on_cpu else 1, num_places * sweep.num_seeds
-    places = num_threads * process_count()
-    size = best_slice_size(num_runs, places, group.config) if on_cpu else -(-num_runs // places)
+    on_cpu = devices[0].platform == "cpu"
+    num_threads = num_cores() if on_cpu and len(devices) == 1 else 1
+    at_once = num_threads * len(devices) * process_count()
+    size = choose_slice_size(sweep, group, ppo, num_places * sweep.num_seeds, rungs[0], devices[0], at_once)
     size = int(ALL.broadcast(str(size)))  # on machines that differ
-    state = jax.eval_shape(lambda: begin(sweep, many, list(sweep.runs().values())[:size]))
-    with reported_failures():
-        program = compile_training(many, state, rungs[0], slice_size=size)
-    evaluations = make_evaluations(many, sweep.evaluate_every, state) if sweep.evaluate_every else None
-    memory = memory_of(many, state, bytes_of(program, evaluations) // size)
+    # Fewer settings train on the higher rungs. A CPU has slices to spare; an accelerator needs smaller ones.
+    sizes = [size] if on_cpu else sorted({max(-(-size // eta**i), 2) for i in range(len(rungs))} | {size})[::-1]
+    trainers = tuple(compile_trainer(sweep, ppo, size, rungs[0], devices) for size in sizes)
+    many, largest = batched(ppo), trainers[0]
+    memory = memory_of(many, largest.program.like, bytes_of(largest.program, largest.evaluations) // size)
     return HalvingPlan(
-        sweep, rungs, eta, num_places, many, program, num_threads, memory, identities, make, allow_changed, evaluations
+        sweep, rungs, eta, num_places, many, trainers, num_threads, memory, identities, make, allow_changed
     )
 
 
@@ -235,6 +234,7 @@ def successive_halving(
     num_rungs: int | None = None,
     eta: int | None = None,
     num_places: int | None = None,
+    devices: int | Sequence[Any] | None = None,
     progress: bool = True,
     save_every: float = 60.0,
     make: Callable | None = None,
@@ -259,6 +259,7 @@ def successive_halving(
         num_rungs: how often a setting is compared at most, by default 4, or fewer if there are too few settings.
         eta: the inverse of the fraction that is promoted, by default 3.
         num_places: settings that train side by side, by default all.
+        devices: devices or their number; by default all of this process.
         progress: whether to show a progress bar.
         save_every: seconds between two saves of what was trained since; the last one comes at the end.
         make: `make(env, config)` makes the PPO.
@@ -267,7 +268,7 @@ def successive_halving(
     """
     check_on_interrupt(on_interrupt)
     check_number("save_every", save_every, 0, np.inf)
-    options = {"num_rungs": num_rungs, "eta": eta, "num_places": num_places, "make": make}
+    options = {"num_rungs": num_rungs, "eta": eta, "num_places": num_places, "devices": devices, "make": make}
     options = {name: value for name, value in options.items() if value is not None}
     options |= {"allow_changed": allow_changed} if allow_changed else {}
     if isinstance(sweep, HalvingPlan) and options:
@@ -276,15 +277,18 @@ def successive_halving(
     sweep, config = plan.sweep, plan.ppo.config
     ladder = Ladder(plan.rungs, plan.eta, len(sweep.table))
     with ExitStack() as held:
-        lock = held.enter_context(ALL.claim_folder(folder)) if folder is not None else None
+        lock = None
         if folder is not None:
+            lock = held.enter_context(ALL.claim_folder(folder, note="successive halving"))
             ALL.check_seen(Path(folder))
+            with ALL.together():
+                check_idle(Path(folder))
         slices = open_slices(folder, sweep, plan.identities, plan.allow_changed, rungs=plan.rungs)
         pool = held.enter_context(ThreadPoolExecutor(plan.num_threads))
         bar = held.enter_context(step_bar(progress=progress))
         interrupt = held.enter_context(noted_interrupt())
         check = lock.check if lock else None
-        training = Training(sweep, plan.ppo, plan.program, plan.evaluations, slices, pool, check)
+        training = Training(sweep, plan.ppo, plan.trainers, slices, pool, check)
         timer = Timer(save_every)
 
         def train(settings: Sequence[int], length: int) -> np.ndarray:

@@ -2,20 +2,20 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from purejaxppo.batched import seed_keys
+from purejaxppo.batched import AXIS, batched, reported_failures, seed_keys
 from purejaxppo.experiment.distributed import is_first, process_count
-from purejaxppo.experiment.evaluations import EVALUATION_RETURN, Evaluations, ends_of_chunks
+from purejaxppo.experiment.evaluations import EVALUATION_RETURN, Evaluations, ends_of_chunks, make_evaluations
 from purejaxppo.experiment.files import from_arrays, shapes_of, to_arrays
 from purejaxppo.experiment.lock import LockLost
-from purejaxppo.experiment.program import Program, first_state
+from purejaxppo.experiment.program import Program, compile_training, first_state
 from purejaxppo.experiment.report.failures import leaves_of
 from purejaxppo.experiment.sweeps.columns import run_arguments
 from purejaxppo.experiment.sweeps.rungs import score_of
@@ -23,6 +23,45 @@ from purejaxppo.experiment.sweeps.slices import Slice, Slices
 from purejaxppo.experiment.sweeps.sweep import Sweep
 from purejaxppo.ppo import PPO, TrainState
 from purejaxppo.text import count
+
+
+class Trainer(NamedTuple):
+    """Trains and evaluates slices of some number of runs, one on every device; compiled for them."""
+
+    program: Program
+    evaluations: Evaluations | None
+    """If the sweep has such."""
+    sharding: Any
+    """Of the leaves of a state."""
+
+    def train(self, states: TrainState, length: int, due: bool) -> tuple[TrainState, dict[str, np.ndarray]]:
+        """States of its number of runs, and their metrics [R, length], after an evaluation if that is due."""
+        new, metrics = self.program(jax.device_put(states, self.sharding), length, donate=True)
+        if self.evaluations:
+            metrics |= {EVALUATION_RETURN: self.evaluations.measure(new, metrics, due)}
+        return jax.device_put(new, states.num_updates.sharding), metrics
+
+
+def compile_trainer(sweep: Sweep, ppo: PPO, slice_size: int, num_updates: int, devices: Sequence[Any]) -> Trainer:
+    """Compiles a trainer.
+
+    Args:
+        sweep: has the runs.
+        ppo: of one run.
+        slice_size: runs on every device.
+        num_updates: that it makes at most at a time.
+        devices: which train slices side by side.
+    """
+    many, sharding = batched(ppo), SingleDeviceSharding(devices[0])
+    if len(devices) > 1:
+        many = batched(ppo, devices)
+        sharding = NamedSharding(many.mesh, PartitionSpec(AXIS))
+    shapes = jax.eval_shape(lambda: begin(sweep, many, [(0, 0)] * (slice_size * len(devices))))
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+    with reported_failures():
+        program = compile_training(many, state, num_updates, slice_size=slice_size * len(devices))
+    every = sweep.evaluate_every
+    return Trainer(program, make_evaluations(many, every, state) if every else None, sharding)
 
 
 class Training:
@@ -35,13 +74,12 @@ class Training:
         self,
         sweep: Sweep,
         ppo: PPO,
-        program: Program,
-        evaluations: Evaluations | None,
+        trainers: Sequence[Trainer],
         slices: Slices,
         pool: ThreadPoolExecutor,
         check: Callable[[], Any] | None = None,
     ):
-        self.sweep, self.program, self.evaluations = sweep, program, evaluations
+        self.sweep, self.trainers = sweep, trainers
         self.slices, self.pool, self.check = slices, pool, check
         self.names = _names(sweep)
         self.states = begin(sweep, ppo, list(sweep.runs().values()), first_state)
@@ -53,26 +91,27 @@ class Training:
     def train(self, settings: Sequence[int], length: int) -> int:
         """Trains settings for `length` updates more; returns how many updates of runs were not stored already."""
         self.done[settings] += length
+        # Of all settings of the round, not of those that lack updates: a call that resumes rounds alike.
+        trainer = _smallest(self.trainers, len(settings) * self.sweep.num_seeds)
         lacking = {setting: self._lacking(setting) for setting in settings}
         for chunks in sorted(set(lacking.values()) - {()}):
             together = [setting for setting in settings if lacking[setting] == chunks]
             for number, due in chunks:
-                self._train_together(together, number, due)
+                self._train_together(trainer, together, number, due)
             self.changed.update(together)
         return sum(number for chunks in lacking.values() for number, _ in chunks) * self.sweep.num_seeds
 
     def _lacking(self, setting: int) -> tuple[tuple[int, bool], ...]:
         """The chunks of a setting that are not stored: the updates of each, and whether an evaluation is due then."""
-        begin, evaluations = self.num_stored(setting), self.evaluations
-        ends = ends_of_chunks(begin, int(self.done[setting]), self.program.num_updates, evaluations)
+        begin, (program, evaluations, _) = self.num_stored(setting), self.trainers[0]
+        ends = ends_of_chunks(begin, int(self.done[setting]), program.num_updates, evaluations)
         due = [evaluations is not None and evaluations.is_due(end) for end in ends]
         return tuple(zip((end - start for start, end in zip([begin, *ends], ends)), due))
 
-    def _train_together(self, settings: Sequence[int], number: int, due: bool):
+    def _train_together(self, trainer: Trainer, settings: Sequence[int], number: int, due: bool):
         """Trains settings for some updates, and evaluates them then if that is due."""
-        measure = partial(self.evaluations.measure, due=due) if self.evaluations else None
         runs, num_seeds = self._runs(settings), self.sweep.num_seeds
-        self.states, metrics = train_runs(self.program, self.states, runs, number, self.pool, measure)
+        self.states, metrics = train_runs(trainer, self.states, runs, number, self.pool, due)
         for i, setting in enumerate(settings):
             self._append(setting, {name: x[i * num_seeds : (i + 1) * num_seeds] for name, x in metrics.items()})
 
@@ -151,41 +190,38 @@ def settings_of(slices: Slices, sweep: Sweep) -> dict[int, Slice]:
     return found
 
 
-def train_runs(
-    program: Program,
-    states: TrainState,
-    runs: np.ndarray,
-    length: int,
-    pool: ThreadPoolExecutor,
-    measure: Callable | None = None,
-) -> tuple[TrainState, dict[str, np.ndarray]]:
-    """Trains some runs of a batch in slices of the program's size; the last slice repeats its last run.
+def _smallest(trainers: Sequence[Trainer], num_runs: int) -> Trainer:
+    """The smallest trainer that takes so many runs at once, in all processes together, or else the largest."""
+    sizes = [trainer.program.slice_size * process_count() for trainer in trainers]
+    return next((x for x, size in zip(trainers[::-1], sizes[::-1]) if size >= num_runs), trainers[0])
 
-    Several processes divide the slices, and give each other what they trained.
+
+def train_runs(
+    trainer: Trainer, states: TrainState, runs: np.ndarray, length: int, pool: ThreadPoolExecutor, due: bool = False
+) -> tuple[TrainState, dict[str, np.ndarray]]:
+    """Trains some runs of a batch, as many at a time as the trainer takes; the last of them fills up what is free.
+
+    Several processes divide them, and give each other what they trained.
 
     Args:
-        program: trains a slice.
+        trainer: trains as many.
         states: of all runs of the batch.
         runs: the indices of those to train.
         length: updates to make.
-        pool: the threads that train slices side by side.
-        measure: (state, metrics) of a slice -> one more metric, `evaluation_return`.
+        pool: the threads that train side by side.
+        due: whether they are evaluated then.
 
     Returns:
         The states of all runs, and the metrics of the trained ones, [runs, length].
     """
-    size = program.slice_size
+    size = trainer.program.slice_size
     slices = [runs[i : i + size] for i in range(0, len(runs), size)]
     slices = [np.append(indices, np.repeat(indices[-1], size - len(indices))) for indices in slices]
 
-    def train(indices: np.ndarray) -> tuple[TrainState, dict[str, np.ndarray]]:
-        state, metrics = program(states[indices], length, donate=True)
-        return state, metrics | ({EVALUATION_RETURN: measure(state, metrics)} if measure else {})
-
     own = slices[jax.process_index() :: process_count()] or slices[-1:]
-    trained = list(pool.map(train, own))
+    trained = list(pool.map(lambda indices: trainer.train(states[indices], length, due), own))
     if process_count() > 1:
-        trained = _exchange(trained, len(slices), program.like)
+        trained = _exchange(trained, len(slices), trainer.program.like)
     for indices, (new, _) in zip(slices, trained):
         states = jax.tree.map(lambda old, some, indices=indices: old.at[indices].set(some), states, new)
     joined = {name: np.concatenate([metrics[name] for _, metrics in trained])[: len(runs)] for name in trained[0][1]}

@@ -12,7 +12,6 @@ import jax
 
 from purejaxppo.batched import batched, reported_failures, seed_keys
 from purejaxppo.checks import check_whole
-from purejaxppo.config import Config
 from purejaxppo.evaluate import EPISODES
 from purejaxppo.experiment.evaluations import Evaluations, make_evaluations
 from purejaxppo.experiment.identity import identify_ppo
@@ -259,11 +258,11 @@ def _compile(
             every = sweep.evaluate_every
             return start, state, program, make_evaluations(many, every, state) if every else None
 
-    size = slice_size or _slice_size(num_runs, num_threads * len(devices) * num_shares, group.config, on_cpu)
-    memory = int(SHARE_OF_MEMORY * _device_memory(devices[0]) / num_threads)
-    if slice_size is None and not on_cpu and size > 2 * PROBE:
-        size = _even_size(num_runs, size, runs_that_fit(sweep, group, ppo, chunk, memory))
+    size = slice_size or choose_slice_size(
+        sweep, group, ppo, num_runs, chunk, devices[0], num_threads * len(devices) * num_shares
+    )
     start, state, program, evaluations = compile_slices(size)
+    memory = usable_memory(devices[0]) // num_threads
     fitting = _even_size(num_runs, size, size * memory // max(bytes_of(program, evaluations), 1))
     if slice_size is None and fitting < size:
         size = fitting
@@ -285,6 +284,28 @@ def _compile(
         compile_seconds=time.perf_counter() - started,
         evaluations=evaluations,
     )
+
+
+def choose_slice_size(
+    sweep: Sweep, group: Group, ppo: PPO, num_runs: int, num_updates: int, device: Any, at_once: int
+) -> int:
+    """Runs of a slice: few enough for a core's cache; on an accelerator as many as there are, if they fit its memory.
+
+    Args:
+        sweep: has the runs.
+        group: of its settings.
+        ppo: of the group, of one run.
+        num_runs: to be divided.
+        num_updates: of a call of the program.
+        device: one of those that train.
+        at_once: slices that train at the same time.
+    """
+    if device.platform == "cpu":
+        return best_slice_size(num_runs, at_once, group.config)
+    size = -(-num_runs // at_once)
+    if size <= 2 * PROBE:
+        return size
+    return _even_size(num_runs, size, runs_that_fit(sweep, group, ppo, num_updates, usable_memory(device)))
 
 
 def runs_that_fit(sweep: Sweep, group: Group, ppo: PPO, num_updates: int, memory: int) -> int:
@@ -320,21 +341,17 @@ def _start(ppo: PPO, seed: int, seeds, hyperparams, env_params) -> TrainState:
     return ppo.init(seed_keys(jax.random.key(seed), seeds), hyperparams, env_params)
 
 
-def _slice_size(num_runs: int, at_once: int, config: Config, on_cpu: bool) -> int:
-    return best_slice_size(num_runs, at_once, config) if on_cpu else -(-num_runs // at_once)
-
-
 def _static(sweep: Sweep, group: Group) -> dict[str, str]:
     """The swept fields that make a group, as text."""
     row = sweep.table.rows()[group.settings[0]]
     return {name: show(value) for name, value in row.items() if name in ("env", *PLUGGED, *CONFIG_FIELDS)}
 
 
-def _device_memory(device: Any) -> int:
-    """Bytes of memory of a device; for a CPU that of the machine."""
-    stats = device.memory_stats() or {}
+def usable_memory(device: Any) -> int:
+    """Bytes that programs may take of the memory of a device; for a CPU of that of the machine."""
+    stats, whole = device.memory_stats() or {}, 2**33
     if "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 2**33
+        whole = stats["bytes_limit"]
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(SHARE_OF_MEMORY * whole)
