@@ -467,6 +467,18 @@ def test_playground_refuses_warp_and_names_what_it_would_download():
 
 @pytest.mark.slow
 @needs("jumanji")
+def test_every_environment_of_jumanji_begins_under_a_trace_as_its_space_says():
+    tried = [name for name in env_names("jumanji") if name.startswith("jumanji/") and "Sokoban" not in name]
+    with jax.numpy_rank_promotion("allow"):
+        for name in tried:
+            env = pjp.make_env(name)
+            obs = jax.eval_shape(env.reset, jax.random.key(0), env.params)[1]
+            assert jax.tree.map(np.shape, obs) == jax.tree.map(lambda space: space.shape, env.observation_space), name
+    assert len(tried) >= 20
+
+
+@pytest.mark.slow
+@needs("jumanji")
 def test_sokoban_names_what_it_would_download():
     with pytest.raises(ValueError, match="downloads its levels: allow it in Python by generator="):
         pjp.make_env("jumanji/Sokoban-v0")

@@ -72,7 +72,7 @@ def _part(spec: jumanji.specs.Array) -> tuple[Any, Callable]:
     """The space of a part of an observation, and how it is shown: integers of few values as codes, others as floats."""
     if spec.dtype == bool:
         return Box(0, 1, spec.shape, bool), jnp.asarray
-    low, high = getattr(spec, "minimum", -np.inf), getattr(spec, "maximum", np.inf)
+    low, high = np.asarray(getattr(spec, "minimum", -np.inf)), np.asarray(getattr(spec, "maximum", np.inf))
     if not jnp.issubdtype(spec.dtype, jnp.integer) or not np.all(high - low < MOST_CODES):
         return Box(low, high, spec.shape), lambda x: jnp.asarray(x, jnp.float32)
     sizes = np.broadcast_to(high - low + 1, spec.shape).astype(int)
