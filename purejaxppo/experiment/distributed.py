@@ -5,10 +5,13 @@ import hashlib
 import importlib.util
 import itertools
 import os
+import sys
+import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +24,7 @@ from purejaxppo.text import quote
 
 HEARTBEAT = 10  # seconds without a sign after which JAX takes a process for dead and ends the others
 PATIENCE = 300  # seconds to wait for the others at the start
+SILENT = 5  # seconds of these without a word
 LONGEST = 7 * 24 * 3600  # seconds that a process waits at the end for others, which JAX ends if one of them dies
 
 SHOWN_AFTER = 60  # seconds in which a disk over a network shows what another machine has written
@@ -126,17 +130,43 @@ def begin(processes: Processes):
     """As `join_processes`, from what `read_processes` returned."""
     if processes.cluster == "k8s" and importlib.util.find_spec("kubernetes") is None:
         raise ValueError("distributed needs the package kubernetes here (pip install kubernetes)")
+    initialize = partial(
+        jax.distributed.initialize,
+        processes.address, processes.number, processes.index, processes.device,
+        # JAX has no name for Kubernetes, which it finds by itself.
+        cluster_detection_method=(processes.cluster or "deactivate").replace("k8s", "") or None,
+        initialization_timeout=PATIENCE, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=LONGEST,
+    )  # fmt: skip
+    where = f"at {processes.address} " if processes.address else ""
     try:
-        jax.distributed.initialize(
-            processes.address, processes.number, processes.index, processes.device,
-            # JAX has no name for Kubernetes, which it finds by itself.
-            cluster_detection_method=(processes.cluster or "deactivate").replace("k8s", "") or None,
-            initialization_timeout=PATIENCE, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=LONGEST,
-        )  # fmt: skip
+        _await_others(initialize, f"waiting {where}for the other processes, for up to {PATIENCE} seconds")
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
-        where = f"at {processes.address} " if processes.address else ""
         raise ValueError(f"the processes did not find each other {where}({reason})") from None
+
+
+def _await_others(initialize: Callable[[], None], sentence: str):
+    """Calls a function that waits in C++, in a thread so that a signal ends the wait; prints why if it takes long."""
+    errors = []
+
+    def call():
+        try:
+            initialize()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    try:
+        thread.join(SILENT)
+        if thread.is_alive():
+            print(sentence, file=sys.stderr, flush=True)
+        thread.join()
+    except KeyboardInterrupt:
+        distributed.global_state.num_processes = 1  # there is nobody to agree with
+        raise
+    if errors:
+        raise errors[0]
 
 
 def is_first() -> bool:
