@@ -83,6 +83,22 @@ def test_a_search_is_planned_run_ranked_and_drawn_and_repeats_nothing(flags, pla
     assert all(path.stat().st_mtime_ns == changed for path, changed in stored.items()) and stored
 
 
+def test_commands_for_agents_take_the_winner_of_a_population(cache, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    status, printed, _ = run(capsys, "search", "CartPole-v1", *TINY, *PBT, *cache, "--out", "pbt")
+    winner = int(ranking(printed)[1].split()[0])
+    assert status == 0 and json.loads((tmp_path / "pbt" / "best.json").read_text())["member"] == winner
+    for agent in (winner, 3 - winner):  # as if another one had won
+        best = {"member": agent}
+        (tmp_path / "pbt" / "best.json").write_text(json.dumps(best))
+        status, printed, _ = run(capsys, "export", "pbt", "-o", "winner.npz")
+        assert status == 0 and f"winner.npz holds agent {agent} of CartPole-v1" in printed
+        status, printed, _ = run(capsys, "evaluate", "pbt", "--episodes", "2")
+        assert status == 0 and f"agent {agent} won the population" in printed
+    status, printed, _ = run(capsys, "export", "pbt", "--agent", "1", "-o", "chosen.npz")
+    assert status == 0 and "chosen.npz holds agent 1 of CartPole-v1" in printed
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -98,6 +114,7 @@ def test_a_search_is_planned_run_ranked_and_drawn_and_repeats_nothing(flags, pla
         (["--method", "optuna", "--num-samples", "4"], "--num-samples=4 and --sample go together"),
         (["--method", "optuna", "--num-rungs", "3"], "--num-rungs=3 belongs to --method halving, not to optuna"),
         (["--every", "3"], "--every=3 belongs to --method pbt, not to halving"),
+        (["--method", "optuna", "--num-devices", "2"], "--num-devices=2 belongs to --method halving and pbt, not to"),
         (["--batch-size", "0"], "--batch-size=0 must be at least 1"),
         ([*RATE, *RATE, "--num-samples", "4"], "names a field twice"),
         ([*RATE, "--num-samples", "4", "--num-rungs", "4"], "--num-rungs=4 needs eta^(num_rungs - 1) = 27 settings"),

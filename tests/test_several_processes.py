@@ -204,6 +204,22 @@ def test_ctrl_c_in_one_process_ends_a_run_of_two_after_the_same_chunk(cache, tmp
     assert "the same command continues" in printed[0][0] and not printed[1][0]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("place", ["0/2", "1/2"])
+def test_a_process_says_that_it_waits_for_the_others_and_a_signal_ends_that(place, number, cache, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    process = start(tmp_path / "run", TRAIN, cache, place, address)
+    assert process.stderr
+    line = process.stderr.readline()
+    assert line == f"waiting at {address} for the other processes, for up to 300 seconds\n"
+    process.send_signal(number)
+    printed, error = process.communicate(timeout=20)
+    assert (process.returncode, printed, error) == (130, "", "purejaxppo: interrupted\n")
+    assert not (tmp_path / "run").exists()
+
+
 SPACE = "--grid learning_rate=1e-3,1e-2,1e-4,1e-1 --num-seeds 2 --num-updates 30 --save-every 0".split()
 HALVING = ["search", *TINY, *SPACE, "--evaluate-every", "5", "--method", "halving", "--eta", "2", "--num-rungs", "2"]
 PBT = ["search", *TINY, *SPACE, "--evaluate-every", "5", "--method", "pbt", "--every", "5"]

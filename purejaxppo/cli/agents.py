@@ -44,8 +44,8 @@ class RenderOptions:
     """The folder that `train` or `sweep` wrote."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """File to write; episode.gif in the folder by default."""
-    agent: int = 0
-    """The agent, by its number."""
+    agent: int | None = None
+    """The agent, by its number; by default the first one, or the winner of a population."""
     greedy: bool = False
     """Take the most probable action instead of a sample."""
     max_steps: int = 500
@@ -65,8 +65,8 @@ class ExportOptions:
     """The folder that `train` or `sweep` wrote."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("policy.stablehlo")
     """File to write: NAME.stablehlo for JAX, NAME.npz for NumPy."""
-    agent: int = 0
-    """The agent, by its number."""
+    agent: int | None = None
+    """The agent, by its number; by default the first one, or the winner of a population."""
     best: bool = False
     """Take the policies of the best evaluations, which `train --keep-best` kept."""
     acting: tyro.conf.OmitArgPrefixes[Acting] = field(default_factory=Acting)
@@ -87,6 +87,7 @@ def evaluate(arguments: list[str]) -> int:
     check_counts(options, "seed", at_least=0)
 
     from purejaxppo.experiment.agents.evaluation import evaluate_agents, evaluate_in_gymnasium, mean_return
+    from purejaxppo.experiment.sweeps.best import read_winner
 
     agents = _load_agents(options.folder, options.acting, options.best)
     play = evaluate_in_gymnasium if options.where == "gymnasium" else evaluate_agents
@@ -103,6 +104,9 @@ def evaluate(arguments: list[str]) -> int:
     played = played.isel(seed=~failed)
     over = "agents" if played.sizes["seed"] > 1 else "episodes"
     say(f"  mean       {interval(*mean_return(played), over=over, nothing='failed'):>10}")
+    winner = read_winner(options.folder)
+    if winner is not None:
+        say(f"  agent {winner} won the population, by the score that best.json has")
     cut = int((~played["finished"]).sum())
     if cut:
         say(f"  {count(cut, 'episode')} had not ended and counted as they were")
@@ -125,16 +129,17 @@ def render(arguments: list[str]) -> int:
         _load_agents(options.folder, options.acting, options.best),
         options.out or options.folder / "episode.gif",
     )
-    policy = agents.policy(options.agent)
+    agent = _choose_agent(options)
+    policy = agents.policy(agent)
     check_drawable(agents.ppo.env.name, out)
     check_file(out)
-    env_params = jax.tree.map(lambda x: x[options.agent], agents.env_params)
+    env_params = jax.tree.map(lambda x: x[agent], agents.env_params)
     episode = record_episode(
         agents.ppo, policy, jax.random.key(options.seed), env_params,
         greedy=options.greedy, max_steps=options.max_steps,
     )  # fmt: skip
     render_episode(agents.ppo.env.name, episode, out, env_params)
-    say(f"{out}: {len(episode.rewards)} steps, return {episode.rewards.sum():.2f}")
+    say(f"{out}: agent {agent}, {count(len(episode.rewards), 'step')}, return {episode.rewards.sum():.2f}")
     return 0
 
 
@@ -148,9 +153,10 @@ def export(arguments: list[str]) -> int:
     from purejaxppo.experiment.agents.export import export as export_policy
 
     agents = _load_agents(options.folder, options.acting, options.best)
-    policy = agents.policy(options.agent)
-    lines = export_policy(agents.ppo, policy, options.out, jax.tree.map(lambda x: x[options.agent], agents.env_params))
-    say(f"# {options.out} holds agent {options.agent} of {agents.title}; use it like this:", "", *lines.split("\n"))
+    agent = _choose_agent(options)
+    policy = agents.policy(agent)
+    lines = export_policy(agents.ppo, policy, options.out, jax.tree.map(lambda x: x[agent], agents.env_params))
+    say(f"# {options.out} holds agent {agent} of {agents.title}; use it like this:", "", *lines.split("\n"))
     return 0
 
 
@@ -191,6 +197,13 @@ def _show_progress(folder: Path) -> bool:
     for sentence in [*failed[:MOST], *["..."] * (len(failed) > MOST)]:
         say(f"  {sentence}")
     return len(failed) == result.sweep.num_runs
+
+
+def _choose_agent(options: RenderOptions | ExportOptions) -> int:
+    """The agent that a command names, or else the winner of a population, or the first one."""
+    from purejaxppo.experiment.sweeps.best import read_winner
+
+    return options.agent if options.agent is not None else read_winner(options.folder) or 0
 
 
 def _load_agents(folder: Path, acting: Acting, best: bool) -> "Agents":

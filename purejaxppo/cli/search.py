@@ -197,6 +197,7 @@ def _halving(options: SearchOptions) -> Method:
 
 
 def _pbt(options: SearchOptions) -> Method:
+    from purejaxppo.experiment.sweeps.best import MEMBER
     from purejaxppo.experiment.sweeps.population import plan_population, population_search
 
     check_num_devices(options.num_devices)
@@ -214,7 +215,12 @@ def _pbt(options: SearchOptions) -> Method:
             plan, out, save_every=options.save_every, allow_changed=options.allow_changed
         ),
         report=lambda found: Report(
-            found.ranked(), found.best, found.plots, found.fit.unsaved, {"schedule": found.schedule()}, found.criterion
+            found.ranked(),
+            found.best,
+            found.plots,
+            found.fit.unsaved,
+            more={MEMBER: found.ranked()[0]["member"], "schedule": found.schedule()},
+            criterion=found.criterion,
         ),
     )
 

@@ -1,5 +1,7 @@
 """The best setting of a search as a JSON file and as a command that trains it."""
 
+import contextlib
+import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import fields
@@ -14,7 +16,7 @@ from purejaxppo.experiment.sweeps.sweep import ENV_PREFIX, Sweep
 from purejaxppo.table import PLUGGED
 from purejaxppo.text import to_coordinate
 
-BEST = "best.json"
+BEST, MEMBER = "best.json", "member"
 
 
 def save_best(folder: Path, sweep: Sweep, setting: Mapping[str, Any], score: float, **more: Any):
@@ -38,6 +40,14 @@ def save_best(folder: Path, sweep: Sweep, setting: Mapping[str, Any], score: flo
         "hyperparams": {name: as_json(hyperparams.get(name)) for name in hyperparams.names},
     }
     save_json(folder / BEST, data | more)
+
+
+def read_winner(folder: Path) -> int | None:
+    """The agent that won the population in a folder, as its best.json says; None if it says nothing."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        member = json.loads((folder / BEST).read_text()).get(MEMBER)
+        return member if isinstance(member, int) else None
+    return None
 
 
 def train_command(sweep: Sweep, setting: Mapping[str, Any]) -> str:
