@@ -134,29 +134,24 @@ def test_a_search_that_cannot_be_is_one_sentence_and_status_two(flags, words, tm
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("method", ["halving", "pbt"])
-def test_a_search_is_refused_in_the_folder_of_a_study(method, tmp_path, capsys):
-    (tmp_path / "study.db").touch()
-    flags = ["--method", method, "--sample", "clip=uniform:.1:.2", "--num-samples", "4", "--out", str(tmp_path)]
-    status, _, error = run(capsys, "search", "CartPole-v1", *flags)
-    assert status == 2 and f"--out={tmp_path} already holds a study of Optuna" in error
-    assert [path.name for path in tmp_path.iterdir()] == ["study.db"]
-
-
-def test_the_plan_of_halving_names_the_updates_of_its_rungs(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    flags = ["--grid", "clip=.1,.2,.3,.4", "--num-rungs", "2", "--num-updates", "20", "--num-seeds", "1", "--dry-run"]
-    status, printed, _ = run(capsys, "search", "CartPole-v1", *TINY, *flags)
-    rungs = [line.split()[:2] for line in printed.splitlines() if line.split()[:1] in (["1"], ["2"])]
-    assert status == 0 and rungs == [["1", "6"], ["2", "18"]]
-    assert "settings on the last rung train for 2 updates more, without a comparison" in printed
-
-
-def test_a_search_whose_settings_all_fail_says_so(cache, tmp_path, capsys):
-    flags = "--grid learning_rate=1e30,1e29 --num-seeds 1 --num-rungs 2 --eta 2 --num-updates 4".split()
-    status, printed, errors = run(capsys, "search", "CartPole-v1", *TINY, *flags, *cache, "--out", str(tmp_path / "x"))
-    assert status == 4 and "turned nan" in errors and printed.count("none") == 2
-    assert not (tmp_path / "x" / "best.json").exists()
+@pytest.mark.parametrize("study", ["study.db", "batches"])
+def test_the_folder_of_a_study_is_no_place_for_others_and_names_its_batches(study, tmp_path, capsys):
+    (tmp_path / study).touch() if "." in study else (tmp_path / study / "0").mkdir(parents=True)
+    out, space = ["--out", str(tmp_path)], ["--sample", "clip=uniform:.1:.2", "--num-samples", "4"]
+    for command in (
+        ["search", "--method", "halving", *space],
+        ["search", "--method", "pbt", *space],
+        ["sweep", "--grid", "clip=.1,.2"],
+        ["train"],
+    ):
+        status, _, error = run(capsys, command[0], "CartPole-v1", *command[1:], *out)
+        assert (status, error) == (2, f"purejaxppo: --out={tmp_path} already holds a study (name another folder)\n")
+    for command in ("show", "plot", "evaluate", "report", "resume", "export"):
+        status, _, error = run(capsys, command, str(tmp_path))
+        there = "of which there is none yet" if study == "study.db" else f"such as {tmp_path / study / '0'}"
+        sentence = f"{tmp_path} holds a study of Optuna: its batches are sweeps that can be read, {there}"
+        assert (status, error) == (2, f"purejaxppo: {sentence}\n"), command
+    assert [path.name for path in tmp_path.iterdir()] == [study]
 
 
 @pytest.mark.slow

@@ -32,6 +32,8 @@ OWN = {
     "fraction": ("pbt",), "num_devices": ("halving", "pbt"), "batch_size": ("optuna",), "storage": ("optuna",),
     "pruner": ("optuna",),
 }  # fmt: skip
+# What a folder may not hold already.
+OTHERS = {"halving": ("run", "study"), "pbt": ("sweep", "study"), "optuna": ("run", "sweep")}
 DEFAULT_SEEDS = {"halving": 8, "pbt": 1, "optuna": 8}
 
 
@@ -110,16 +112,16 @@ def search(arguments: list[str]) -> int:
         raise ValueError(
             "method=optuna takes no --distributed (leave it out, and give the same --storage to several processes)"
         )
-    if options.method != "optuna" and options.out is not None and (options.out / "study.db").exists():
-        raise ValueError(f"out={options.out} already holds a study of Optuna (name another folder)")
     if not options.dry_run:
         check_folder(options)
     options = complete(options, arguments)
 
-    from purejaxppo.experiment.files import check_writable
+    from purejaxppo.experiment.files import check_writable, refuse_other
     from purejaxppo.experiment.loop import Interrupted
 
     keep_programs(options.compile_cache)
+    if options.out is not None:
+        refuse_other(options.out, *OTHERS[options.method])
     if options.out is not None and not options.dry_run:
         check_writable(options.out)
     method = METHODS[options.method](options)

@@ -26,15 +26,34 @@ import jax.numpy as jnp
 import numpy as np
 
 SETTINGS, SWEEP, DIGESTS = "settings.json", "sweep.json", "files.json"
+STUDY, BATCHES = "study.db", "batches"  # of Optuna; one on a server leaves its batches alone in a folder
 FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quotas
 LENGTHS_IN_ZIP = 26  # where the header of a member has those of its name and of what comes before its bytes
 
 
-def kind_of(folder: str | Path) -> Literal["run", "sweep"] | None:
-    """What a folder holds: a run, a sweep, or neither."""
-    if (Path(folder) / SETTINGS).exists():
+def kind_of(folder: str | Path) -> Literal["run", "sweep", "study"] | None:
+    """What a folder holds: a run, a sweep, a study of Optuna, or nothing of these."""
+    folder = Path(folder)
+    if (folder / SETTINGS).exists():
         return "run"
-    return "sweep" if (Path(folder) / SWEEP).exists() else None
+    if (folder / SWEEP).exists():
+        return "sweep"
+    return "study" if (folder / STUDY).exists() or (folder / BATCHES).is_dir() else None
+
+
+def refuse_other(folder: Path, *kinds: str):
+    """Raises ValueError if a folder for new results holds one of some kinds of others already."""
+    kind = kind_of(folder)
+    if kind in kinds:
+        raise ValueError(f"folder={folder} already holds a {kind} (name another folder)")
+
+
+def refuse_study(folder: str | Path):
+    """Raises ValueError if a folder that is to be read holds a study, whose batches are what can be read."""
+    if kind_of(folder) == "study":
+        batches = sorted((Path(folder) / BATCHES).glob("*"))
+        named = f"such as {batches[-1]}" if batches else "of which there is none yet"
+        raise ValueError(f"{folder} holds a study of Optuna: its batches are sweeps that can be read, {named}")
 
 
 def prepare(folder: Path):
@@ -43,6 +62,7 @@ def prepare(folder: Path):
         raise ValueError(f"folder={folder} is the current directory (name a folder for the results)")
     if kind_of(folder) == "run":
         raise ValueError(f"folder={folder} already holds a run (resume it, or name another folder)")
+    refuse_other(folder, "study")
     make_writable(folder)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import xarray
 
 from purejaxppo.config import Config, Hyperparams
-from purejaxppo.experiment.files import check_file, kind_of, replace_file
+from purejaxppo.experiment.files import check_file, kind_of, refuse_study, replace_file
 from purejaxppo.experiment.provenance import as_json
 from purejaxppo.experiment.report.failures import failures_of, mark_failures
 from purejaxppo.experiment.runs.checkpoints import Checkpoints
@@ -37,6 +37,7 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
     """
     folder = Path(folder)
     out = folder / "report.html" if out is None else Path(out)
+    refuse_study(folder)
     kind = kind_of(folder)
     if kind is None:
         raise ValueError(f"folder={folder} holds neither a run nor a sweep (name one that was trained into)")

@@ -12,7 +12,15 @@ import numpy as np
 import xarray
 
 from purejaxppo.experiment.distributed import ALONE, Team, spans_processes, to_host
-from purejaxppo.experiment.files import differing_fields, from_arrays, is_full, kind_of, remove_halves, to_arrays
+from purejaxppo.experiment.files import (
+    differing_fields,
+    from_arrays,
+    is_full,
+    kind_of,
+    refuse_other,
+    remove_halves,
+    to_arrays,
+)
 from purejaxppo.experiment.identity import check_identity
 from purejaxppo.experiment.lock import Lock, LockLost
 from purejaxppo.experiment.loop import Timer
@@ -253,8 +261,7 @@ def open_journal(
         return
     path, settings = folder.folder if isinstance(folder, Lock) else Path(folder), describe_run(ppo, state, notes)
     checkpoints = Checkpoints(path, keep, team)
-    if kind_of(path) == "sweep":
-        raise ValueError(f"folder={path} holds a sweep (name another folder)")
+    refuse_other(path, "sweep", "study")
     with team.claim_folder(folder) as lock:
         team.check_seen(path)
         journal = Journal(ppo, state, settings, save_every, checkpoints, lock, team)

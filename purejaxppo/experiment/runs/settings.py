@@ -13,7 +13,16 @@ import numpy as np
 from purejaxppo.checks import check_whole
 from purejaxppo.config import Config, Hyperparams
 from purejaxppo.experiment.distributed import to_host
-from purejaxppo.experiment.files import SETTINGS, ArrayFile, kind_of, name_leaf, save_arrays, save_json, to_arrays
+from purejaxppo.experiment.files import (
+    SETTINGS,
+    ArrayFile,
+    kind_of,
+    name_leaf,
+    refuse_study,
+    save_arrays,
+    save_json,
+    to_arrays,
+)
 from purejaxppo.experiment.identity import identify_ppo
 from purejaxppo.experiment.provenance import Machine, as_json, describe_machine
 from purejaxppo.experiment.records import Numbers, as_record, complete_hyperparams, read_record
@@ -200,6 +209,7 @@ def write_env_params(folder: Path, settings: RunSettings, env_params: Any):
 
 def read_settings(folder: str | Path) -> RunSettings:
     """The settings of the run in a folder. Raises ValueError if it holds no run, or damaged settings."""
+    refuse_study(folder)
     path = Path(folder) / SETTINGS
     kind = kind_of(folder)
     if kind == "sweep":

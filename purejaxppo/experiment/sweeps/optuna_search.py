@@ -16,7 +16,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from purejaxppo.checks import check_whole
-from purejaxppo.experiment.files import kind_of
+from purejaxppo.experiment.files import BATCHES, kind_of, refuse_other
 from purejaxppo.experiment.lock import claim_folder
 from purejaxppo.experiment.loop import check_on_interrupt, end
 from purejaxppo.experiment.report.statistics import NO_SCORE, aggregate, filled
@@ -163,8 +163,8 @@ def optuna_search(
     check_whole("num_trials", num_trials)
     check_whole("batch_size", batch_size)
     check_on_interrupt(on_interrupt)
-    if folder is not None and kind_of(folder):
-        raise ValueError(f"folder={folder} already holds a {kind_of(folder)} (name another folder)")
+    if folder is not None:
+        refuse_other(Path(folder), "run", "sweep")
     with nullcontext() if folder is None else claim_folder(folder), full_disk():
         folder = None if folder is None else Path(folder)
         study = open_study(folder, storage, name, sampler or own_sampler(shared.get("seed", 0)), pruner)
@@ -231,7 +231,7 @@ class _Batches:
         self.allow_changed = allow_changed
         self.study, self.space, self.num_trials, self.batch_size = study, space, num_trials, batch_size
         self.save_every, self.prunes, self.unsaved = save_every, pruner is not None, ""
-        self.folder, self.make, self.plan = folder and folder / "batches", make, plan
+        self.folder, self.make, self.plan = folder and folder / BATCHES, make, plan
         self.distributions: dict[str, Any] = {field: _to_optuna(distribution) for field, distribution in space.items()}
 
     def train(self, make_sweep: Callable[[Table], Sweep], bar: tqdm) -> bool:

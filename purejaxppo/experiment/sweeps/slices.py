@@ -28,6 +28,8 @@ from purejaxppo.experiment.files import (
     differing_fields,
     kind_of,
     prepare,
+    refuse_other,
+    refuse_study,
     save_arrays,
     save_json,
 )
@@ -250,8 +252,7 @@ def find_slices(folder: str | Path | None, sweep: Sweep) -> Slices:
     if folder is None:
         return Slices(sweep)
     folder = Path(folder)
-    if kind_of(folder) == "run":  # whose writer may be at work for long, so that nobody should wait for the folder
-        raise ValueError(f"folder={folder} already holds a run (name another folder)")
+    refuse_other(folder, "run", "study")  # whose writer may be at work for long, so that nobody should wait for it
     if kind_of(folder) == "sweep":
         _check_same(folder, sweep)
     return Slices(sweep, folder)
@@ -353,6 +354,7 @@ def read_rungs(folder: str | Path) -> tuple[int, ...]:
 
 
 def _read(folder: str | Path) -> tuple[Sweep, list[SweepSession], Division | None, tuple[int, ...]]:
+    refuse_study(folder)
     if kind_of(folder) != "sweep":
         raise ValueError(f"{folder} holds no sweep: it has no {SWEEP}")
     return read_record(Path(folder) / SWEEP, _from_json, "results.nc has a copy of the sweep in its attributes")

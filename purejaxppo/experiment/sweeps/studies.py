@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from purejaxppo.experiment.files import differing_fields
+from purejaxppo.experiment.files import STUDY, differing_fields
 from purejaxppo.experiment.sweeps.sweep import Sweep
 from purejaxppo.text import shorten
 
@@ -42,7 +42,7 @@ def open_study(folder: Path | None, storage: str | None, name: str, sampler: Any
     import optuna
     from optuna.exceptions import ExperimentalWarning
 
-    default = "sqlite:///purejaxppo.db" if folder is None else f"sqlite:///{folder / 'study.db'}"
+    default = "sqlite:///purejaxppo.db" if folder is None else f"sqlite:///{folder / STUDY}"
     options = {"study_name": name, "load_if_exists": True, "direction": "maximize"}
     options |= {"sampler": sampler, "pruner": pruner}
     if storage is None:
