@@ -8,7 +8,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,7 +27,7 @@ PROGRAM = Path(__file__).parent / "optuna_program.py"
 
 @pytest.fixture(scope="module")
 def server():
-    """The URL of a database in a server of its own, which nobody outside this machine can reach."""
+    """A server of its own, which nobody outside this machine can reach, with the URL of a database."""
     pytest.importorskip("psycopg")
     on_path = shutil.which("initdb")
     found = [*Path("/usr/lib/postgresql").glob("*/bin/initdb"), *([Path(on_path)] if on_path else [])]
@@ -43,9 +45,12 @@ def server():
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=folder, **user)
 
     call("initdb", "-A", "trust", "-U", "postgres", "--no-sync")
-    call("pg_ctl", "-w", "-l", folder / "log", "-o", f"-k {folder} -c listen_addresses= -c fsync=off", "start")
+    start = partial(
+        call, "pg_ctl", "-w", "-l", folder / "log", "-o", f"-k {folder} -c listen_addresses= -c fsync=off", "start"
+    )
+    start()
     try:
-        yield f"postgresql+psycopg://postgres@/postgres?host={folder}"
+        yield SimpleNamespace(url=f"postgresql+psycopg://postgres@/postgres?host={folder}", start=start, call=call)
     finally:
         call("pg_ctl", "-m", "immediate", "stop")
         shutil.rmtree(folder)
@@ -57,9 +62,9 @@ def storage(server, request):
     import psycopg
 
     name = request.node.name.split("[")[0][-40:]
-    with psycopg.connect(server.replace("+psycopg", ""), autocommit=True) as connection:
+    with psycopg.connect(server.url.replace("+psycopg", ""), autocommit=True) as connection:
         connection.execute(f'create database "{name}"'.encode())
-    return server.replace("/postgres?", f"/{name}?")
+    return server.url.replace("/postgres?", f"/{name}?")
 
 
 def start(storage, *arguments):
@@ -140,6 +145,29 @@ def test_a_worker_that_comes_back_to_its_folder_resumes_its_batch(storage, tmp_p
     assert len(complete) == 6 == len(trials) and {trial.number for trial in mine} <= {
         trial.number for trial in complete
     }
+
+
+def test_a_database_that_goes_away_ends_a_command_in_one_sentence_which_continues_later(storage, server, tmp_path):
+    folder = tmp_path / "search"
+    flags = "--num-envs 4 --num-steps 8 --num-updates 20000 --num-seeds 1 --widths 8 --num-samples 2".split()
+    space = "--sample learning_rate=log_uniform:1e-4:1e-2 --batch-size 2 --save-every 0".split()
+    command = [sys.executable, "-m", "purejaxppo", "search", "CartPole-v1", "--method", "optuna", *flags, *space]
+    command += ["--storage", storage, "--out", str(folder)]
+    worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        while worker.poll() is None and not list(folder.glob("batches/*/slices/*.npz")):
+            time.sleep(0.05)
+        server.call("pg_ctl", "-m", "immediate", "stop")
+        _, error = worker.communicate(timeout=300)
+    finally:
+        worker.kill()
+        server.start()
+    last = error.strip().splitlines()[-1]
+    assert worker.returncode == 3 and "Traceback" not in error
+    assert last.startswith("purejaxppo: the study cannot be written: its database does not answer: ")
+    assert last.endswith("(what is trained stays, and the same call continues)")
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert len(of_state(trials_of(storage), "COMPLETE")) == 2
 
 
 @pytest.mark.parametrize(

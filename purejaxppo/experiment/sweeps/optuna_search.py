@@ -27,13 +27,13 @@ from purejaxppo.experiment.sweeps.studies import (
     check_same,
     draw,
     finished_trials,
-    full_disk,
     num_finished,
     num_taken,
     open_study,
     open_trials,
     own_sampler,
     signs_of_life,
+    storage_errors,
     take_again,
     tell,
     withdraw,
@@ -165,7 +165,7 @@ def optuna_search(
     check_on_interrupt(on_interrupt)
     if folder is not None:
         refuse_other(Path(folder), "run", "sweep")
-    with nullcontext() if folder is None else claim_folder(folder), full_disk():
+    with nullcontext() if folder is None else claim_folder(folder), storage_errors():
         folder = None if folder is None else Path(folder)
         study = open_study(folder, storage, name, sampler or own_sampler(shared.get("seed", 0)), pruner)
         check_same(study, Sweep(env, Table(), num_seeds, **shared))

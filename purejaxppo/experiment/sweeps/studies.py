@@ -78,16 +78,25 @@ def _refused(storage: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def full_disk() -> Iterator[None]:
-    """Turns the error of a study on a disk that is full into an OSError, as all other files raise it."""
+def storage_errors() -> Iterator[None]:
+    """Turns the error of a study on a full disk, or in a database that is away, into an OSError, as files raise it."""
     from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import DBAPIError
 
     try:
         yield
-    except StorageInternalError as error:
-        if "disk is full" not in str(error.__cause__):  # as sqlite says it
+    except (StorageInternalError, DBAPIError) as error:
+        cause = error if isinstance(error, DBAPIError) else error.__cause__
+        if not isinstance(cause, DBAPIError):
             raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the study") from None
+        if "disk is full" in str(cause):  # as sqlite says it
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the study") from None
+        reason = shorten(" ".join(str(cause.orig).split()), 200)
+        raise OSError(
+            errno.EIO,
+            f"its database does not answer: {reason} (what is trained stays, and the same call continues)",
+            "the study",
+        ) from None
 
 
 def check_same(study: Any, sweep: Sweep):
