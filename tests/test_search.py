@@ -42,6 +42,10 @@ def make_sweep(rates, num_updates=45, num_seeds=2, **values):
     return pjp.Sweep("probe", table, num_seeds, config=config, hyperparams=pjp.Hyperparams())
 
 
+def never(env, config):
+    raise AssertionError("nothing should be made")
+
+
 WRONG: Any = {"clip": 0.1}
 PART: Any = 1.5
 WORD: Any = "2"
@@ -351,9 +355,12 @@ def test_training_some_runs_leaves_the_others_as_they_are(key):
     np.testing.assert_array_equal(jax.random.key_data(after[[1, 3]].key), jax.random.key_data(states[[1, 3]].key))
 
 
+MEMBERS: Any = {"rates": [1e-6, 1e-2, 1e-6 * 2, 1e-5], "num_updates": 12}
+
+
 @pytest.fixture(scope="module")
 def population_plan():
-    return plan_population(make_sweep([1e-6, 1e-2, 1e-6 * 2, 1e-5], num_updates=12), every=3, make=make_probe)
+    return plan_population(make_sweep(**MEMBERS), every=3, make=make_probe)
 
 
 @pytest.fixture(scope="module")
@@ -410,6 +417,12 @@ def test_a_population_resumes_in_its_folder_to_the_bit(population_plan, populati
         patch.setattr(fit_module, "chunks", interrupted(fit_module.chunks))
         population_search(population_plan, tmp_path, progress=False)
     assert 0 < error.value.result.parents.shape[1] < 12
+    for fraction, every, words in (
+        (0.4, 3, rf"fraction=0.4 differs from the 0.25 of the population in folder={tmp_path}"),
+        (0.25, 4, "every=4 differs from the 3 of the population"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            plan_population(make_sweep(**MEMBERS), tmp_path, make=never, every=every, fraction=fraction)
     resumed = population_search(population_plan, tmp_path, progress=False)
     np.testing.assert_array_equal(resumed.parents, population.parents)
     assert str(resumed.ranked()) == str(population.ranked())  # nan is not nan

@@ -210,7 +210,8 @@ def _pbt(options: SearchOptions) -> Method:
         name, value = next(iter(words.items()))
         raise ValueError(f"{name}={value!r} must be a number, since pbt multiplies it (try --method halving or optuna)")
     ranges = {name: (min(x.values), max(x.values)) for name, x in found.items()}
-    plan = plan_population(_sweep(options, make_table(options)), explore=ranges, devices=options.num_devices, **own)
+    sweep = _sweep(options, make_table(options))
+    plan = plan_population(sweep, options.out, explore=ranges, devices=options.num_devices, **own)
     return Method(
         plan,
         run=lambda out: population_search(

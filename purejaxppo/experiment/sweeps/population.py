@@ -19,12 +19,14 @@ from purejaxppo.config import spec_of
 from purejaxppo.evolving import Population, evolving, num_replaced
 from purejaxppo.experiment.distributed import process_count, to_host
 from purejaxppo.experiment.evaluations import EVALUATION_RETURN
+from purejaxppo.experiment.files import differing_fields, kind_of, refuse_other
 from purejaxppo.experiment.loop import Interrupted, check_on_interrupt
 from purejaxppo.experiment.memory import bytes_of, memory_of, show_memory
 from purejaxppo.experiment.program import Program, compile_training, first_state
 from purejaxppo.experiment.provenance import as_json
 from purejaxppo.experiment.report.statistics import NO_SCORE, describe_scores, scores_of
 from purejaxppo.experiment.runs.fit import Fit, fit
+from purejaxppo.experiment.runs.settings import read_settings
 from purejaxppo.experiment.sweeps.columns import run_arguments
 from purejaxppo.experiment.sweeps.sweep import ENV_PREFIX, Sweep, check_sweep, make_group
 from purejaxppo.ppo import PPO, make_ppo
@@ -49,6 +51,8 @@ class PopulationPlan:
     program: Program
     memory: dict[str, int]
     """Bytes of one member, see `memory_of`."""
+    rule: dict[str, Any]
+    """How members evolve, as JSON data, which the folder keeps."""
 
     def start(self) -> Population:
         """The population at the start. Its members have keys of their own: a copy goes on with its own."""
@@ -183,6 +187,7 @@ class PopulationSearch:
 
 def plan_population(
     sweep: Sweep,
+    folder: str | Path | None = None,
     *,
     every: int | None = None,
     explore: Mapping[str, tuple[float, float]] | None = None,
@@ -195,6 +200,7 @@ def plan_population(
 
     Args:
         sweep: the settings, of hyperparameters alone, and the seeds.
+        folder: results so far.
         every: updates between two evolutions, by default a twentieth of the run.
         explore: the lowest and highest value of hyperparameters to change, besides those that are swept.
         fraction: of the members, at most replaced by one evolution, in (0, 0.5].
@@ -215,6 +221,9 @@ def plan_population(
     every = max(1, num_updates // 20) if every is None else every
     check_whole("every", every, at_most=num_updates, of="the updates of the run")
     num_replaced(fraction, sweep.num_runs)
+    rule = {"every": every, "fraction": fraction, "factors": list(map(float, factors))}
+    rule |= {"explore": {name: list(map(float, ends)) for name, ends in explore.items()}}
+    _check_rule(folder, rule)
     one = make_group(group, make)
     if process_count() > 1:
         if devices not in (None, jax.device_count()):
@@ -241,7 +250,26 @@ def plan_population(
     with reported_failures():
         program = compile_training(ppo, state, -(-num_updates // 100))
     memory = memory_of(batched(one), state.runs, bytes_of(program) * num_devices // sweep.num_runs)
-    return PopulationPlan(sweep, explore, every, fraction, ppo, program, memory)
+    return PopulationPlan(sweep, explore, every, fraction, ppo, program, memory, rule)
+
+
+def _check_rule(folder: str | Path | None, rule: Mapping[str, Any]):
+    """Refuses a folder of something else, or of a population that evolves in another way."""
+    if folder is None:
+        return
+    refuse_other(Path(folder), "sweep", "study")
+    if kind_of(folder) != "run":
+        return
+    before = read_settings(folder).notes.get("search")
+    if before is None:
+        raise ValueError(f"folder={folder} already holds a run (name another folder)")
+    differing = differing_fields(before, rule) if isinstance(before, dict) else []  # older folders do not say
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"{name}={rule[name]} differs from the {before[name]} of the population in folder={folder} (leave it as it "
+            "was, or name another folder)"
+        )
 
 
 def _start(sweep: Sweep, ppo: PPO, start: Callable | None = None) -> Population:
@@ -305,7 +333,8 @@ def population_search(
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if isinstance(sweep, PopulationPlan) and given:
         raise ValueError(f"{min(given)} cannot be changed after planning (pass it to plan_population)")
-    plan = sweep if isinstance(sweep, PopulationPlan) else plan_population(sweep, **given)
+    plan = sweep if isinstance(sweep, PopulationPlan) else plan_population(sweep, folder, **given)
+    _check_rule(folder, plan.rule)
     try:
         found = fit(
             plan.ppo,
@@ -315,7 +344,7 @@ def population_search(
             progress=progress,
             save_every=save_every,
             evaluate_every=plan.sweep.evaluate_every,
-            notes={"search": "pbt"},
+            notes={"search": plan.rule},
             allow_changed=allow_changed,
             on_interrupt=on_interrupt,
         )
