@@ -160,6 +160,24 @@ def test_halving_is_ranked_by_its_rungs_which_are_drawn(tmp_path, capsys):
     assert status == 0 and "rungs.png" in printed and (tmp_path / "rungs.png").stat().st_size > 10_000
 
 
+def test_the_report_and_the_plots_of_a_population_show_its_lineage(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    space = "--sample learning_rate=log_uniform:1e-4:1e-2 --num-samples 4 --num-updates 6 --every 2".split()
+    status, *_ = run(capsys, "search", "CartPole-v1", "--method", "pbt", *TINY, *space, "--out", "pbt")
+    assert status == 0
+    for name in ("lineage.png", "schedule.png"):
+        (tmp_path / "pbt" / name).unlink()
+    status, printed, _ = run(capsys, "plot", "pbt")
+    assert status == 0 and "learning_curve.png, lineage.png, schedule.png" in printed
+    assert (tmp_path / "pbt" / "schedule.png").exists()
+    best = json.loads((tmp_path / "pbt" / "best.json").read_text())
+    page = pjp.write_report(tmp_path / "pbt").read_text()
+    assert f"Member {best['member']} won." in page and "The schedule of the line" in page
+    assert "from update" in page and "line of the winner" in page
+    (tmp_path / "pbt" / "best.json").unlink()
+    assert " won." not in pjp.write_report(tmp_path / "pbt").read_text()
+
+
 def test_halving_that_has_not_compared_anything_has_no_rungs(tmp_path):
     page = page_of(store_sweep(tmp_path, pjp.grid(learning_rate=list(HEIGHTS)), done=1, rungs=(2, 3)))
     assert "Rungs" not in page.all("h2") and "Ranking" in page.all("h2")

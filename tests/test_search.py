@@ -382,7 +382,7 @@ def test_the_winner_of_a_population_is_its_fittest_member_and_its_line_leads_bac
     assert ranked[0]["member"] == winner and ranked[0]["score"] == state.fitness[winner] == max(state.fitness)
     own = parents[:, -1] == np.arange(8)
     assert {row["member"] for row in ranked if np.isnan(row["score"])} == set(np.flatnonzero(~own).tolist())
-    line = population.line(winner)
+    line = population.lineage().line
     for update in range(1, 12):  # forwards: who stands in the line continues from who stood in it before
         assert parents[line[update], update - 1] == line[update - 1]
     assert ranked[0]["founder"] == line[0]

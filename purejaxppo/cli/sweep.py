@@ -178,6 +178,7 @@ def plot(arguments: list[str]) -> int:
     from purejaxppo.experiment.files import kind_of, make_writable
     from purejaxppo.experiment.runs.saved import read_metrics
     from purejaxppo.experiment.runs.settings import read_settings
+    from purejaxppo.experiment.sweeps.best import find_lineage
     from purejaxppo.experiment.sweeps.result import load_sweep
 
     out = options.out or options.folder
@@ -187,7 +188,10 @@ def plot(arguments: list[str]) -> int:
         chosen = {"line": options.line, "panel": options.panel, "statistic": options.statistic}
         plots = _draw_sweep(loaded, out, loaded.sweep.env, **chosen)
     else:
-        plots = draw(read_metrics(options.folder), out, read_settings(options.folder).env)
+        metrics, settings = read_metrics(options.folder), read_settings(options.folder)
+        lineage = find_lineage(options.folder, settings, metrics)
+        plots = draw(metrics, out, settings.env)
+        plots += save_figures(lineage.plots(settings.env), out) if lineage else []
     say(f"drawn in {out}: {', '.join(plots)}")
     return 0
 

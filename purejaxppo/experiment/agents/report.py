@@ -1,6 +1,7 @@
 """The report on a folder: one page with what a run or a sweep is, what came of it, and what made it."""
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from purejaxppo.experiment.report.failures import failures_of, mark_failures
 from purejaxppo.experiment.runs.checkpoints import Checkpoints
 from purejaxppo.experiment.runs.launch import read_newest_settings
 from purejaxppo.experiment.runs.saved import is_complete, read_metrics
-from purejaxppo.experiment.runs.settings import RunSettings
+from purejaxppo.experiment.runs.settings import SEARCH, RunSettings
+from purejaxppo.experiment.sweeps.best import find_lineage
 from purejaxppo.experiment.sweeps.result import load_sweep
 from purejaxppo.experiment.sweeps.slices import SweepSession, read_sessions, read_sweep
 from purejaxppo.experiment.sweeps.sweep import Sweep
@@ -92,10 +94,13 @@ def _page_of_run(folder: Path) -> str:
     parts = []
     if metrics is not None:
         failed = list(failures_of(metrics).values())
-        parts = [*sections.sections_of_run(metrics), *sections.failure_section(failed, num_runs)]
+        lineage = find_lineage(folder, settings, metrics)
+        population = [sections.population_section(lineage)] if lineage else []
+        parts = [*population, *sections.sections_of_run(metrics), *sections.failure_section(failed, num_runs)]
     values = asdict(config) | settings.hyperparams
     values |= {f"env.{name}": x for name, x in settings.env_params.items()}
-    values |= {str(name): x for name, x in settings.notes.get("launch", settings.notes).items()}
+    notes = settings.notes.get("launch") or settings.notes.get(SEARCH) or settings.notes
+    values |= {str(name): x for name, x in notes.items()} if isinstance(notes, Mapping) else {}
     parts += [
         sections.settings_section(values, _defaults()),
         sections.sessions_section(settings.sessions, _speed_of_run(settings)),

@@ -92,6 +92,29 @@ def draw_rungs(scores: np.ndarray, steps: Sequence[int], labels: Sequence[str]) 
     return figure
 
 
+def draw_members(values: np.ndarray, steps: np.ndarray, line: np.ndarray, name: str) -> go.Figure:
+    """A hyperparameter of all members of a population, and in orange that of the winner's line.
+
+    Args:
+        values: [R, U].
+        steps: [U] environment steps of a member after each update.
+        line: [U] the member that the line was in each update.
+        name: of the hyperparameter.
+    """
+    figure = _figure("environment steps of a member", "", height=300)
+    figure.update_layout(title={"text": _text(name), "font": {"size": 14}, "x": 0, "xref": "paper"})
+    shown = np.unique(np.linspace(0, len(steps) - 1, MAX_POINTS).round().astype(int))
+    lines = [*((f"member {i}", x, GREY, 1) for i, x in enumerate(values[:MAX_AGENTS]))]
+    lines.append(("line of the winner", values[line, np.arange(len(line))], COLORS[3], 3))
+    for label, heights, color, width in lines:
+        style = {"color": color, "width": width, "shape": "hv"}
+        figure.add_scatter(
+            x=steps[shown], y=_short(heights[shown]), mode="lines", line=style, name=label,
+            hovertemplate="%{fullData.name}<br>%{x:,} steps: %{y:.4~g}<extra></extra>",
+        )  # fmt: skip
+    return figure
+
+
 def draw_metric(values: xarray.DataArray, name: str) -> go.Figure:
     """A metric of a run: the mean over its agents, and the range of all agents, each the mean of some updates.
 

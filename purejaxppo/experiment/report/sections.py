@@ -17,12 +17,14 @@ from purejaxppo.experiment.report.interactive import (
     MAX_AGENTS,
     draw_curves,
     draw_field,
+    draw_members,
     draw_metric,
     draw_pair,
     draw_rungs,
     draw_runs,
     line_style,
 )
+from purejaxppo.experiment.report.lineage import Lineage
 from purejaxppo.experiment.report.metrics import mean_interval, split_vectors
 from purejaxppo.experiment.report.page import element, facts, folded, line_choice, plot, section, sentences, table
 from purejaxppo.experiment.report.plot_fields import fields_of_grid, is_number, varied_fields
@@ -238,6 +240,25 @@ def sections_of_run(metrics: xarray.Dataset) -> list[Element]:
     note = f"The first {MAX_METRICS} of {len(numbers)} metrics." if len(numbers) > MAX_METRICS else ""
     about = "The mean over agents and their range, in spans of updates where there are many."
     return [result, curve, section("Metrics", sentences(about, note), element("div", *drawn, class_="grid"))]
+
+
+def population_section(lineage: Lineage) -> Element:
+    """The winner of a population, the hyperparameters that its line went through, and those of all members."""
+    steps, line, schedule = lineage.metrics["step"].values, lineage.line, lineage.schedule()
+    rows = [{name.replace("_", " "): show(x) for name, x in row.items()} for row in schedule]
+    drawn = [plot(draw_members(x, steps, line, name)) for name, x in lineage.values.items()]
+    copies = int((lineage.parents != np.arange(len(lineage.parents))[:, None]).sum())
+    moves = int((np.diff(line) != 0).sum())
+    return section(
+        "Population",
+        sentences(
+            f"Member {lineage.winner} won. Its line began as member {line[0]} and moved to another member "
+            f"{count(moves, 'time')}. In all evolutions together members were replaced {count(copies, 'time')}.",
+            f"The plots have the first {MAX_AGENTS} members." if len(lineage.parents) > MAX_AGENTS else "",
+        ),
+        table(rows[:MAX_ROWS], "The schedule of the line"),
+        element("div", *drawn, class_="grid"),
+    )
 
 
 def failure_section(failures: Sequence[str], num_runs: int) -> list[Element]:

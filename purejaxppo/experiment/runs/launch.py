@@ -19,7 +19,7 @@ from purejaxppo.experiment.records import OtherVersion, as_record
 from purejaxppo.experiment.runs.checkpoints import Checkpoints
 from purejaxppo.experiment.runs.fit import Fit, fit
 from purejaxppo.experiment.runs.saved import read_intact_settings, remake
-from purejaxppo.experiment.runs.settings import RunSettings
+from purejaxppo.experiment.runs.settings import SEARCH, RunSettings
 from purejaxppo.experiment.runs.sinks import make_sink
 from purejaxppo.ppo import PPO, make_ppo
 from purejaxppo.sharded import can_divide
@@ -157,7 +157,7 @@ def read_newest_settings(folder: Path) -> RunSettings:
 
 def read_launch(settings: RunSettings, folder: str | Path) -> Launch:
     """How a run was started. Raises ValueError if a call or a search started it, or if its settings are damaged."""
-    if "search" in settings.notes:
+    if SEARCH in settings.notes:
         raise ValueError(f"the run in {folder} belongs to a search: repeat the command or the call that started it")
     if "launch" not in settings.notes:
         raise ValueError(f"the run in {folder} was started in Python: call fit(..., folder=...) again to continue it")

@@ -30,6 +30,7 @@ from purejaxppo.ppo import PPO
 from purejaxppo.text import shorten
 
 ENV_PARAMS = "env_params.npz"
+SEARCH = "search"  # among the notes of a run: how the members of a population evolve
 MOST = 64  # numbers of one parameter that settings.json holds itself, for each run
 
 

@@ -1,4 +1,4 @@
-"""The best setting of a search as a JSON file and as a command that trains it."""
+"""The best setting of a search as a JSON file and as a command that trains it, and the winner of a population."""
 
 import contextlib
 import json
@@ -8,10 +8,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import xarray
+
 from purejaxppo.config import Config, Hyperparams
 from purejaxppo.experiment.files import save_json
 from purejaxppo.experiment.presets import DEFAULTS, find_preset
 from purejaxppo.experiment.provenance import as_json
+from purejaxppo.experiment.report.lineage import Lineage
+from purejaxppo.experiment.runs.settings import SEARCH, RunSettings
 from purejaxppo.experiment.sweeps.sweep import ENV_PREFIX, Sweep
 from purejaxppo.table import PLUGGED
 from purejaxppo.text import to_coordinate
@@ -48,6 +53,14 @@ def read_winner(folder: Path) -> int | None:
         member = json.loads((folder / BEST).read_text()).get(MEMBER)
         return member if isinstance(member, int) else None
     return None
+
+
+def find_lineage(folder: Path, settings: RunSettings, metrics: xarray.Dataset) -> Lineage | None:
+    """The lineage of the population in a folder; None for another run, and without a winner in its best.json."""
+    rule, winner = settings.notes.get(SEARCH), read_winner(folder)
+    if not isinstance(rule, Mapping) or winner is None or winner >= len(np.atleast_2d(metrics["parent"])):
+        return None
+    return Lineage(metrics, tuple(rule["explore"]), winner)
 
 
 def train_command(sweep: Sweep, setting: Mapping[str, Any]) -> str:

@@ -24,9 +24,10 @@ from purejaxppo.experiment.loop import Interrupted, check_on_interrupt
 from purejaxppo.experiment.memory import bytes_of, memory_of, show_memory
 from purejaxppo.experiment.program import Program, compile_training, first_state
 from purejaxppo.experiment.provenance import as_json
+from purejaxppo.experiment.report.lineage import Lineage, line_of
 from purejaxppo.experiment.report.statistics import NO_SCORE, describe_scores, scores_of
 from purejaxppo.experiment.runs.fit import Fit, fit
-from purejaxppo.experiment.runs.settings import read_settings
+from purejaxppo.experiment.runs.settings import SEARCH, read_settings
 from purejaxppo.experiment.sweeps.columns import run_arguments
 from purejaxppo.experiment.sweeps.sweep import ENV_PREFIX, Sweep, check_sweep, make_group
 from purejaxppo.ppo import PPO, make_ppo
@@ -125,7 +126,7 @@ class PopulationSearch:
         """The members as rows: `member`, `founder` (the member that its line began as), the explored fields now, and
         `score`; best first, those without a score last.
         """
-        founders = [int(self.line(member)[0]) for member in range(len(self.scores))]
+        founders = [int(line_of(self.parents, member)[0]) for member in range(len(self.scores))]
         hyperparams = self.fit.state.runs.hyperparams
         values = {name: np.asarray(hyperparams.get(name)) for name in self.fields}
         rows = [
@@ -152,37 +153,18 @@ class PopulationSearch:
 
     def plots(self, title: str = "") -> "dict[str, Figure]":
         """The lineage and the winner's schedule as plots by name; none if no member has a score."""
-        from purejaxppo.experiment.report.search_plots import plot_lineage, plot_schedule
+        return {} if np.isnan(self.scores).all() else self.lineage().plots(title)
 
-        if np.isnan(self.scores).all():
-            return {}
-        returns, steps = (self.fit.metrics[name].values for name in ("episode_return", "step"))
-        values, line = {name: self.fit.metrics[name].values for name in self.fields}, self.line(self.winner())
-        return {
-            "lineage": plot_lineage(self.parents, returns, steps, line, title),
-            "schedule": plot_schedule(values, returns, steps, line, title),
-        }
-
-    def line(self, member: int) -> np.ndarray:
-        """The member that a member's line was in each update, [U], back to where it began."""
-        line = np.empty(self.parents.shape[1], int)
-        for update in reversed(range(len(line))):
-            member = line[update] = self.parents[member, update]
-        return line
+    def lineage(self) -> Lineage:
+        """Who was copied, and the line of the winner. Raises ValueError if no member has a score."""
+        return Lineage(self.fit.metrics, self.fields, self.winner())
 
     def schedule(self) -> list[dict[str, Any]]:
         """The explored fields that the winner's line went through: `from_update`, counted from 1, and their values.
 
         Empty if no member has a score.
         """
-        if np.isnan(self.scores).all():
-            return []
-        line = self.line(self.winner())
-        values = np.stack([self.fit.metrics[name].values[line, np.arange(len(line))] for name in self.fields], 1)
-        # An update in which the run of the line was frozen reports nan; its values are those before.
-        known = np.flatnonzero(~np.isnan(values).any(1))
-        changed = [i for k, i in enumerate(known) if k == 0 or (values[i] != values[known[k - 1]]).any()]
-        return [{"from_update": int(i) + 1, **dict(zip(self.fields, map(as_json, values[i])))} for i in changed]
+        return [] if np.isnan(self.scores).all() else self.lineage().schedule()
 
 
 def plan_population(
@@ -260,7 +242,7 @@ def _check_rule(folder: str | Path | None, rule: Mapping[str, Any]):
     refuse_other(Path(folder), "sweep", "study")
     if kind_of(folder) != "run":
         return
-    before = read_settings(folder).notes.get("search")
+    before = read_settings(folder).notes.get(SEARCH)
     if before is None:
         raise ValueError(f"folder={folder} already holds a run (name another folder)")
     differing = differing_fields(before, rule) if isinstance(before, dict) else []  # older folders do not say
@@ -344,7 +326,7 @@ def population_search(
             progress=progress,
             save_every=save_every,
             evaluate_every=plan.sweep.evaluate_every,
-            notes={"search": plan.rule},
+            notes={SEARCH: plan.rule},
             allow_changed=allow_changed,
             on_interrupt=on_interrupt,
         )
