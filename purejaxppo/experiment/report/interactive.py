@@ -103,6 +103,8 @@ def draw_members(values: np.ndarray, steps: np.ndarray, line: np.ndarray, name: 
     """
     figure = _figure("environment steps of a member", "", height=300)
     figure.update_layout(title={"text": _text(name), "font": {"size": 14}, "x": 0, "xref": "paper"})
+    if np.nanmin(values) > 0 and np.nanmax(values) > 10 * np.nanmin(values):
+        figure.update_yaxes(type="log")
     shown = np.unique(np.linspace(0, len(steps) - 1, MAX_POINTS).round().astype(int))
     lines = [*((f"member {i}", x, GREY, 1) for i, x in enumerate(values[:MAX_AGENTS]))]
     lines.append(("line of the winner", values[line, np.arange(len(line))], COLORS[3], 3))
