@@ -130,11 +130,12 @@ class Expected:
                 if tail == _shapes(expected)
                 else "give one observation as the environment shows it"
             )
-            raise ValueError(f"obs is {_describe(obs)}, but must be {_describe(expected)} ({remedy})")
-        for x, like in zip(jax.tree.leaves(obs), jax.tree.leaves(expected)):
+            raise ValueError(f"{_first_difference('obs', obs, expected)} ({remedy})")
+        for (path, x), like in zip(jax.tree_util.tree_leaves_with_path(obs), jax.tree.leaves(expected)):
             if not _fits(x, like):
+                name = "obs" + jax.tree_util.keystr(path)
                 raise ValueError(
-                    f"obs is {_describe(obs)}, but must be {_describe(expected)} (convert it to {like.dtype})"
+                    f"{name} is {_describe(x)}, but must be {_describe(like)} (convert it to {like.dtype})"
                 )
         if key is not None:
             as_key(key)
@@ -475,6 +476,19 @@ def _where_differ(given: Any, expected: Any) -> str:
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """The shapes of all leaves by their paths."""
     return {jax.tree_util.keystr(path): np.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _first_difference(name: str, given: Any, expected: Any) -> str:
+    """Where the shapes of two pytrees differ first, as the beginning of a sentence."""
+    shapes, wanted = _shapes(given), _shapes(expected)
+    where = next(path for path in {**wanted, **shapes} if shapes.get(path) != wanted.get(path))
+    if where in shapes and where in wanted:
+        leaves = (dict(zip(_shapes(tree), jax.tree.leaves(tree))) for tree in (given, expected))
+        is_, must = (_describe(tree[where]) for tree in leaves)
+        return f"{name}{where} is {is_}, but must be {must}"
+    if isinstance(given, Mapping) and isinstance(expected, Mapping):
+        return f"{name}{where} {'is missing' if where in wanted else 'is no part of an observation'}"
+    return f"{name} is {_describe(given)}, but must be {_describe(expected)}"
 
 
 def _add_axis(tree: Any, size: int) -> Any:

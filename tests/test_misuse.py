@@ -43,6 +43,32 @@ def make(config=CONFIG, **plugged):
     return pjp.make_ppo(WALK, config, **plugged)
 
 
+GRID = jnp.zeros((3, 3), jnp.uint8)
+
+
+@cache
+def make_of_parts():
+    """The PPO of an environment whose observations have two parts."""
+
+    def observe(position):
+        return {"grid": GRID, "vector": jnp.stack([position, position])}
+
+    def reset_parts(key, params):
+        state, _ = reset(key, params)
+        return state, observe(state)
+
+    def move_parts(key, position, action, params):
+        result = move(key, position, action, params)
+        return result._replace(obs=observe(result.state))
+
+    return pjp.make_ppo(WALK._replace(reset=reset_parts, step=move_parts, name="parts"), CONFIG)
+
+
+def act_on_parts(obs):
+    ppo = make_of_parts()
+    return jax.eval_shape(lambda: ppo.act(ppo.init(KEY).policy, obs))
+
+
 @cache
 def many():
     return pjp.batched(make())
@@ -438,6 +464,22 @@ CASES: dict[str, tuple[Any, str]] = {
     ),
     "a batch of one observation": (lambda: act(jnp.zeros((1, 1))), r"obs is float32\[1, 1\], but must be float32\[1\]"),
     "an observation of another structure": (lambda: act({"x": jnp.zeros(1)}), "obs is {'x': float32.* but must be"),
+    "a part of an observation that lacks": (
+        lambda: act_on_parts({"grid": GRID}),
+        r"^obs\['vector'\] is missing \(give one observation",
+    ),
+    "a part of an observation too many": (
+        lambda: act_on_parts({"grid": GRID, "vector": jnp.zeros(2), "more": jnp.zeros(1)}),
+        r"^obs\['more'\] is no part of an observation \(give one",
+    ),
+    "a part of an observation of another shape": (
+        lambda: act_on_parts({"grid": GRID, "vector": jnp.zeros(3)}),
+        r"^obs\['vector'\] is float32\[3\], but must be float32\[2\] \(give one",
+    ),
+    "a part of an observation of another kind": (
+        lambda: act_on_parts({"grid": GRID.astype(jnp.float32), "vector": jnp.zeros(2)}),
+        r"^obs\['grid'\] is float32\[3, 3\], but must be uint8\[3, 3\] \(convert it to uint8\)",
+    ),
     "a list as observation": (lambda: act([0.0]), r"obs is \[float32\[\]\], but must be float32\[1\]"),
     "a complex observation": (lambda: act(np.zeros(1, complex)), r"obs is complex64.*convert it to float32"),
     "a number as key of act": (lambda: act(jnp.zeros(1), 3), "key=3 must be a random key"),
