@@ -77,3 +77,9 @@ def shorten(value: Any, most: int = 40) -> str:
     """A value as one line of text of at most `most` characters, cut off with `...`."""
     text = " ".join(str(value).split())
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+class Word(str):
+    """Text that prints without quotes."""
+
+    __repr__ = str.__str__

@@ -23,7 +23,7 @@ from purejaxppo.networks.network import Network
 from purejaxppo.rollout import Policy, Rollout, first_limits, start_policy
 from purejaxppo.starts import fill_pool
 from purejaxppo.summary import FAILURE, RESERVED, reports_failures
-from purejaxppo.text import shorten
+from purejaxppo.text import Word, shorten
 
 
 class Expected:
@@ -528,12 +528,6 @@ def _describe(tree: Any) -> str:
 
     leaf = len(jax.tree.leaves(tree)) == 1 and jax.tree.structure(tree) == jax.tree.structure(0)
     return str(kind(tree)) if leaf else shorten(jax.tree.map(kind, tree), 80)
-
-
-class Word(str):
-    """Text that prints without quotes."""
-
-    __repr__ = str.__str__
 
 
 def _name(function: Any) -> str:

@@ -72,18 +72,42 @@ except ImportError:
     assert done.stdout == "alone\n", done.stderr
 
 
+def exported_call(folder, *args):
+    exported = jax.export.deserialize(bytearray((folder / "policy.stablehlo").read_bytes()))
+    return exported.call(*args)
+
+
+@pytest.mark.full
+def test_the_code_of_a_policy_with_memory_inputs_runs_as_it_stands(tmp_path):
+    ppo, policy = trained("CartPole-v1", **GRU, memory_inputs=True)
+    lines = export(ppo, policy, tmp_path / "policy.stablehlo")
+    obs = {
+        "observation": np.zeros((1, 4), np.float32),
+        "previous_action": np.zeros((1, 2), np.uint8),
+        "previous_reward": np.zeros(1, np.float32),
+    }
+    names: dict = {"obs": obs}
+    exec(lines, names)
+    assert names["actions"].shape == (1,) and "obs['previous_action'] uint8[batch, 2]" in lines
+    assert "obs['previous_action'] is the action before, one-hot if it is discrete" in lines
+
+
 @pytest.mark.full
 def test_a_recurrent_policy_takes_its_memory_and_where_episodes_begin(tmp_path):
     ppo, policy = trained("Pendulum-v1", **GRU)
     lines = export(ppo, policy, tmp_path / "policy.stablehlo")
-    assert "actions, memory = policy.call(obs, memory, first)" in lines
-    exported = jax.export.deserialize(bytearray((tmp_path / "policy.stablehlo").read_bytes()))
+    names: dict = {"obs": np.zeros((1, 3), np.float32)}
+    exec(lines, names)
+    zeros = jax.tree.map(np.zeros_like, ppo.network.initial_memory(1))
+    expected, _ = exported_call(tmp_path, names["obs"], zeros, np.ones(1, bool))
+    np.testing.assert_array_equal(names["actions"], expected)
+    assert "# obs float32[batch, 3] -> actions [batch, 1]" in lines
     obs = np.random.default_rng(0).normal(size=(4, 2, 3)).astype(np.float32)
     memory = jax.tree.map(lambda x: jnp.full_like(x, 7.0), ppo.network.initial_memory(2))
     ours = None
     for t in range(4):
         first = np.full(2, t == 0)
-        actions, memory = exported.call(obs[t], memory, first)
+        actions, memory = exported_call(tmp_path, obs[t], memory, first)
         expected, ours = ppo.act(policy, obs[t, 0], None, ours)
         np.testing.assert_allclose(actions[0], expected, atol=1e-6)
 

@@ -25,8 +25,14 @@ from purejaxppo.experiment.files import check_file, name_leaf, to_arrays
 from purejaxppo.networks.actor_critic import make_network
 from purejaxppo.ppo import PPO, bind
 from purejaxppo.rollout import Policy, add_time, apply_policy
+from purejaxppo.text import Word
 from purejaxppo.validate import as_env_params
 
+# What a policy with memory inputs reads, as a comment of the code that calls it.
+PREVIOUS = (
+    "# obs['previous_action'] is the action before, one-hot if it is discrete, and obs['previous_reward'] its reward; "
+    "both are 0 where an episode begins"
+)
 FORMATS = (".stablehlo", ".npz")
 
 
@@ -69,13 +75,23 @@ def export(
         np.savez(path, **cast(dict[str, Any], arrays))
         return lines
     path.write_bytes(_as_stablehlo(ppo, policy, env_params, platforms))
-    memory = ", memory, first" if jax.tree.leaves(ppo.network.initial_memory(1)) else ""
-    result = "actions, memory" if memory else "actions"
-    return (
-        "import jax, jax.export\n\n"
-        f"policy = jax.export.deserialize(bytearray(open({str(path)!r}, 'rb').read()))\n"
-        f"{result} = policy.call(obs{memory})  # {_shapes(ppo)}"
-    )
+    read = f"policy = jax.export.deserialize(bytearray(open({str(path)!r}, 'rb').read()))"
+    memory = jax.eval_shape(lambda: ppo.network.initial_memory(1))
+    if not jax.tree.leaves(memory):
+        return f"import jax, jax.export\n\n{read}\nactions = policy.call(obs)  # {_shapes(ppo)}"
+    zeros = jax.tree.map(lambda x: Word(f"np.zeros({_batch(x.shape[1:], '()')}, np.{x.dtype})"), memory)
+    lines = [
+        "import jax, jax.export",
+        "import numpy as np",
+        "",
+        read,
+        "batch = 1  # environments in which it acts at the same time",
+        f"memory = {zeros}",
+        "first = np.ones(batch, bool)  # where an episode begins; False in the steps after that",
+        *([PREVIOUS] if ppo.config.memory_inputs else []),
+        f"actions, memory = policy.call(obs, memory, first)  # {_shapes(ppo)}",
+    ]
+    return "\n".join(lines)
 
 
 def _as_stablehlo(ppo: PPO, policy: Policy, env_params, platforms) -> bytes:
@@ -199,9 +215,9 @@ def _is_of_config(ppo: PPO, policy: Policy) -> bool:
 def _shapes(ppo: PPO) -> str:
     """Shapes of inputs and outputs, for readers."""
     parts = jax.tree_util.tree_leaves_with_path(without_privileged(observation_space(ppo.env), _observation(ppo)))
-    inputs = [f"obs{jax.tree_util.keystr(path)} {_batch(x.shape)}" for path, x in parts]
+    inputs = [f"obs{jax.tree_util.keystr(path)} {x.dtype}{_batch(x.shape)}" for path, x in parts]
     return f"{', '.join(inputs)} -> actions {_batch(action_space(ppo.env, ppo.env.params).shape)}"
 
 
-def _batch(shape: Sequence[int]) -> str:
-    return f"[{', '.join(['batch', *map(str, shape)])}]"
+def _batch(shape: Sequence[int], brackets: str = "[]") -> str:
+    return f"{brackets[0]}{', '.join(['batch', *map(str, shape)])}{brackets[1]}"
