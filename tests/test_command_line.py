@@ -180,7 +180,7 @@ def test_agents_that_turn_nan_are_named_everywhere_and_have_no_score(tmp_path, c
     assert status == 4 and "2 of 2 agents, left out above" in printed
     assert failed in errors and "all 2 runs have failed" in errors
     table = {line[2:30].strip(): line[30:] for line in printed.splitlines()}
-    assert table["return, last 100 episodes"] == table["return, 128 fresh episodes"] == "failed"
+    assert table["return, last episodes"] == table["return, 128 fresh episodes"] == "failed"
     status, _, errors = run(capsys, "resume", folder)
     assert status == 4 and failed in errors
     status, printed, _ = run(capsys, "show", folder)

@@ -19,7 +19,7 @@ from gymnax.wrappers import (
 from gymnax.wrappers.purerl import GymnaxWrapper
 
 from probes import SMALL, copy_cue, counter
-from purejaxppo import Box, Discrete, Env, MultiDiscrete, Step, check_env, make_env, make_ppo, time_limit
+from purejaxppo import ActionMask, Box, Discrete, Env, MultiDiscrete, Step, check_env, make_env, make_ppo, time_limit
 from purejaxppo.envs import env_names
 from purejaxppo.envs.base import action_space, observation_space
 from purejaxppo.experiment.agents.render import record_episode
@@ -383,6 +383,23 @@ def _called_back(result):
     return jax.pure_callback(fail, shape, jnp.float32(result.reward), vmap_method="sequential")
 
 
+def in_parts(space):
+    """Counts, and a mask that never allows anything."""
+
+    def show(obs):
+        return {"count": obs, "action_mask": jnp.zeros(2, bool)}
+
+    def reset(key, params):
+        state, obs = counter(3).reset(key, params)
+        return state, show(obs)
+
+    def step(key, state, action, params):
+        result = counter(3).step(key, state, action, params)
+        return result._replace(obs=show(result.obs))
+
+    return counter(3)._replace(reset=reset, step=step, observation_space=space)
+
+
 @pytest.mark.parametrize(
     "env, sentence",
     [
@@ -400,7 +417,24 @@ def _called_back(result):
         (broken_obs(dict), "an observation is {}, which holds no number"),
         (broken(reward=_called_back), "failed when run: RuntimeError: the licence of the simulator expired"),
         (counter(3)._replace(action_space=3), "action_space is 3; it must be a Discrete"),
-        (counter(3)._replace(observation_space=Box(0, 11, (1,))), "returns an observation outside observation_space"),
+        (
+            counter(3)._replace(observation_space=Box(0, 11, (1,))),
+            "outside observation_space, which is Box(0, 11, (1,), float32): its numbers went from 11 to 13",
+        ),
+        (in_parts({"count": Box(0, 11, (1,)), "action_mask": ActionMask((2,))}), "outside observation_space['count']"),
+        (
+            in_parts({"count": Box(shape=(2,)), "action_mask": ActionMask((2,))}),
+            "observation_space['count'] is Box(-inf",
+        ),
+        (
+            in_parts({"count": Box(shape=(1,), dtype=jnp.uint8), "action_mask": ActionMask((2,))}),
+            "observation_space['count'] is Box(-inf, inf, (1,), uint8), but reset returns float32; both must be of one",
+        ),
+        (
+            in_parts(None),
+            "obs['action_mask'] masks nothing, since nothing says that it is a mask",
+        ),
+        (in_parts({"count": Box(shape=(1,)), "action_mask": ActionMask((2,))}), "the action mask never allowed an"),
         (counter(3)._replace(observation_space=Discrete(4)), "returns an observation of shape (1,)"),
         (counter(3)._replace(reset=lambda key, params: jnp.zeros(1)), "reset(key, params) must return the pair"),
         (counter(3)._replace(reset=lambda key: 1), "reset(key, params) failed when traced: TypeError"),

@@ -238,7 +238,7 @@ def _table(
 ) -> str:
     """The results as lines: `fresh` [R, E] are returns of fresh episodes, `of_best` those of the best policies."""
     from purejaxppo.experiment.report.metrics import mean_interval
-    from purejaxppo.experiment.report.statistics import final_scores
+    from purejaxppo.experiment.report.statistics import count_scored, final_scores
 
     num_agents, played = fresh.shape
     steps = metrics.sizes["updates"] * result.ppo.config.steps_per_update
@@ -246,7 +246,7 @@ def _table(
     nothing = "failed" if failed.all() else "no episode ended"
     last = final_scores(metrics)
     rows = [
-        ("return, last 100 episodes", interval(*mean_interval(last), nothing=nothing)),
+        (f"return, last {count_scored(metrics)}", interval(*mean_interval(last), nothing=nothing)),
         (
             f"return, {played} fresh episodes",
             interval(*mean_interval(np.where(failed, np.nan, fresh.mean(1))), nothing=nothing),

@@ -22,6 +22,7 @@ from purejaxppo.text import quote
 
 PACKAGES = [Path(jax.__file__).parent, Path(struct.__file__).parent, Path(__file__).parents[1]]
 BATCH, ROUNDS = 64, 8  # environments whose costs are measured together, and steps of each
+MASK = str((jax.tree_util.DictKey("action_mask"),))  # the end of a path to what is probably a mask
 LARGEST = 1e18  # of a number whose square, summed over a rollout, stays finite in float32
 
 
@@ -208,18 +209,30 @@ def _check_observation_space(env, obs) -> list[str]:
     if jax.tree.structure(spaces) != jax.tree.structure(obs):
         return [f"observation_space is {spaces!r}, but reset returns {_kind(obs)}; both must have the same structure."]
     problems = []
-    for space, x in zip(jax.tree.leaves(spaces), jax.tree.leaves(obs)):
+    for (path, space), x in zip(jax.tree_util.tree_leaves_with_path(spaces), jax.tree.leaves(obs)):
+        name = f"observation_space{jax.tree_util.keystr(path)}"
         if not isinstance(space, (Discrete, MultiDiscrete, Box, ActionMask)):
-            problems.append(f"observation_space holds {space!r}; it must hold Discrete, MultiDiscrete or Box.")
+            problems.append(f"{name} is {space!r}; it must be a Discrete, MultiDiscrete or Box.")
         elif space.shape != x.shape:
-            problems.append(f"observation_space is {space!r}, but reset returns an observation of shape {x.shape}.")
+            problems.append(f"{name} is {space!r}, but reset returns an observation of shape {x.shape}.")
         elif isinstance(space, (Discrete, MultiDiscrete)) and not jnp.issubdtype(x.dtype, jnp.integer):
-            problems.append(f"observation_space is {space!r}, but reset returns {x.dtype}; it must be an integer.")
+            problems.append(f"{name} is {space!r}, but reset returns {x.dtype}; it must be an integer.")
         elif isinstance(space, ActionMask) and x.dtype != jnp.bool_:
-            problems.append(f"observation_space is {space!r}, but reset returns {x.dtype}; it must be a bool.")
+            problems.append(f"{name} is {space!r}, but reset returns {x.dtype}; it must be a bool.")
+        elif isinstance(space, Box) and _is_whole(space.dtype) and not _is_whole(x.dtype):
+            problems.append(f"{name} is {space!r}, but reset returns {x.dtype}; both must be of one kind.")
+        elif env.observation_space is None and str(path[-1:]) == MASK and x.dtype == jnp.bool_:
+            problems.append(
+                f"obs{jax.tree_util.keystr(path)} masks nothing, since nothing says that it is a mask (give the "
+                f"environment an observation_space, with ActionMask({x.shape}) there, or rename it)."
+            )
         else:
-            problems += _check_bounds("observation_space", space)
+            problems += _check_bounds(name, space)
     return problems or check_roles(spaces, action_space(env, env.params))
+
+
+def _is_whole(dtype: Any) -> bool:
+    return not jnp.issubdtype(dtype, jnp.inexact)
 
 
 def _check_bounds(what: str, space: Any) -> list[str]:
@@ -275,6 +288,8 @@ def _check_play(env: Env, num_steps: int, seed: int) -> list[str]:
             "large obs": _largest(result.obs),
             "large reward": _largest(result.reward),
             "range": _within(observation_space(env), result.obs, done),
+            "ends": _ends(result.obs),
+            "allowed": _allows(observation_space(env), result.obs),
             "same": jnp.array(same).all(),
             "done": done,
             "rewarded": result.reward != 0,
@@ -309,7 +324,15 @@ def _check_play(env: Env, num_steps: int, seed: int) -> list[str]:
     if not seen["reward"].all():
         problems.append(f"step {_when(~seen['reward'])} returns a reward that is nan or infinite.")
     if not seen["range"].all() and seen["obs"].all():
-        problems.append(f"step {_when(~seen['range'])} returns an observation outside observation_space.")
+        part = int(np.argmin(seen["range"].all((0, 1))))
+        path, space = jax.tree_util.tree_leaves_with_path(observation_space(env))[part]
+        ends = seen["ends"][..., part, :]
+        problems.append(
+            f"step {_when(~seen['range'].all(-1))} returns an observation outside observation_space"
+            f"{jax.tree_util.keystr(path)}, which is {space!r}: its numbers went from {ends.min():g} to {ends.max():g}."
+        )
+    if not seen["allowed"].any():
+        problems.append("the action mask never allowed an action; where it allows none, all are allowed.")
     if not seen["same"].all():
         problems.append("step is not a pure function: the same key, state and action gave two different results.")
     if _resets_itself(env, begun, seen):
@@ -375,7 +398,8 @@ def _random_action(space, observation_space, key, obs):
 
 
 def _within(spaces, obs, done):
-    checks = [jnp.bool_(True)]
+    """Whether each leaf of an observation lies in its space, [L]."""
+    checks = []
     for space, x in zip(jax.tree.leaves(spaces), jax.tree.leaves(obs)):
         if isinstance(space, Discrete):
             checks.append((x >= 0) & (x < space.n))
@@ -384,7 +408,21 @@ def _within(spaces, obs, done):
         elif isinstance(space, Box):
             low, high = (jnp.broadcast_to(jnp.asarray(b, jnp.float32), x.shape) for b in (space.low, space.high))
             checks.append((((x >= low) & (x <= high)) | (done & jnp.isnan(x))).all())
-    return jnp.stack(checks).all()
+        else:
+            checks.append(jnp.bool_(True))
+    return jnp.stack(checks)
+
+
+def _ends(obs):
+    """The lowest and the highest number of each leaf, [L, 2]."""
+    leaves = [jnp.asarray(x, jnp.float32) for x in jax.tree.leaves(obs)]
+    return jnp.stack([jnp.stack([jnp.nanmin(x, initial=jnp.inf), jnp.nanmax(x, initial=-jnp.inf)]) for x in leaves])
+
+
+def _allows(space, obs):
+    """Whether an observation allows any action."""
+    allowed = allowed_actions(space, obs)
+    return jnp.bool_(True) if allowed is None else allowed.any()
 
 
 def _largest(tree):

@@ -29,7 +29,7 @@ from purejaxppo.experiment.report.metrics import mean_interval, split_vectors
 from purejaxppo.experiment.report.page import element, facts, folded, line_choice, plot, section, sentences, table
 from purejaxppo.experiment.report.plot_fields import fields_of_grid, is_number, varied_fields
 from purejaxppo.experiment.report.ranking import importance, rank
-from purejaxppo.experiment.report.statistics import NO_SCORE, describe_scores, final_scores, scores_of
+from purejaxppo.experiment.report.statistics import NO_SCORE, count_scored, describe_scores, final_scores, scores_of
 from purejaxppo.text import count, in_words, interval, shorten, show, show_setting, show_value
 
 MAX_ROWS = 200  # of a table
@@ -227,7 +227,7 @@ def sections_of_run(metrics: xarray.Dataset) -> list[Element]:
     mean = facts([("mean over agents", interval(*mean_interval(scores), nothing=nothing))])
     result = section(
         "Result",
-        sentences("The return of the last 100 training episodes of each agent that did not fail."),
+        sentences(f"The return of the last {count_scored(metrics)} in training of each agent that did not fail."),
         mean,
         table(rows) if len(rows) > 1 else None,
         sentences(f"The table has the first {MAX_ROWS} of {len(scores)} agents." if len(scores) > MAX_ROWS else ""),

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from purejaxppo.evaluate import EPISODES
 from purejaxppo.experiment.evaluations import EVALUATION_RETURN
 from purejaxppo.experiment.report.metrics import last_episodes
-from purejaxppo.text import quote
+from purejaxppo.text import count, quote
 
 NO_SCORE = "no run has a score: no episode ended, or all turned nan"
 STATISTICS = {"iqm": lambda x, axis: scipy.stats.trim_mean(x, 0.25, axis=axis), "mean": np.mean, "median": np.median}
@@ -83,6 +83,15 @@ def final_scores(metrics: xarray.Dataset, num_episodes: int = 100) -> xarray.Dat
     """Mean return of the last `num_episodes` training episodes of each run; nan if it turned nan or ended none."""
     alive = ~lost(metrics).any("updates")
     return last_episodes(metrics, num_episodes, needed=alive).where(alive)
+
+
+def count_scored(metrics: xarray.Dataset, num_episodes: int = 100) -> str:
+    """How many episodes the `final_scores` of a setting's runs are means of, in words, such as "100 episodes"."""
+    ended = without_lost(metrics)["num_episodes"].sum("updates").values
+    fewest, most = (int(min(f(ended), num_episodes)) for f in (np.min, np.max))
+    if fewest != most:
+        return f"{fewest} to {count(most, 'episode')}"
+    return count(most, "episode") if most else "episodes"
 
 
 def scores_of(metrics: xarray.Dataset) -> xarray.DataArray:
