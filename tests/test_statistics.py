@@ -172,7 +172,7 @@ def test_settings_are_ranked_best_first_with_their_fields():
     assert ranked["widths"].values.tolist() == ["64,64", "32", "32", "64,64"]
     assert ranked["iqm"].values.tolist()[:3] == [5, 3, 1]
     assert np.isnan(ranked[["iqm", "mean", "median", "low", "high"]].isel(setting=3).to_array()).all()  # no score
-    assert as_table(ranked).splitlines()[4].split()[2:] == ["failed"] * 5 + ["0", "2"]
+    assert as_table(ranked).splitlines()[4].split()[2:] == ["none"] * 5 + ["0", "2"]
     assert ranked["num_missing"].values.tolist() == [0, 0, 0, 2]
     assert best(scores) == {"learning_rate": 1e-4, "widths": "64,64"}
 

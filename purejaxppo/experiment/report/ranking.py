@@ -95,17 +95,17 @@ def as_table(ranked: xarray.Dataset, max_rows: int = 20) -> str:
     names = [*fields, *map(str, ranked.data_vars)]
     if not ranked["num_missing"].any():
         names.remove("num_missing")
-    failed = (ranked["num_runs"] == 0).values
+    unscored = (ranked["num_runs"] == 0).values
     columns = [
-        np.where(failed & (name in [*STATISTICS, "low", "high"]), "failed", ranked[name].astype(object)).tolist()
+        np.where(unscored & (name in [*STATISTICS, "low", "high"]), "none", ranked[name].astype(object)).tolist()
         for name in names
     ]
     lines = [align([dict(zip(names, row)) for row in zip(*columns)], max_rows)]
     if "num_missing" in names:
         why = "turned nan, ended no episode or were not evaluated"
         lines.append(f"(missing runs {why}; they count as the lowest score)")
-    if failed.any():
-        lines.append("(failed: all runs of the setting are missing)")
+    if unscored.any():
+        lines.append("(none: no run of the setting has a score; fresh episodes score runs that end none in training)")
     return "\n".join(lines)
 
 
