@@ -165,8 +165,8 @@ class HalvingPlan:
         ]
         left = config.num_updates - self.rungs[-1]
         lines = [
-            f"{sweep.env}: halving of {len(sweep.table)} settings x {sweep.num_seeds} seeds, one in {self.eta} reaches "
-            f"the next rung, {self.num_places} at a time",
+            f"{sweep.env}: halving of {len(sweep.table)} settings x {count(sweep.num_seeds, 'seed')}, one in "
+            f"{self.eta} reaches the next rung, {self.num_places} at a time",
             f"compared by {describe_criterion(sweep, self.rungs)}",
             align(rows),
             *([f"settings on the last rung train for {count(left, 'update')} more, without a comparison"] * (left > 0)),

@@ -62,8 +62,8 @@ class SearchPlan:
         fields = {name: f"{x.kind}({', '.join(map(str, x.values))})" for name, x in self.space.items()}
         return "\n".join(
             [
-                f"{sweep.env}: {self.num_trials} trials in {num_batches} batches of {len(sweep.table)}, over "
-                f"{show_setting(fields)}",
+                f"{sweep.env}: {self.num_trials} trials in {num_batches} batch{'es' * (num_batches > 1)} of "
+                f"{len(sweep.table)}, over {show_setting(fields)}",
                 f"about {num_batches * self.batch.total_steps:,} steps; a batch is a sweep:",
                 str(self.batch),
             ]

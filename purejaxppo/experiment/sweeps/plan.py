@@ -113,7 +113,7 @@ class Plan:
         if not self.groups:
             return f"{sweep.env}: {missing}"
         lines = [
-            f"{sweep.env}: {len(sweep.table)} settings x {sweep.num_seeds} seeds = {sweep.num_runs} runs, "
+            f"{sweep.env}: {sweep.describe_size()}, "
             f"{self.total_steps:,} steps, {len(self.groups)} compiled in "
             f"{sum(compiled.compile_seconds for compiled in self.groups):.1f} s, "
             f"{self.stored_bytes / 2**20:,.1f} MiB of results"

@@ -16,7 +16,7 @@ from purejaxppo.experiment.presets import DEFAULTS, find_preset
 from purejaxppo.experiment.records import as_record, complete_hyperparams
 from purejaxppo.ppo import PPO, make_ppo, with_step
 from purejaxppo.table import PLUGGED, Named, Table, named, paired
-from purejaxppo.text import align, quote, show_setting
+from purejaxppo.text import align, count, quote, show_setting
 from purejaxppo.validate import check_config, check_target_kl, check_type
 
 NAMES = [field.name for field in fields(Config)]
@@ -135,11 +135,13 @@ class Sweep:
 
     def __str__(self) -> str:
         swept = ", ".join(self.table.names) or "nothing"
-        lines = [f"{self.env}: {self._count()} over {swept}"]
+        lines = [f"{self.env}: {self.describe_size()} over {swept}"]
         return "\n".join(lines + ([align(self.table.rows())] if self.table.names else []))
 
-    def _count(self) -> str:
-        return f"{len(self.table)} settings x {self.num_seeds} seeds = {self.num_runs} runs"
+    def describe_size(self) -> str:
+        """How many settings, seeds and runs there are, in words."""
+        settings, seeds = count(len(self.table), "setting"), count(self.num_seeds, "seed")
+        return f"{settings} x {seeds} = {count(self.num_runs, 'run')}"
 
     @property
     def num_runs(self) -> int:
