@@ -38,6 +38,9 @@ def halved(ppo, state):
 
 def broken(*args):
     raise RuntimeError("no luck")
+
+def wrapped():
+    return pjp.time_limit(3, 9)
 """
 SIZES = "--num-envs 2 --num-steps 8 --num-minibatches 2 --num-updates 2 --widths 4".split()
 
@@ -71,6 +74,7 @@ def test_names_in_modules_are_found_in_this_directory(module):
         ("CartPole-v1 --loss my_parts:sp0", "--loss=my_parts:sp0: there is no sp0 in my_parts (did you mean spo?)"),
         ("CartPole-v1 --network my_parts:broken", "--network=my_parts:broken failed as a function of the environment"),
         ("my_parts:broken", "RuntimeError: no luck (.*my_parts.py, line 30)"),
+        ("my_parts:wrapped", "must be an Env.*my_parts.py, line 33)"),
         ("my_parts:", "must be module:name"),
     ],
 )

@@ -10,9 +10,11 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import purejaxppo
 from purejaxppo.config import Config
 from purejaxppo.envs import make_env
 from purejaxppo.ppo import PPO
@@ -143,8 +145,11 @@ def _nearest(name: str, known: Any) -> str:
 
 
 def _in_words(error: Exception) -> str:
-    """An error with the place where it was raised."""
-    where = traceback.extract_tb(error.__traceback__)[-1]
+    """An error with the last place before the code of this package, or else where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    package = os.path.dirname(purejaxppo.__file__) + os.sep
+    before = [*takewhile(lambda frame: not frame.filename.startswith(package), frames[1:])]
+    where = (before or frames)[-1]
     return (
         f"{type(error).__name__}: {shorten(' '.join(str(error).split()), 200)} ({where.filename}, line {where.lineno})"
     )
