@@ -790,3 +790,12 @@ def test_everything_prints_in_a_few_lines():
     assert repr(state().policy).splitlines()[0] == "Policy"
     assert "  num_updates  int32[]" in repr(state()).splitlines()
     assert repr(WALK).startswith("Env 'walk': actions Discrete(2)")
+    pendulum = pjp.make_env("Pendulum-v1")
+    assert "actions Box(-2.0, 2.0, (1,), float32), observations Box(-inf, inf, (3,)," in repr(pendulum)
+    assert repr(pendulum._replace(observation_space=None)) == repr(pendulum)
+    assert "actions unknown (ZeroDivisionError)" in repr(pendulum._replace(action_space=lambda params: 1 / 0))
+    assert repr(pjp.Box(np.zeros((2, 3)), np.ones((2, 3)), (2, 3))) == "Box(0.0, 1.0, (2, 3), float32)"
+    assert repr(pjp.Box(np.arange(2), 3, (2,))) == "Box([0 1], 3, (2,), float32)"
+    traced = jax.eval_shape(lambda x: jnp.zeros(len(repr(pjp.Box(x, 1.0, (2,))))), jnp.zeros(2))  # as in a program
+    assert traced.shape[0] < 99
+    assert repr(pjp.privileged({"a": pjp.Discrete(2)})) == "{'a': privileged(Discrete(2))}"

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from purejaxppo.checks import check_whole
 from purejaxppo.text import count, quote, shorten
@@ -47,8 +48,17 @@ class Env(NamedTuple):
 
     def __repr__(self) -> str:
         params = count(len(jax.tree.leaves(self.params)), "parameter")
-        spaces = f"actions {shorten(self.action_space, 60)}, observations {shorten(self.observation_space, 60)}"
-        return f"Env {self.name!r}: {spaces}, {params}"
+        actions = _shown(lambda: action_space(self, self.params))
+        observations = _shown(lambda: observation_space(self))
+        return f"Env {self.name!r}: actions {actions}, observations {observations}, {params}"
+
+
+def _shown(space_of: Callable[[], Any]) -> str:
+    """A space as short text, also of an environment whose functions fail."""
+    try:
+        return shorten(space_of(), 60)
+    except Exception as error:  # of any kind: the functions are the user's
+        return f"unknown ({type(error).__name__})"
 
 
 def read_box(space: "Box", x: jax.Array) -> jax.Array:
@@ -68,26 +78,34 @@ def image_scale(space: "Box", dtype: Any) -> float:
     return high if 0 < high < np.inf else 255.0
 
 
-class Discrete:
-    """The integers 0 .. n - 1."""
+class _Part:
+    """A space of one array."""
 
     privileged = False
+
+    def __repr__(self) -> str:
+        return f"privileged({self._text()})" if self.privileged else self._text()
+
+    def _text(self) -> str:
+        raise NotImplementedError
+
+
+class Discrete(_Part):
+    """The integers 0 .. n - 1."""
 
     def __init__(self, n: int):
         self.n, self.shape = check_whole("n", n), ()
 
-    def __repr__(self) -> str:
+    def _text(self) -> str:
         return f"Discrete({self.n})"
 
 
-class MultiDiscrete:
+class MultiDiscrete(_Part):
     """Arrays of integers: an entry where `sizes` holds n is one of 0 .. n - 1.
 
     A vector of choices has sizes [K]; a grid of categories, such as a board, has sizes [height, width] or
     [height, width, K].
     """
-
-    privileged = False
 
     def __init__(self, sizes: Any):
         shaped = np.atleast_1d(np.asarray(sizes))
@@ -96,13 +114,13 @@ class MultiDiscrete:
             raise ValueError("sizes=[] of a MultiDiscrete space must hold a number of choices for each entry")
         self.shape = shaped.shape
 
-    def __repr__(self) -> str:
+    def _text(self) -> str:
         if len(self.shape) == 1:
             return f"MultiDiscrete({list(self.sizes)})"
         return f"MultiDiscrete(<{' x '.join(map(str, self.shape))} sizes of up to {max(self.sizes)}>)"
 
 
-class ActionMask:
+class ActionMask(_Part):
     """Arrays of bool that say which actions are allowed, as a part of a dictionary of observations.
 
     Its shape is (n,) for actions of `Discrete(n)`. For those of `MultiDiscrete(sizes)` it is (sum(sizes),), which
@@ -110,21 +128,17 @@ class ActionMask:
     allowed, as on a lost board, everything is.
     """
 
-    privileged = False
-
     def __init__(self, shape: Sequence[int]):
         if np.ndim(shape) != 1 or not len(shape):
             raise ValueError(f"shape={quote(shape)} of an ActionMask must be a sequence of whole numbers, such as (4,)")
         self.shape = tuple(check_whole("shape", size) for size in shape)
 
-    def __repr__(self) -> str:
+    def _text(self) -> str:
         return f"ActionMask({self.shape})"
 
 
-class Box:
+class Box(_Part):
     """Arrays of one shape between `low` and `high`, which are numbers or arrays, perhaps infinite or traced."""
-
-    privileged = False
 
     def __init__(self, low: Any = -np.inf, high: Any = np.inf, shape: Sequence[int] = (), dtype: Any = jnp.float32):
         if np.ndim(shape) != 1:
@@ -132,8 +146,16 @@ class Box:
         self.low, self.high, self.dtype = low, high, jnp.dtype(dtype)
         self.shape = tuple(check_whole("shape", size, at_least=0) for size in shape)
 
-    def __repr__(self) -> str:
-        return f"Box({self.low}, {self.high}, {self.shape}, {self.dtype.name})"
+    def _text(self) -> str:
+        return f"Box({_bound(self.low)}, {_bound(self.high)}, {self.shape}, {self.dtype.name})"
+
+
+def _bound(bound: Any) -> Any:
+    """A bound as it prints: one number where all are equal."""
+    if isinstance(bound, Tracer) or not np.ndim(bound):
+        return bound
+    numbers = np.unique(bound)
+    return numbers[0] if len(numbers) == 1 else bound
 
 
 Space = Discrete | MultiDiscrete | Box
