@@ -314,7 +314,7 @@ def _warn_of_changes(before: RunSettings, now: RunSettings):
         for x in (last, this)
     )
     devices = last.get("num_devices", this.get("num_devices")), this.get("num_devices")
-    changed = [f"{name} {old.get(name)} is now {new[name]}" for name in new if old.get(name) != new[name]]
+    changed = [f"{name} {old.get(name)} is now {new[name]}" for name in new if old.get(name, new[name]) != new[name]]
     changed += ["num_devices {} is now {}".format(*devices)] if devices[0] != devices[1] else []
     if changed:
         warnings.warn(
