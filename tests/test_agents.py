@@ -91,8 +91,12 @@ def test_classic_control_is_played_in_gymnasium_to_its_time_limit(name):
 
 
 def test_gymnasium_is_refused_where_it_has_another_task(agents):
-    with pytest.raises(ValueError, match="Gymnasium cannot make 'Catch-bsuite'"):
+    with pytest.raises(ValueError, match="Gymnasium has no environment 'Catch-bsuite' \\(leave out --in"):
         evaluate_in_gymnasium(alone("Catch-bsuite"))
+    with pytest.raises(ValueError, match="Gymnasium has no environment 'navix/Navix-Empty-5x5-v0'"):
+        evaluate_in_gymnasium(agents, "navix/Navix-Empty-5x5-v0")
+    with pytest.raises(ValueError, match="Gymnasium cannot make 'CartPole-v9'"):
+        evaluate_in_gymnasium(agents, "CartPole-v9")
     with pytest.raises(ValueError, match="has the observations"):
         evaluate_in_gymnasium(agents, "Acrobot-v1")
     with pytest.raises(ValueError, match="has the actions Discrete"):

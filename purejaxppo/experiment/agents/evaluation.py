@@ -78,6 +78,11 @@ def evaluate_in_gymnasium(
     env_id = agents.ppo.env.name if env_id is None else env_id
     try:
         envs = gymnasium.make_vec(env_id, num_envs=num_episodes, vectorization_mode="sync")
+    except (gymnasium.error.NameNotFound, gymnasium.error.NamespaceNotFound):
+        raise ValueError(
+            f"Gymnasium has no environment {env_id!r} (leave out --in gymnasium, or name one of its own in Python: "
+            "evaluate_in_gymnasium(agents, env_id=...))"
+        ) from None
     except gymnasium.error.Error as error:
         raise ValueError(f"Gymnasium cannot make {env_id!r}: {error}") from None
     _check_spaces(agents, envs, env_id)
