@@ -22,7 +22,7 @@ class EvaluateOptions:
     """Play whole episodes with the agents of a run, or of the best setting of a sweep."""
 
     folder: tyro.conf.Positional[Path]
-    """The folder that `train` or `sweep` wrote."""
+    """The folder that `train`, `sweep` or `search` wrote."""
     where: Annotated[Literal["jax", "gymnasium"], tyro.conf.arg(name="in")] = "jax"
     """The implementation of the environment: the one of the training, or Gymnasium's of the same name."""
     episodes: int = 128
@@ -41,7 +41,7 @@ class RenderOptions:
     """Draw an episode of an agent as a GIF."""
 
     folder: tyro.conf.Positional[Path]
-    """The folder that `train` or `sweep` wrote."""
+    """The folder that `train`, `sweep` or `search` wrote."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """File to write; episode.gif in the folder by default."""
     agent: int | None = None
@@ -62,7 +62,7 @@ class ExportOptions:
     """Write an agent as one file that acts without purejaxppo, and print the code that uses it."""
 
     folder: tyro.conf.Positional[Path]
-    """The folder that `train` or `sweep` wrote."""
+    """The folder that `train`, `sweep` or `search` wrote."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("policy.stablehlo")
     """File to write: NAME.stablehlo for JAX, NAME.npz for NumPy."""
     agent: int | None = None
@@ -77,7 +77,7 @@ class ShowOptions:
     """Print what a run or a sweep is, its progress, and the code, packages, device and command that made it."""
 
     folder: tyro.conf.Positional[Path]
-    """The folder that `train` or `sweep` wrote."""
+    """The folder that `train`, `sweep` or `search` wrote."""
 
 
 def evaluate(arguments: list[str]) -> int:

@@ -14,7 +14,7 @@ class ReportOptions:
     """Write one page of HTML on a run or a sweep, finished or not, that browsers open without a network."""
 
     folder: tyro.conf.Positional[Path]
-    """The folder that `train` or `sweep` wrote."""
+    """The folder that `train`, `sweep` or `search` wrote."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """File to write; report.html in the folder by default."""
 

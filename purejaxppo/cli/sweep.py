@@ -56,7 +56,7 @@ class PlotOptions:
     """Redraw the plots of a sweep or of a run from its folder."""
 
     folder: tyro.conf.Positional[Path]
-    """The folder that `sweep` or `train` wrote."""
+    """The folder that `train`, `sweep` or `search` wrote."""
     line: str | None = None
     """Field with a line for each of its values."""
     panel: str | None = None
