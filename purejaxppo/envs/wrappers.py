@@ -228,7 +228,10 @@ def randomize(env: Env, sample_params: Callable) -> Env:
     """
     check_is_env(env)
     if not jax.tree.leaves(env.params):
-        raise ValueError(f"env={quote(env.name)} has no parameters to draw (put into Env.params what shall vary)")
+        raise ValueError(
+            f"env={quote(env.name)} has no parameters to draw (put into Env.params what shall vary; for brax and "
+            "playground make_env(NAME, traced=...) does)"
+        )
     try:
         drawn = jax.eval_shape(sample_params, jax.random.key(0), env.params)
     except Exception as error:  # of any kind: the function is the user's
