@@ -30,6 +30,9 @@ def made_up_suite():
     adapter: Any = types.ModuleType("purejaxppo.envs.from_fake")
 
     def make(name, length=5, **options):
+        """Options: length, and others such as view_size."""
+        if "table" in options:
+            raise KeyError("no 'key' of this name\n(the whole table)" + "x" * 300)
         if options:
             raise RuntimeError("no such option\n(a second line)")
         if length == 0:
@@ -206,14 +209,23 @@ def test_a_wrong_name_is_answered_in_one_sentence(fake, capsys, name, sentence):
 
 
 def test_an_error_of_a_suite_is_one_sentence(fake):
-    with pytest.raises(ValueError, match="env='fake/walk' cannot be made: RuntimeError: no such option$"):
+    with pytest.raises(ValueError, match="with color='red' cannot be made: RuntimeError: no such option$"):
         pjp.make_env("fake/walk", color="red")
-    with pytest.raises(ValueError, match="env='fake/walk' cannot be made: ValueError: length must be above 0$"):
+    with pytest.raises(ValueError, match="env='fake/walk' with length=0 cannot be made: ValueError: length must"):
         pjp.make_env("fake/walk", length=0)
     with pytest.raises(
         ValueError, match="backend is an option of suites such as brax/ant; env='CartPole-v1' takes none"
     ):
         pjp.make_env("CartPole-v1", backend="mjx")
+
+
+def test_an_option_that_a_suite_refuses_is_named_with_one_like_it(fake):
+    with pytest.raises(ValueError, match=r"with viewsize=3 .*: no such option \(did you mean view_size\?\)$"):
+        pjp.make_env("fake/walk", viewsize=3)
+    with pytest.raises(ValueError, match="with table=1 cannot be made: KeyError: no 'key' of this name$"):
+        pjp.make_env("fake/walk", table=1)
+    with pytest.raises(ValueError, match=r"with color='x{76}\.\.\. cannot be made"):
+        pjp.make_env("fake/walk", color="x" * 999)
 
 
 def test_envs_lists_the_environments_of_a_suite_and_which_presets_are_untried(fake, monkeypatch, capsys):

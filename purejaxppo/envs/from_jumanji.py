@@ -26,7 +26,7 @@ def names() -> list[str]:
 
 
 def make(name: str, **options: Any) -> Env:
-    """An environment of Jumanji by its name; its clock is not shown, and its time limit, an option, is a truncation.
+    """An environment of Jumanji by its name; its clock is not shown, and its option `time_limit` is a truncation.
 
     Raises ValueError for Sokoban without the option `generator`, since its own downloads the levels.
     """

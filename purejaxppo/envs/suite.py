@@ -1,8 +1,10 @@
 """What the adapters of suites share: names, packages that are imported late, and states that fit an `Env`."""
 
+import difflib
 import importlib
 import importlib.metadata
 import importlib.util
+import re
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 
 from purejaxppo.dependence import used_leaves
 from purejaxppo.envs.base import Box, Env, Step, in_32_bits
-from purejaxppo.text import quote
+from purejaxppo.text import quote, shorten
 
 # Suite -> the package that it is imported as; its adapter is the module from_SUITE here, its extra is called like it.
 SUITES = {
@@ -69,7 +71,11 @@ def from_suite(env: str, options: Mapping[str, Any]) -> Env:
     except Refusal:
         raise
     except Exception as error:  # of any kind: the suite decides
-        raise ValueError(f"env={quote(env)} cannot be made: {type(error).__name__}: {_first_line(error)}") from error
+        given = ", ".join(f"{option}={quote(value)}" for option, value in options.items())
+        raise ValueError(
+            f"env={quote(env)}{' with ' * bool(given)}{given} cannot be made: {type(error).__name__}: "
+            f"{_first_line(error)}{_near_option(options, adapter.make)}"
+        ) from error
     adapted = Adapted(env, dict(options), made)
     return made._replace(reset=adapted.reset, step=adapted.step, params=in_32_bits(made.params), name=env)
 
@@ -207,4 +213,13 @@ def _is_key(x: Any) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error  # the text of a KeyError is quoted
+    return shorten(str(text).strip().partition("\n")[0], 200)
+
+
+def _near_option(options: Mapping[str, Any], make: Callable) -> str:
+    """A suggestion for an option that the docstring of an adapter does not name, but one like it."""
+    named = re.findall(r"\w+", make.__doc__ or "")
+    unknown = [option for option in options if option not in named]
+    near = [x for option in unknown for x in difflib.get_close_matches(option, named, n=1, cutoff=0.8)]
+    return f" (did you mean {near[0]}?)" if near else ""
