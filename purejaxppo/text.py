@@ -46,6 +46,12 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
+def either(words: Sequence[str]) -> str:
+    """Words as alternatives: "A, B or C"."""
+    *others, last = words
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 def interval(mean: float, low: float, high: float, over: str = "agents", nothing: str = "no episode ended") -> str:
     """A mean with its 95 % confidence interval, as text.
 

@@ -190,9 +190,13 @@ def test_names_of_suites_are_swept(fake, tmp_path):
     [
         ("fake/wlk", r"env='fake/wlk' is not a known environment \(did you mean fake/walk\?\)"),
         ("fake/zzzzzz", r"env='fake/zzzzzz' is not a known environment \(`purejaxppo envs fake` lists them\)"),
-        ("fkae/walk", r"'fkae/walk' is not a known environment, and fkae is no suite \(did you mean fake\?\)"),
-        ("ALE/Pong-v5", r"env='ALE/Pong-v5' is not a known environment, and ALE is no suite \(did you mean fake\?\)"),
-        ("zzz/Pong-v5", r"zzz is no suite \(known: brax, craftax, jumanji, navix, pgx, playground, xland, fake"),
+        ("fkae/walk", r"'fkae/walk' is not a known environment, and 'fkae' is no suite \(did you mean fake\?\)"),
+        ("/ant", "env='/ant' is not a known environment, and '' is no suite"),
+        ("fake", r"env='fake' is not a known environment \(`purejaxppo envs fake` lists them\)"),
+        ("fake/rwalkun", r"\(did you mean fake/walk or fake/run\?\)"),
+        ("MountainCar", r"\(did you mean MountainCar-v0, MountainCarContinuous-v0 or Breakout-MinAtar\?\)"),
+        ("ALE/Pong-v5", r"env='ALE/Pong-v5' is not a known environment, and 'ALE' is no suite \(did you mean fake\?\)"),
+        ("zzz/Pong-v5", r"'zzz' is no suite \(known: brax, craftax, jumanji, navix, pgx, playground, xland, fake"),
         (
             "missing/ant",
             r"env='missing/ant' cannot be made: missing is not installed \(pip install \"pure.*\[missing\]\"",
@@ -237,6 +241,8 @@ def test_envs_lists_the_environments_of_a_suite_and_which_presets_are_untried(fa
     assert run.startswith("fake/run ") and " untried: num_envs=64" in run
     assert main(["envs", "fkae"]) == 2
     assert "'fkae' is not a known suite (did you mean fake?)" in capsys.readouterr().err
+    assert main(["envs", "fake/walk"]) == 2
+    assert "'fake/walk' is not a known suite (`purejaxppo envs fake` lists those of fake)" in capsys.readouterr().err
 
 
 def test_every_suite_has_presets_that_fit_together():

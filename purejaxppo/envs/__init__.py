@@ -8,7 +8,7 @@ from purejaxppo.envs.check import check_env, check_shapes
 from purejaxppo.envs.from_gymnax import from_gymnax, gymnax_names
 from purejaxppo.envs.suite import SUITES, from_suite, suite_names
 from purejaxppo.envs.wrappers import action_repeat, frame_stack, randomize, sticky_actions, time_limit
-from purejaxppo.text import quote
+from purejaxppo.text import either, quote
 
 __all__ = [
     "ActionMask", "Box", "Discrete", "Env", "MultiDiscrete", "SUITES", "Step",
@@ -22,7 +22,10 @@ def env_names(suite: str = "gymnax") -> list[str]:
     if suite == "gymnax":
         return gymnax_names()
     if suite not in SUITES:
-        raise ValueError(f"{quote(suite)} is not a known suite ({_nearest(suite, ['gymnax', *SUITES])})")
+        owner = suite.partition("/")[0]  # of an environment, where one was given
+        listed = f"`purejaxppo envs {owner}` lists those of {owner}"
+        near = listed if owner in SUITES else _nearest(suite, ["gymnax", *SUITES])
+        raise ValueError(f"{quote(suite)} is not a known suite ({near})")
     return suite_names(suite)
 
 
@@ -31,13 +34,14 @@ def check_name(env: str) -> None:
     suite, slash, _ = env.partition("/")
     if slash and suite not in SUITES:
         near = _nearest(suite, list(SUITES))
-        raise ValueError(f"env={quote(env)} is not a known environment, and {suite} is no suite ({near})")
+        raise ValueError(f"env={quote(env)} is not a known environment, and {quote(suite)} is no suite ({near})")
     try:
         names = env_names(suite if slash else "gymnax")
     except ValueError as error:
         raise ValueError(f"env={quote(env)} cannot be made: {error}") from error
     if env not in names:
-        near = _nearest(env, names, f"`purejaxppo envs{' ' * bool(slash)}{suite * bool(slash)}` lists them")
+        lists = f"`purejaxppo envs{f' {suite}' * (suite in SUITES)}` lists them"
+        near = lists if env in SUITES else _nearest(env, names, lists)
         raise ValueError(f"env={quote(env)} is not a known environment ({near})")
 
 
@@ -86,4 +90,4 @@ def _nearest(name: str, known: list[str], otherwise: str = "") -> str:
     """The remedy of a message about a name that is not known."""
     lower = {x.rpartition("/")[2].lower(): x for x in known}
     near = difflib.get_close_matches(name.rpartition("/")[2].lower(), lower, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(lower[x] for x in near)}?" if near else otherwise or f"known: {', '.join(known)}"
+    return f"did you mean {either([lower[x] for x in near])}?" if near else otherwise or f"known: {', '.join(known)}"
