@@ -223,6 +223,16 @@ def test_an_error_of_a_suite_is_one_sentence(fake):
         pjp.make_env("CartPole-v1", backend="mjx")
 
 
+def test_parameters_that_a_suite_lacks_are_refused_with_what_makes_them(fake, monkeypatch):
+    monkeypatch.setattr(suite, "SIMULATORS", ("fake",))
+    plan: Any = lambda: pjp.plan_sweep(pjp.Sweep("fake/walk", pjp.grid(**{"env.view": [1]}), num_seeds=1, config=TINY))
+    with pytest.raises(ValueError, match=r"it has gravity; make_env\('fake/walk', traced=\('view',\)\) in Python"):
+        plan()
+    monkeypatch.setattr(suite, "SIMULATORS", ())
+    with pytest.raises(ValueError, match=r"given in Python: make_env\('fake/walk', view=\.\.\.\) in a module"):
+        plan()
+
+
 def test_an_option_that_a_suite_refuses_is_named_with_one_like_it(fake):
     with pytest.raises(ValueError, match=r"with viewsize=3 .*: no such option \(did you mean view_size\?\)$"):
         pjp.make_env("fake/walk", viewsize=3)

@@ -25,6 +25,7 @@ SUITES = {
     "brax": "brax", "craftax": "craftax", "jumanji": "jumanji", "navix": "navix", "pgx": "pgx",
     "playground": "mujoco_playground", "xland": "xminigrid",
 }  # fmt: skip
+SIMULATORS = "brax", "playground"  # the suites whose option `traced` makes parameters
 TRACING = threading.RLock()  # held while a simulator holds the physics of a trace
 
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from purejaxppo.config import Hyperparams
+from purejaxppo.envs import suite
 from purejaxppo.experiment.sweeps.sweep import ENV_PREFIX, Sweep
 from purejaxppo.ppo import PPO
 from purejaxppo.text import show
@@ -33,9 +34,22 @@ def env_columns(sweep: Sweep, settings: Sequence[int], ppo: PPO) -> Any:
             continue
         field = name.removeprefix(ENV_PREFIX)
         if field not in known:
-            raise ValueError(f"{name} is not a parameter of {ppo.env.name} (it has {', '.join(known) or 'none'})")
+            raise ValueError(
+                f"{name} is not a parameter of {ppo.env.name} (it has {', '.join(known) or 'none'}"
+                f"{_instead(ppo.env.name, field)})"
+            )
         params = _with_field(params, field, _column(name, [row[name] for row in rows], known[field]))
     return params
+
+
+def _instead(env: str, field: str) -> str:
+    """How an environment of a suite is given what is not one of its parameters; nothing for others."""
+    owner = env.partition("/")[0]
+    if owner not in suite.SUITES:
+        return ""
+    if owner in suite.SIMULATORS:
+        return f"; make_env({env!r}, traced=({field!r},)) in Python makes it one, if it is a part of the physics"
+    return f"; options of a suite are given in Python: make_env({env!r}, {field}=...) in a module, as my_envs:env"
 
 
 def _fields_of(params: Any) -> dict[str, Any]:
