@@ -22,7 +22,6 @@ from purejaxppo.text import quote
 
 PACKAGES = [Path(jax.__file__).parent, Path(struct.__file__).parent, Path(__file__).parents[1]]
 BATCH, ROUNDS = 64, 8  # environments whose costs are measured together, and steps of each
-MASK = str((jax.tree_util.DictKey("action_mask"),))  # the end of a path to what is probably a mask
 LARGEST = 1e18  # of a number whose square, summed over a rollout, stays finite in float32
 
 
@@ -221,7 +220,7 @@ def _check_observation_space(env, obs) -> list[str]:
             problems.append(f"{name} is {space!r}, but reset returns {x.dtype}; it must be a bool.")
         elif isinstance(space, Box) and _is_whole(space.dtype) and not _is_whole(x.dtype):
             problems.append(f"{name} is {space!r}, but reset returns {x.dtype}; both must be of one kind.")
-        elif env.observation_space is None and str(path[-1:]) == MASK and x.dtype == jnp.bool_:
+        elif env.observation_space is None and x.dtype == jnp.bool_ and _name(path) == "action_mask":
             problems.append(
                 f"obs{jax.tree_util.keystr(path)} masks nothing, since nothing says that it is a mask (give the "
                 f"environment an observation_space, with ActionMask({x.shape}) there, or rename it)."
@@ -229,6 +228,11 @@ def _check_observation_space(env, obs) -> list[str]:
         else:
             problems += _check_bounds(name, space)
     return problems or check_roles(spaces, action_space(env, env.params))
+
+
+def _name(path: tuple) -> str:
+    """The last name of the path to a part."""
+    return jax.tree_util.keystr(path[-1:], simple=True)
 
 
 def _is_whole(dtype: Any) -> bool:
