@@ -14,7 +14,7 @@ import pytest
 
 from purejaxppo.experiment import lock as module
 from purejaxppo.experiment.files import make_new
-from purejaxppo.experiment.lock import LOCK, LockHeld, LockLost, claim, claim_folder, read_holder
+from purejaxppo.experiment.lock import LOCK, LockHeld, LockLost, claim, claim_folder, read_holder, read_note
 
 
 @pytest.fixture
@@ -159,6 +159,24 @@ def test_a_fork_does_not_release_the_lock_of_its_parent(path, monkeypatch):
     monkeypatch.setattr(os, "getpid", lambda: lock.holder.pid + 1)
     lock.release()
     assert path.exists()
+
+
+def test_a_lock_that_is_released_while_its_note_is_read_is_taken(tmp_path, monkeypatch):
+    held, is_stale = claim(tmp_path / LOCK), module.is_stale
+
+    def released(path, holder):
+        stale = is_stale(path, holder)
+        held.release()
+        return stale
+
+    def read(path):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "is_stale", released)
+            return read_note(path)
+
+    monkeypatch.setattr(module, "read_note", read)
+    with claim_folder(tmp_path, wait=5) as taken:
+        taken.check()
 
 
 def hold_in_turn(path: str, times: int):

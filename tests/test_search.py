@@ -21,7 +21,7 @@ from purejaxppo.experiment.runs import fit as fit_module
 from purejaxppo.experiment.sweeps import halving_runs, run
 from purejaxppo.experiment.sweeps import optuna_search as optuna_search_module
 from purejaxppo.experiment.sweeps.best import train_command
-from purejaxppo.experiment.sweeps.halving import Ladder, plan_halving, successive_halving
+from purejaxppo.experiment.sweeps.halving import Ladder, plan_halving, sizes_of_rungs, successive_halving
 from purejaxppo.experiment.sweeps.halving_runs import Trainer, compile_trainer, train_runs
 from purejaxppo.experiment.sweeps.optuna_search import best_setting, optuna_search, plan_trials, rank_trials
 from purejaxppo.experiment.sweeps.population import PopulationSearch, plan_population, population_search
@@ -124,6 +124,13 @@ def test_fewer_settings_train_in_smaller_slices_where_there_are_such(plan, halvi
     assert all(used == min(size for size in sizes if size >= runs) for runs, used in trained)
     assert {used for _, used in trained} >= {6, 2}
     np.testing.assert_allclose(found.scores, halving.scores, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "size, eta, num_rungs, expected", [(216, 3, 4, [216, 72, 24, 8]), (4, 3, 3, [4, 2]), (1, 3, 3, [1]), (2, 2, 2, [2])]
+)
+def test_an_accelerator_has_slices_for_every_rung_that_fit_where_the_largest_does(size, eta, num_rungs, expected):
+    assert sizes_of_rungs(size, eta, num_rungs) == expected
 
 
 def test_halving_resumes_and_comes_to_the_result_of_an_uninterrupted_call(plan, halving, tmp_path, monkeypatch):
@@ -348,7 +355,7 @@ def test_training_some_runs_leaves_the_others_as_they_are(key):
     states = many.init(jax.random.split(key, 5))
     with reported_failures():
         program = pjp.compile_training(many, states[:2], 2, slice_size=2)
-    trainer = Trainer(program, None, states.num_updates.sharding)
+    trainer = Trainer(program, None, states.num_updates.sharding, jax.devices()[0])
     with ThreadPoolExecutor(2) as pool:
         after, metrics = train_runs(trainer, states, np.array([4, 0, 2]), 2, pool)
     assert after.num_updates.tolist() == [2, 0, 2, 0, 2] and {x.shape for x in metrics.values()} == {(3, 2)}
@@ -417,9 +424,10 @@ def test_a_population_resumes_in_its_folder_to_the_bit(population_plan, populati
         patch.setattr(fit_module, "chunks", interrupted(fit_module.chunks))
         population_search(population_plan, tmp_path, progress=False)
     assert 0 < error.value.result.parents.shape[1] < 12
+    four: Any = np.int64(4)
     for fraction, every, words in (
         (0.4, 3, rf"fraction=0.4 differs from the 0.25 of the population in folder={tmp_path}"),
-        (0.25, 4, "every=4 differs from the 3 of the population"),
+        (0.25, four, "every=4 differs from the 3 of the population"),
     ):
         with pytest.raises(ValueError, match=words):
             plan_population(make_sweep(**MEMBERS), tmp_path, make=never, every=every, fraction=fraction)

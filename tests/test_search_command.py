@@ -89,12 +89,15 @@ def test_commands_for_agents_take_the_winner_of_a_population(cache, tmp_path, mo
     winner = int(ranking(printed)[1].split()[0])
     assert status == 0 and json.loads((tmp_path / "pbt" / "best.json").read_text())["member"] == winner
     for agent in (winner, 3 - winner):  # as if another one had won
-        best = {"member": agent}
+        best = {"member": agent, "updates": 6}
         (tmp_path / "pbt" / "best.json").write_text(json.dumps(best))
         status, printed, _ = run(capsys, "export", "pbt", "-o", "winner.npz")
         assert status == 0 and f"winner.npz holds agent {agent} of CartPole-v1" in printed
         status, printed, _ = run(capsys, "evaluate", "pbt", "--episodes", "2")
         assert status == 0 and f"agent {agent} won the population" in printed
+    (tmp_path / "pbt" / "best.json").write_text(json.dumps({"member": 3, "updates": 4}))  # of a shorter run
+    status, printed, _ = run(capsys, "export", "pbt", "-o", "first.npz")
+    assert status == 0 and "first.npz holds agent 0 of CartPole-v1" in printed
     status, printed, _ = run(capsys, "export", "pbt", "--agent", "1", "-o", "chosen.npz")
     assert status == 0 and "chosen.npz holds agent 1 of CartPole-v1" in printed
 
@@ -136,7 +139,11 @@ def test_a_search_that_cannot_be_is_one_sentence_and_status_two(flags, words, tm
 
 @pytest.mark.parametrize("study", ["study.db", "batches"])
 def test_the_folder_of_a_study_is_no_place_for_others_and_names_its_batches(study, tmp_path, capsys):
-    (tmp_path / study).touch() if "." in study else (tmp_path / study / "0").mkdir(parents=True)
+    if study == "batches":
+        (tmp_path / study / "0").mkdir(parents=True)
+        (tmp_path / study / "0" / "sweep.json").touch()
+    else:
+        (tmp_path / study).touch()
     out, space = ["--out", str(tmp_path)], ["--sample", "clip=uniform:.1:.2", "--num-samples", "4"]
     for command in (
         ["search", "--method", "halving", *space],
@@ -182,6 +189,22 @@ def test_an_optuna_search_on_a_disk_that_fills_up_exits_with_status_three(elsewh
 
 
 @pytest.mark.slow
+def test_the_plan_of_halving_names_the_updates_of_its_rungs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--grid", "clip=.1,.2,.3,.4", "--num-rungs", "2", "--num-updates", "20", "--num-seeds", "1", "--dry-run"]
+    status, printed, _ = run(capsys, "search", "CartPole-v1", *TINY, *flags)
+    rungs = [line.split()[:2] for line in printed.splitlines() if line.split()[:1] in (["1"], ["2"])]
+    assert status == 0 and rungs == [["1", "6"], ["2", "18"]]
+    assert "settings on the last rung train for 2 updates more, without a comparison" in printed
+
+
+def test_a_search_whose_settings_all_fail_says_so(cache, tmp_path, capsys):
+    flags = "--grid learning_rate=1e30,1e29 --num-seeds 1 --num-rungs 2 --eta 2 --num-updates 4".split()
+    status, printed, errors = run(capsys, "search", "CartPole-v1", *TINY, *flags, *cache, "--out", str(tmp_path / "x"))
+    assert status == 4 and "turned nan" in errors and printed.count("none") == 2
+    assert not (tmp_path / "x" / "best.json").exists()
+
+
 @pytest.mark.parametrize("flags", [HALVING, PBT, OPTUNA], ids=["halving", "pbt", "optuna"])
 def test_a_search_that_is_killed_again_and_again_comes_to_the_result_of_one_that_is_not(flags, tmp_path):
     flags = [*TINY, *flags[:-1], "3000", "--save-every", "0"]

@@ -7,6 +7,7 @@ from purejaxppo.experiment.report.ranking import as_table, best, importance, ran
 from purejaxppo.experiment.report.statistics import (
     aggregate,
     area_under_curve,
+    count_scored,
     final_scores,
     lost,
     probability_of_improvement,
@@ -251,3 +252,22 @@ def test_importance_finds_the_field_of_a_sample_that_mattered():
 def test_bad_input_is_refused_in_one_sentence(wrong, sentence):
     with pytest.raises(ValueError, match=sentence):
         wrong()
+
+
+@pytest.mark.parametrize(
+    "ended, failed, words",
+    [
+        ([[40, 70], [0, 0]], [0, 1], "100 episodes"),  # the agent that turned nan is left out
+        ([[3, 1], [9, 0]], [0, 0], "4 to 9 episodes"),
+        ([[1, 0]], [0], "1 episode"),
+        ([[0, 0]], [0], "episodes"),
+        ([[5, 5]], [1], "episodes"),
+    ],
+)
+def test_it_is_said_how_many_episodes_a_return_is_the_mean_of(ended, failed, words):
+    shape, loss = np.shape(ended), np.zeros(np.shape(ended))
+    loss[np.array(failed) > 0] = NAN
+    data = {"episode_return": (("seed", "updates"), np.ones(shape)), "num_episodes": (("seed", "updates"), ended)}
+    data |= {"loss": (("seed", "updates"), loss), "failed_update": ("seed", failed)}
+    metrics = xarray.Dataset(data, {"step": ("updates", np.arange(shape[1])), "updates": np.arange(shape[1]) + 1})
+    assert count_scored(metrics) == words

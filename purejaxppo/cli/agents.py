@@ -87,7 +87,6 @@ def evaluate(arguments: list[str]) -> int:
     check_counts(options, "seed", at_least=0)
 
     from purejaxppo.experiment.agents.evaluation import evaluate_agents, evaluate_in_gymnasium, mean_return
-    from purejaxppo.experiment.sweeps.best import read_winner
 
     agents = _load_agents(options.folder, options.acting, options.best)
     play = evaluate_in_gymnasium if options.where == "gymnasium" else evaluate_agents
@@ -104,7 +103,7 @@ def evaluate(arguments: list[str]) -> int:
     played = played.isel(seed=~failed)
     over = "agents" if played.sizes["seed"] > 1 else "episodes"
     say(f"  mean       {interval(*mean_return(played), over=over, nothing='failed'):>10}")
-    winner = read_winner(options.folder)
+    winner = _read_winner(options.folder)
     if winner is not None:
         say(f"  agent {winner} won the population, by the score that best.json has")
     cut = int((~played["finished"]).sum())
@@ -201,9 +200,16 @@ def _show_progress(folder: Path) -> bool:
 
 def _choose_agent(options: RenderOptions | ExportOptions) -> int:
     """The agent that a command names, or else the winner of a population, or the first one."""
+    return options.agent if options.agent is not None else _read_winner(options.folder) or 0
+
+
+def _read_winner(folder: Path) -> int | None:
+    """The winner of the population in a folder; None if it holds something else."""
+    from purejaxppo.experiment.files import kind_of
+    from purejaxppo.experiment.runs.settings import read_settings
     from purejaxppo.experiment.sweeps.best import read_winner
 
-    return options.agent if options.agent is not None else read_winner(options.folder) or 0
+    return read_winner(folder, read_settings(folder).num_updates_done) if kind_of(folder) == "run" else None
 
 
 def _load_agents(folder: Path, acting: Acting, best: bool) -> "Agents":

@@ -199,7 +199,7 @@ def _halving(options: SearchOptions) -> Method:
 
 
 def _pbt(options: SearchOptions) -> Method:
-    from purejaxppo.experiment.sweeps.best import MEMBER
+    from purejaxppo.experiment.sweeps.best import MEMBER, UPDATES
     from purejaxppo.experiment.sweeps.population import plan_population, population_search
 
     check_num_devices(options.num_devices)
@@ -211,7 +211,9 @@ def _pbt(options: SearchOptions) -> Method:
         raise ValueError(f"{name}={value!r} must be a number, since pbt multiplies it (try --method halving or optuna)")
     ranges = {name: (min(x.values), max(x.values)) for name, x in found.items()}
     sweep = _sweep(options, make_table(options))
-    plan = plan_population(sweep, options.out, explore=ranges, devices=options.num_devices, **own)
+    plan = plan_population(
+        sweep, options.out, explore=ranges, devices=options.num_devices, **own, allow_changed=options.allow_changed
+    )
     return Method(
         plan,
         run=lambda out: population_search(
@@ -222,7 +224,11 @@ def _pbt(options: SearchOptions) -> Method:
             found.best,
             found.plots,
             found.fit.unsaved,
-            more={MEMBER: found.ranked()[0]["member"], "schedule": found.schedule()},
+            more={
+                MEMBER: found.ranked()[0]["member"],
+                UPDATES: found.parents.shape[1],
+                "schedule": found.schedule(),
+            },
             criterion=found.criterion,
         ),
     )

@@ -113,7 +113,8 @@ def join_processes(place: str | None = None, address: str | None = None):
     """Begins `jax.distributed`: `jax.devices()` are then those of all processes, and `run_sweep` and `fit` use them.
 
     Call it first, before JAX computes anything, in every process. If one of them dies, JAX ends the others after about
-    ten seconds. Raises ValueError if the processes do not find each other.
+    ten seconds. Raises ValueError if the processes do not find each other. A process whose wait for the others was
+    interrupted cannot join any more: start it again.
 
     Args:
         place: the index of this process, from 0, and the number of all, as "0/2". By default the variables of SLURM,

@@ -38,7 +38,7 @@ def kind_of(folder: str | Path) -> Literal["run", "sweep", "study"] | None:
         return "run"
     if (folder / SWEEP).exists():
         return "sweep"
-    return "study" if (folder / STUDY).exists() or (folder / BATCHES).is_dir() else None
+    return "study" if (folder / STUDY).exists() or any(folder.glob(f"{BATCHES}/*/{SWEEP}")) else None
 
 
 def refuse_other(folder: Path, *kinds: str):

@@ -182,7 +182,10 @@ def read_holder(path: Path) -> Holder | None:
 def read_note(path: Path) -> str:
     """The note of a lock whose holder is not gone; empty if there is none. Raises OSError if it cannot be read."""
     holder = read_holder(path)
-    return "" if holder is None or is_stale(path, holder) else _read(path, longest=-1).partition("\n")[2]
+    if holder and not is_stale(path, holder):
+        with contextlib.suppress(FileNotFoundError):  # released meanwhile
+            return _read(path, longest=-1).partition("\n")[2]
+    return ""
 
 
 def is_stale(path: Path, holder: Holder) -> bool:

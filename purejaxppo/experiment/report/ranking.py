@@ -105,7 +105,7 @@ def as_table(ranked: xarray.Dataset, max_rows: int = 20) -> str:
         why = "turned nan, ended no episode or were not evaluated"
         lines.append(f"(missing runs {why}; they count as the lowest score)")
     if unscored.any():
-        lines.append("(none: no run of the setting has a score; fresh episodes score runs that end none in training)")
+        lines.append("(none: no run of the setting has a score)")
     return "\n".join(lines)
 
 

@@ -87,11 +87,12 @@ def final_scores(metrics: xarray.Dataset, num_episodes: int = 100) -> xarray.Dat
 
 def count_scored(metrics: xarray.Dataset, num_episodes: int = 100) -> str:
     """How many episodes the `final_scores` of a setting's runs are means of, in words, such as "100 episodes"."""
-    ended = without_lost(metrics)["num_episodes"].sum("updates").values
-    fewest, most = (int(min(f(ended), num_episodes)) for f in (np.min, np.max))
-    if fewest != most:
-        return f"{fewest} to {count(most, 'episode')}"
-    return count(most, "episode") if most else "episodes"
+    ended = np.atleast_1d(metrics["num_episodes"].sum("updates").values)
+    ended = ended[~np.atleast_1d(lost(metrics).any("updates").values)]
+    fewest, most = (int(min(f(ended, initial=x), num_episodes)) for f, x in ((np.min, num_episodes), (np.max, 0)))
+    if not most:
+        return "episodes"
+    return count(most, "episode") if fewest == most else f"{fewest} to {count(most, 'episode')}"
 
 
 def scores_of(metrics: xarray.Dataset) -> xarray.DataArray:

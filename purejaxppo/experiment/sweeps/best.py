@@ -21,7 +21,8 @@ from purejaxppo.experiment.sweeps.sweep import ENV_PREFIX, Sweep
 from purejaxppo.table import PLUGGED
 from purejaxppo.text import to_coordinate
 
-BEST, MEMBER = "best.json", "member"
+BEST = "best.json"
+MEMBER, UPDATES = "member", "updates"  # in best.json: the winner of a population, and after how many updates it won
 
 
 def save_best(folder: Path, sweep: Sweep, setting: Mapping[str, Any], score: float, **more: Any):
@@ -47,17 +48,18 @@ def save_best(folder: Path, sweep: Sweep, setting: Mapping[str, Any], score: flo
     save_json(folder / BEST, data | more)
 
 
-def read_winner(folder: Path) -> int | None:
-    """The agent that won the population in a folder, as its best.json says; None if it says nothing."""
+def read_winner(folder: Path, num_updates: int | None) -> int | None:
+    """The agent that won the population in a folder after so many updates, as best.json says; None if it does not."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        member = json.loads((folder / BEST).read_text()).get(MEMBER)
-        return member if isinstance(member, int) else None
+        best = json.loads((folder / BEST).read_text())
+        member = best.get(MEMBER)
+        return member if isinstance(member, int) and best.get(UPDATES) == num_updates else None
     return None
 
 
 def find_lineage(folder: Path, settings: RunSettings, metrics: xarray.Dataset) -> Lineage | None:
     """The lineage of the population in a folder; None for another run, and without a winner in its best.json."""
-    rule, winner = settings.notes.get(SEARCH), read_winner(folder)
+    rule, winner = settings.notes.get(SEARCH), read_winner(folder, metrics.sizes["updates"])
     if not isinstance(rule, Mapping) or winner is None or winner >= len(np.atleast_2d(metrics["parent"])):
         return None
     return Lineage(metrics, tuple(rule["explore"]), winner)

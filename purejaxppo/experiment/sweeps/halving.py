@@ -204,6 +204,9 @@ def plan_halving(
     check_sweep(sweep)
     known = jax.local_devices()
     devices = known if devices is None else choose_devices(devices, known)
+    numbers = ALL.gather(str(len(devices)))
+    if len(set(numbers)) > 1:
+        raise ValueError(f"devices={len(devices)} must be as many in every process, not {', '.join(numbers)}")
     rungs = choose_rungs(sweep, num_rungs, eta)
     num_places = len(sweep.table) if num_places is None else num_places
     check_whole("num_places", num_places, at_most=len(sweep.table), of="the settings")
@@ -216,15 +219,22 @@ def plan_halving(
     num_threads = num_cores() if on_cpu and len(devices) == 1 else 1
     at_once = num_threads * len(devices) * process_count()
     size = choose_slice_size(sweep, group, ppo, num_places * sweep.num_seeds, rungs[0], devices[0], at_once)
-    size = int(ALL.broadcast(str(size)))  # on machines that differ
-    # Fewer settings train on the higher rungs. A CPU has slices to spare; an accelerator needs smaller ones.
-    sizes = [size] if on_cpu else sorted({max(-(-size // eta**i), 2) for i in range(len(rungs))} | {size})[::-1]
+    size = min(map(int, ALL.gather(str(size))))  # of the smallest machine
+    sizes = [size] if on_cpu else sizes_of_rungs(size, eta, len(rungs))
     trainers = tuple(compile_trainer(sweep, ppo, size, rungs[0], devices) for size in sizes)
     many, largest = batched(ppo), trainers[0]
     memory = memory_of(many, largest.program.like, bytes_of(largest.program, largest.evaluations) // size)
     return HalvingPlan(
         sweep, rungs, eta, num_places, many, trainers, num_threads, memory, identities, make, allow_changed
     )
+
+
+def sizes_of_rungs(size: int, eta: int, num_rungs: int) -> list[int]:
+    """The slices that an accelerator needs, the largest first: fewer settings train on the higher rungs.
+
+    Slices of one run round differently from others, so there are none unless all are such.
+    """
+    return sorted({min(size, max(-(-size // eta**i), 2)) for i in range(num_rungs)}, reverse=True)
 
 
 def successive_halving(

@@ -33,6 +33,8 @@ class Trainer(NamedTuple):
     """If the sweep has such."""
     sharding: Any
     """Of the leaves of a state."""
+    device: Any
+    """The first of the devices, where the states of all runs lie."""
 
     def train(self, states: TrainState, length: int, due: bool) -> tuple[TrainState, dict[str, np.ndarray]]:
         """States of its number of runs, and their metrics [R, length], after an evaluation if that is due."""
@@ -61,7 +63,7 @@ def compile_trainer(sweep: Sweep, ppo: PPO, slice_size: int, num_updates: int, d
     with reported_failures():
         program = compile_training(many, state, num_updates, slice_size=slice_size * len(devices))
     every = sweep.evaluate_every
-    return Trainer(program, make_evaluations(many, every, state) if every else None, sharding)
+    return Trainer(program, make_evaluations(many, every, state) if every else None, sharding, devices[0])
 
 
 class Training:
@@ -82,11 +84,13 @@ class Training:
         self.sweep, self.trainers = sweep, trainers
         self.slices, self.pool, self.check = slices, pool, check
         self.names = _names(sweep)
-        self.states = begin(sweep, ppo, list(sweep.runs().values()), first_state)
+        with jax.default_device(trainers[0].device):
+            self.states = begin(sweep, ppo, list(sweep.runs().values()), first_state)
         self.metrics: list[dict[str, np.ndarray]] = [{} for _ in self.names]  # [seeds, updates] of every setting
         self.done = np.zeros(len(self.names), int)  # updates of every setting that this call has made or repeated
         self.changed: set[int] = set()  # settings to store
-        self._load()
+        with jax.default_device(trainers[0].device):
+            self._load()
 
     def train(self, settings: Sequence[int], length: int) -> int:
         """Trains settings for `length` updates more; returns how many updates of runs were not stored already."""
@@ -103,8 +107,8 @@ class Training:
 
     def _lacking(self, setting: int) -> tuple[tuple[int, bool], ...]:
         """The chunks of a setting that are not stored: the updates of each, and whether an evaluation is due then."""
-        begin, (program, evaluations, _) = self.num_stored(setting), self.trainers[0]
-        ends = ends_of_chunks(begin, int(self.done[setting]), program.num_updates, evaluations)
+        begin, evaluations = self.num_stored(setting), self.trainers[0].evaluations
+        ends = ends_of_chunks(begin, int(self.done[setting]), self.trainers[0].program.num_updates, evaluations)
         due = [evaluations is not None and evaluations.is_due(end) for end in ends]
         return tuple(zip((end - start for start, end in zip([begin, *ends], ends)), due))
 

@@ -177,6 +177,7 @@ def plan_population(
     factors: Sequence[float] = (0.8, 1.25),
     devices: int | Sequence[Any] | None = None,
     make: Callable = make_ppo,
+    allow_changed: Sequence[str] = (),
 ) -> PopulationPlan:
     """Compiles what `population_search` needs, and says what it will do; see there for the errors.
 
@@ -189,6 +190,8 @@ def plan_population(
         factors: positive numbers, one of which multiplies an explored hyperparameter.
         devices: devices, or their number, that share the members evenly; by default one.
         make: `make(env, config)` makes the PPO of one member.
+        allow_changed: what may differ from what the folder was trained with, see `fit`; "step" stands for how members
+            evolve.
     """
     check_sweep(sweep)
     group, *others = sweep.groups()
@@ -201,11 +204,11 @@ def plan_population(
         raise ValueError("explore={} must name one hyperparameter or more (sweep a hyperparameter)")
     num_updates = group.config.num_updates
     every = max(1, num_updates // 20) if every is None else every
-    check_whole("every", every, at_most=num_updates, of="the updates of the run")
+    every = check_whole("every", every, at_most=num_updates, of="the updates of the run")
     num_replaced(fraction, sweep.num_runs)
-    rule = {"every": every, "fraction": fraction, "factors": list(map(float, factors))}
+    rule = {"every": every, "fraction": float(fraction), "factors": list(map(float, factors))}
     rule |= {"explore": {name: list(map(float, ends)) for name, ends in explore.items()}}
-    _check_rule(folder, rule)
+    _check_rule(folder, rule, allow_changed)
     one = make_group(group, make)
     if process_count() > 1:
         if devices not in (None, jax.device_count()):
@@ -235,7 +238,7 @@ def plan_population(
     return PopulationPlan(sweep, explore, every, fraction, ppo, program, memory, rule)
 
 
-def _check_rule(folder: str | Path | None, rule: Mapping[str, Any]):
+def _check_rule(folder: str | Path | None, rule: Mapping[str, Any], allow_changed: Sequence[str]):
     """Refuses a folder of something else, or of a population that evolves in another way."""
     if folder is None:
         return
@@ -246,11 +249,11 @@ def _check_rule(folder: str | Path | None, rule: Mapping[str, Any]):
     if before is None:
         raise ValueError(f"folder={folder} already holds a run (name another folder)")
     differing = differing_fields(before, rule) if isinstance(before, dict) else []  # older folders do not say
-    if differing:
+    if differing and "step" not in allow_changed:
         name = differing[0]
         raise ValueError(
             f"{name}={rule[name]} differs from the {before[name]} of the population in folder={folder} (leave it as it "
-            "was, or name another folder)"
+            "was, name another folder, or allow it with allow_changed=['step'])"
         )
 
 
@@ -315,8 +318,9 @@ def population_search(
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if isinstance(sweep, PopulationPlan) and given:
         raise ValueError(f"{min(given)} cannot be changed after planning (pass it to plan_population)")
+    given["allow_changed"] = allow_changed
     plan = sweep if isinstance(sweep, PopulationPlan) else plan_population(sweep, folder, **given)
-    _check_rule(folder, plan.rule)
+    _check_rule(folder, plan.rule, allow_changed)
     try:
         found = fit(
             plan.ppo,

@@ -81,13 +81,13 @@ def _refused(storage: str) -> Iterator[None]:
 def storage_errors() -> Iterator[None]:
     """Turns the error of a study on a full disk, or in a database that is away, into an OSError, as files raise it."""
     from optuna.exceptions import StorageInternalError
-    from sqlalchemy.exc import DBAPIError
+    from sqlalchemy.exc import InterfaceError, OperationalError
 
     try:
         yield
-    except (StorageInternalError, DBAPIError) as error:
-        cause = error if isinstance(error, DBAPIError) else error.__cause__
-        if not isinstance(cause, DBAPIError):
+    except (StorageInternalError, InterfaceError, OperationalError) as error:
+        cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+        if not isinstance(cause, (InterfaceError, OperationalError)):
             raise
         if "disk is full" in str(cause):  # as sqlite says it
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the study") from None
