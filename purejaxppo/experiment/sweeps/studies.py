@@ -5,6 +5,7 @@ their settings wait in the study to be trained again.
 """
 
 import contextlib
+import datetime
 import errno
 import os
 import socket
@@ -176,8 +177,15 @@ def num_finished(study: Any) -> int:
 def num_taken(study: Any, before: float = np.inf) -> int:
     """Trials that count or that a worker trains, of those with a number below `before`."""
     trials = study.trials
-    running = [trial for trial in trials if WORKER in trial.user_attrs and not trial.state.is_finished()]
+    named = [trial for trial in trials if trial.state.name == "RUNNING" and WORKER in trial.user_attrs]
+    unnamed = [trial for trial in trials if trial.state.name == "RUNNING" and WORKER not in trial.user_attrs]
+    running = named + [trial for trial in unnamed if _is_shared(study) and _is_new(trial)]
     return sum(trial.number < before for trial in _finished(trials) + running)
+
+
+def _is_new(trial: Any) -> bool:
+    """Whether a trial began just now, so that its worker may not have named itself yet."""
+    return (datetime.datetime.now() - trial.datetime_start).total_seconds() < GRACE
 
 
 def _finished(trials: Sequence[Any]) -> list[Any]:
