@@ -1,3 +1,4 @@
+import datetime
 import shlex
 import signal
 import threading
@@ -18,7 +19,7 @@ from purejaxppo.cli.options import parse
 from purejaxppo.cli.train import TrainOptions
 from purejaxppo.experiment.lock import claim, claim_folder
 from purejaxppo.experiment.runs import fit as fit_module
-from purejaxppo.experiment.sweeps import halving_runs, run
+from purejaxppo.experiment.sweeps import halving_runs, run, studies
 from purejaxppo.experiment.sweeps import optuna_search as optuna_search_module
 from purejaxppo.experiment.sweeps.best import train_command
 from purejaxppo.experiment.sweeps.halving import Ladder, plan_halving, sizes_of_rungs, successive_halving
@@ -346,6 +347,19 @@ def test_a_pruner_stops_settings_by_their_returns_and_they_rank_after_the_others
     ranked = rank_trials(study)
     assert [row["updates"] == "all" for row in ranked] == [True] * (9 - len(pruned)) + [False] * len(pruned)
     assert optuna_search("probe", space, folder=tmp_path, **call).trials == study.trials
+
+
+def test_a_trial_counts_as_taken_before_its_worker_has_named_itself_but_not_for_ever(monkeypatch):
+    def trial(number, state, seconds=0.0, **attributes):
+        finished, began = state != "RUNNING", datetime.datetime.now() - datetime.timedelta(seconds=seconds)
+        said = SimpleNamespace(name=state, is_finished=lambda: finished)
+        return SimpleNamespace(number=number, state=said, datetime_start=began, user_attrs=attributes)
+
+    trials = [trial(0, "COMPLETE"), trial(1, "RUNNING", 1e4, worker="a"), trial(2, "RUNNING"), trial(3, "RUNNING", 1e4)]
+    monkeypatch.setattr(studies, "_is_shared", lambda study: study.shared)
+    assert studies.num_taken(SimpleNamespace(trials=trials, shared=True)) == 3
+    assert studies.num_taken(SimpleNamespace(trials=trials, shared=True), before=2) == 2
+    assert studies.num_taken(SimpleNamespace(trials=trials, shared=False)) == 2  # nobody else takes any
 
 
 def test_training_some_runs_leaves_the_others_as_they_are(key):

@@ -84,12 +84,11 @@ class Training:
         self.sweep, self.trainers = sweep, trainers
         self.slices, self.pool, self.check = slices, pool, check
         self.names = _names(sweep)
-        with jax.default_device(trainers[0].device):
-            self.states = begin(sweep, ppo, list(sweep.runs().values()), first_state)
         self.metrics: list[dict[str, np.ndarray]] = [{} for _ in self.names]  # [seeds, updates] of every setting
         self.done = np.zeros(len(self.names), int)  # updates of every setting that this call has made or repeated
         self.changed: set[int] = set()  # settings to store
         with jax.default_device(trainers[0].device):
+            self.states = begin(sweep, ppo, list(sweep.runs().values()), first_state)
             self._load()
 
     def train(self, settings: Sequence[int], length: int) -> int:

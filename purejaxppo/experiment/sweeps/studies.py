@@ -176,10 +176,9 @@ def num_finished(study: Any) -> int:
 
 def num_taken(study: Any, before: float = np.inf) -> int:
     """Trials that count or that a worker trains, of those with a number below `before`."""
-    trials = study.trials
-    named = [trial for trial in trials if trial.state.name == "RUNNING" and WORKER in trial.user_attrs]
-    unnamed = [trial for trial in trials if trial.state.name == "RUNNING" and WORKER not in trial.user_attrs]
-    running = named + [trial for trial in unnamed if _is_shared(study) and _is_new(trial)]
+    trials, shared = study.trials, _is_shared(study)
+    running = [trial for trial in trials if trial.state.name == "RUNNING"]
+    running = [trial for trial in running if WORKER in trial.user_attrs or (shared and _is_new(trial))]
     return sum(trial.number < before for trial in _finished(trials) + running)
 
 
