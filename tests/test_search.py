@@ -358,8 +358,61 @@ def test_a_trial_counts_as_taken_before_its_worker_has_named_itself_but_not_for_
     trials = [trial(0, "COMPLETE"), trial(1, "RUNNING", 1e4, worker="a"), trial(2, "RUNNING"), trial(3, "RUNNING", 1e4)]
     monkeypatch.setattr(studies, "_is_shared", lambda study: study.shared)
     assert studies.num_taken(SimpleNamespace(trials=trials, shared=True)) == 3
-    assert studies.num_taken(SimpleNamespace(trials=trials, shared=True), before=2) == 2
     assert studies.num_taken(SimpleNamespace(trials=trials, shared=False)) == 2  # nobody else takes any
+
+
+@pytest.mark.parametrize("num_trials, batch_size, num_in_the_end", [(12, 3, 12), (10, 4, 12)])
+@pytest.mark.parametrize("seed", range(5))
+def test_workers_that_draw_at_the_same_time_make_no_trial_too_many(
+    num_trials, batch_size, num_in_the_end, seed, monkeypatch
+):
+    optuna = pytest.importorskip("optuna")
+    study = optuna.create_study(direction="maximize", sampler=studies.own_sampler(0))
+    lock, draw = threading.Lock(), studies.draw
+    rng = np.random.default_rng(seed)
+
+    def slow_draw(study, distributions):
+        time.sleep(rng.uniform(0.0, 0.005))
+        with lock:
+            trial = draw(study, distributions)
+        time.sleep(rng.uniform(0.0, 0.005))
+        return trial
+
+    def fail_stale(study):
+        """Trials of the worker that is gone fail, and wait to be trained again."""
+        with lock:
+            for trial in study.trials:
+                if trial.number in lost and trial.state.name == "RUNNING":
+                    study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+                    study.enqueue_trial(trial.params, user_attrs={studies.INSTEAD_OF: trial.number})
+
+    def work():
+        while studies.num_finished(study) < num_trials:
+            trials: list[Any] = []
+            batches._next(trials)
+            time.sleep(rng.uniform(0.0, 0.01))
+            studies.tell(study, trials, [1.0] * len(trials))
+
+    study._storage.record_heartbeat = lambda trial_id: None
+    monkeypatch.setattr(studies, "_is_shared", lambda study: True)
+    monkeypatch.setattr(optuna_search_module, "draw", slow_draw)
+    monkeypatch.setattr(optuna_search_module, "take_again", fail_stale)
+    space = {"learning_rate": pjp.log_uniform(1e-4, 1e-2)}
+    batches = optuna_search_module._Batches(
+        study, space, num_trials, batch_size, None, 60.0, make_probe, None, None, ()
+    )
+    gone: list[Any] = []
+    batches._next(gone)
+    lost = {trial.number for trial in gone}
+    workers = [threading.Thread(target=work, daemon=True) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=30)
+    counted = studies.finished_trials(study)
+    assert len(counted) == num_in_the_end == len({trial.params["learning_rate"] for trial in counted})
+    assert {trial.user_attrs.get(studies.INSTEAD_OF) for trial in counted} - {None} == lost
+    assert not [trial for trial in study.trials if not trial.state.is_finished()]
 
 
 def test_training_some_runs_leaves_the_others_as_they_are(key):

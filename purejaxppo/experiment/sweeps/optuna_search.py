@@ -23,6 +23,7 @@ from purejaxppo.experiment.report.statistics import NO_SCORE, aggregate, filled
 from purejaxppo.experiment.sweeps.plan import Plan, plan_sweep
 from purejaxppo.experiment.sweeps.run import run_sweep
 from purejaxppo.experiment.sweeps.studies import (
+    INTERRUPTED,
     POLL,
     check_same,
     draw,
@@ -34,6 +35,7 @@ from purejaxppo.experiment.sweeps.studies import (
     own_sampler,
     signs_of_life,
     storage_errors,
+    surplus,
     take_again,
     tell,
     withdraw,
@@ -277,35 +279,40 @@ class _Batches:
     def _next(self, trials: list) -> Path | None:
         """Fills `trials` with the next batch, one that was not finished before any new one; returns its folder.
 
-        There are none if others train all that is left.
+        There are none if others train all that is left. Workers that begin the last batch at the same time share it.
         """
         waiting = self._unfinished()
         path = self.folder and self.folder / min(waiting) if waiting and self.folder else None
         trials += waiting.get(path.name, []) if path else []
+        if path and kind_of(path):
+            return path  # its sweep has begun
         if not trials:
             take_again(self.study)
             if num_taken(self.study) >= self.num_trials:
                 return None
-        while len(trials) < self.batch_size and not (path and kind_of(path)):
+        while len(trials) < self.batch_size:
             trials.append(draw(self.study, self.distributions))
             if self.folder:
                 path = path or self.folder / f"{trials[0].number:06d}"
                 path.mkdir(parents=True, exist_ok=True)
                 trials[-1].set_user_attr(BATCH, path.name)
-        if num_taken(self.study, before=min(trial.number for trial in trials)) >= self.num_trials:
-            withdraw(self.study, trials, again=False)  # others began the last batch at the same time
-            trials.clear()
+        whole_batches = -(-self.num_trials // self.batch_size) * self.batch_size
+        withdrawn = surplus(self.study, trials, whole_batches)
+        withdraw(self.study, withdrawn, again=False)
+        trials[:] = [trial for trial in trials if trial not in withdrawn]
         return path
 
     def _unfinished(self) -> dict[str, list]:
         """The trials of batches that lie in this folder and have open ones, by the names of these.
 
-        Nobody else trains them. Those that were told before a kill are part of the sweep, too.
+        Nobody else trains them. Those that were told before a kill are part of the sweep, too; those that were
+        withdrawn are not.
         """
         found: dict[str, list] = {}
         for trial in self.study.trials if self.folder else ():
             batch = trial.user_attrs.get(BATCH)
-            if batch and self.folder and (self.folder / batch).is_dir():
+            withdrawn = INTERRUPTED in trial.user_attrs
+            if batch and self.folder and (self.folder / batch).is_dir() and not withdrawn:
                 found.setdefault(batch, []).append(trial)
         return {batch: trials for batch, trials in found.items() if any(not x.state.is_finished() for x in trials)}
 

@@ -174,12 +174,27 @@ def num_finished(study: Any) -> int:
     return len(_finished(study.trials))
 
 
-def num_taken(study: Any, before: float = np.inf) -> int:
-    """Trials that count or that a worker trains, of those with a number below `before`."""
-    trials, shared = study.trials, _is_shared(study)
+def num_taken(study: Any) -> int:
+    """Trials that count or that a worker trains."""
+    return len(_taken(study, study.trials))
+
+
+def surplus(study: Any, trials: Sequence[Any], num_trials: int) -> list[Any]:
+    """Those of the trials that this process has drawn which are not needed: `num_trials` with lower numbers count, are
+    trained, or wait.
+
+    A lower number was drawn earlier, so that workers which draw at the same time agree on what is needed.
+    """
+    found = study.trials
+    waiting = [trial for trial in found if trial.state.name == "WAITING"]
+    needed = sorted({trial.number for trial in [*_taken(study, found), *waiting, *trials]})[:num_trials]
+    return [trial for trial in trials if trial.number not in needed]
+
+
+def _taken(study: Any, trials: Sequence[Any]) -> list[Any]:
     running = [trial for trial in trials if trial.state.name == "RUNNING"]
-    running = [trial for trial in running if WORKER in trial.user_attrs or (shared and _is_new(trial))]
-    return sum(trial.number < before for trial in _finished(trials) + running)
+    shared = _is_shared(study)
+    return _finished(trials) + [x for x in running if WORKER in x.user_attrs or (shared and _is_new(x))]
 
 
 def _is_new(trial: Any) -> bool:
@@ -220,7 +235,7 @@ def tell(
 def withdraw(study: Any, trials: Sequence[Any], *, again: bool):
     """Ends trials that do not count; with `again` their settings are the next to train."""
     for trial in open_trials(study, trials):
-        trial.set_user_attr(INTERRUPTED, True)
+        study._storage.set_trial_user_attr(trial._trial_id, INTERRUPTED, True)
         if again:
             study.enqueue_trial(trial.params)
         tell(study, [trial])
