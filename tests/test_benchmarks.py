@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from originals import MINATAR, play_original
 from scipy.stats import norm
 
 import purejaxppo as pjp
@@ -16,6 +17,7 @@ from bounds import BOUNDS, bound, solve_frozen_lake
 from purejaxppo.cli.main import main
 from purejaxppo.envs import gymnax_names
 from purejaxppo.envs.import_gymnax import import_gymnax
+from purejaxppo.experiment.agents.load import Agents
 from purejaxppo.experiment.bench import bench
 
 pytestmark = pytest.mark.full
@@ -216,3 +218,29 @@ def test_the_table_of_scores_is_that_of_the_data():
 
     folder = COMPARE.parent
     assert (folder / "scores.md").read_text() == table(json.loads((folder / "scores.json").read_text()))
+
+
+def untrained(name, key):
+    """Two agents that have learned nothing."""
+    ppo = pjp.make_ppo(name, pjp.Config(num_envs=4, num_steps=8, num_minibatches=2, widths=(8,)))
+    state = pjp.first_state(pjp.batched(ppo), jax.random.split(key, 2))
+    return Agents(ppo, state.policy, state.env_params, name)
+
+
+def test_what_was_trained_on_gymnax_is_played_in_the_game_it_was_written_after(key):
+    played = play_original("CartPole-v1", untrained("CartPole-v1", key))
+    assert played and played["where"].startswith("gymnasium ") and len(played["sampled"]) == 2
+    assert all(8 < episode_return < 60 for episode_return in played["sampled"])
+    assert play_original("Catch-bsuite", untrained("Catch-bsuite", key)) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MINATAR)
+def test_what_was_trained_on_minatar_is_played_in_minatar(name, key):
+    pytest.importorskip("minatar")
+    agents = untrained(name, key)
+    played = play_original(name, agents)
+    assert played and played["where"].startswith("minatar ")
+    ours = pjp.batched(agents.ppo).evaluate(jax.random.split(key, 2), agents.policies, num_episodes=128)
+    error = np.asarray(ours.episode_return).std(1).max() / np.sqrt(128)
+    np.testing.assert_allclose(played["sampled"], np.asarray(ours.episode_return).mean(1), atol=6 * error)

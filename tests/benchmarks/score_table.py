@@ -15,9 +15,11 @@ HEAD = """# Scores
 
 Every seed trains as its preset says and then plays 128 fresh episodes, whose mean return is the score of the seed. No
 preset was tuned on these seeds. IQM is the mean of the middle half of the seeds; brackets hold the 95 % interval of the
-mean over seeds. Actions are sampled, but under "greedy", where the most likely one is taken. Seconds are those of
-training all seeds together on two CPU cores, on which other programs often ran. `scores.json` has the return of every
-seed, learning curves and settings; `python tests/benchmarks/scores.py` makes both again.
+mean over seeds. Actions are sampled, but under "greedy", where the most likely one is taken. "Original" is the same
+policies in the game that gymnax's environment was written after: Gymnasium's, or that of the package `minatar`, with
+gymnax's time limit and no sticky actions. Seconds are those of training all seeds together on two CPU cores, on which
+other programs often ran. `scores.json` has the return of every seed, learning curves and settings;
+`python tests/benchmarks/scores.py` makes both again.
 """
 COLUMNS = (
     "environment",
@@ -27,6 +29,7 @@ COLUMNS = (
     "mean",
     "worst",
     "greedy",
+    "original",
     "untrained",
     "seconds",
     "bound",
@@ -67,7 +70,8 @@ def row(name: str, score: dict, bound: dict | None, published: list[dict]) -> st
     iqm = show_value(float(STATISTICS["iqm"](score["sampled"], axis=0)))
     seeds, worst = len(score["sampled"]), show_value(min(score["sampled"]))
     untrained = show_value(score["untrained"]) if "untrained" in score else ""
-    cells = name, millions(score["steps"]), seeds, iqm, sampled, worst, greedy, untrained
+    original = interval(score["original"]["sampled"]) if "original" in score else ""
+    cells = name, millions(score["steps"]), seeds, iqm, sampled, worst, greedy, original, untrained
     return line([*cells, round(score["train_seconds"]), limit, others])
 
 

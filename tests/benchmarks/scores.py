@@ -3,9 +3,10 @@
     python tests/benchmarks/scores.py [--only brax/reacher navix/Navix-Empty-5x5-v0] [--num-seeds 10]
                                       [--first-seed 1000] [--again] [--out tests/benchmarks/scores.json]
 
-All seeds train in one batch, and each plays 128 fresh episodes, once sampled and once greedy. The data, and the table
-beside it (scores.md), are written after every environment. Environments in the data are left out unless --again is
-given, so a run can be interrupted; a mean that then leaves the interval that was kept is named. Prints means over
+All seeds train in one batch, and each plays 128 fresh episodes, once sampled and once greedy, and once in the game that
+gymnax's environment was written after: in Gymnasium, or in the package minatar if it is installed. The data, and the
+table beside it (scores.md), are written after every environment. Environments in the data are left out unless --again
+is given, so a run can be interrupted; a mean that then leaves the interval that was kept is named. Prints means over
 seeds with 95 % intervals, and the worst seed. Environments of suites need their suite.
 """
 
@@ -18,9 +19,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from originals import play_original
 from score_table import table
 
 import purejaxppo as pjp
+from purejaxppo.experiment.agents.load import Agents
 from purejaxppo.experiment.presets import PRESETS, changed_settings
 from purejaxppo.experiment.provenance import describe_machine
 from purejaxppo.experiment.report.metrics import learning_curve, mean_interval
@@ -66,7 +69,8 @@ def variant(name: str) -> Variant:
 def score(name: str, first_seed: int, num_seeds: int) -> dict:
     """The returns of every seed of a preset or a variant: of the last 100 training episodes, and of 128 fresh ones."""
     env, config, hyperparams = variant(name)
-    ppo = pjp.batched(pjp.make_ppo(env, config))
+    single = pjp.make_ppo(env, config)
+    ppo = pjp.batched(single)
     keys = jax.vmap(jax.random.key)(first_seed + np.arange(num_seeds))
     start = time.perf_counter()
     state = pjp.first_state(ppo, keys, hyperparams)
@@ -78,6 +82,7 @@ def score(name: str, first_seed: int, num_seeds: int) -> dict:
     result = pjp.fit(ppo, state, progress=False, program=program)
     seconds = time.perf_counter() - start_training
     played = {name: play(keys, result.state.policy, greedy=name == "greedy") for name in ("sampled", "greedy")}
+    original = play_original(name, Agents(single, result.state.policy, result.state.env_params, name))
     curve = learning_curve(result.metrics, NUM_POINTS).values.astype(float)
     return {
         "settings": settings_of(name),
@@ -86,6 +91,7 @@ def score(name: str, first_seed: int, num_seeds: int) -> dict:
         "untrained": float(np.mean(untrained.episode_return)),
         "training": pjp.statistics.final_scores(result.metrics).values.tolist(),
         **{name: np.asarray(x.episode_return).mean(1).tolist() for name, x in played.items()},
+        **({"original": original} if original else {}),
         "unfinished": {name: int((~np.asarray(x.finished)).sum()) for name, x in played.items()},
         "curve": [[None if np.isnan(x) else round(x, 3) for x in row] for row in curve.tolist()],
         "compile_seconds": round(compiled - start, 1),
