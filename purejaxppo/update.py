@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 from purejaxppo.advantages import Batch
 from purejaxppo.collectives import mean_over_shards
 from purejaxppo.config import Config, Hyperparams
-from purejaxppo.envs.check import place
+from purejaxppo.envs.errors import place
 from purejaxppo.normalize import standardize_advantage, standardize_observations
 from purejaxppo.platforms import scan_updates
 from purejaxppo.record import pack

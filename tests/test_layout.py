@@ -13,8 +13,8 @@ from purejaxppo.envs import SUITES
 
 ROOT = Path(purejaxppo.__file__).parent
 CORE = [
-    "text", "checks", "record", "dependence", "platforms", "config", "envs.base", "envs.roles", "envs.check",
-    "envs.import_gymnax",
+    "text", "checks", "record", "dependence", "platforms", "config", "envs.base", "envs.roles", "envs.errors",
+    "envs.costs", "envs.random_play", "envs.check", "envs.import_gymnax",
     "envs.without_reset", "envs.from_gymnax", "envs.memory_inputs", "envs.wrappers", "envs.suite", "envs.from_brax",
     "envs.from_craftax", "envs.from_jumanji", "envs.from_navix", "envs.from_pgx", "envs.from_playground",
     "envs.from_xland", "envs", "collectives", "normalize", "networks.distributions", "networks.orthogonal",

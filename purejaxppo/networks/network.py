@@ -18,7 +18,7 @@ from flax.errors import InvalidRngError, ModifyScopeVariableError
 from purejaxppo.config import Config
 from purejaxppo.dependence import used_leaves
 from purejaxppo.envs.base import Box, Discrete, MultiDiscrete, Space
-from purejaxppo.envs.check import place
+from purejaxppo.envs.errors import place
 from purejaxppo.envs.roles import allowed_actions, has_privileged, mask_of
 from purejaxppo.networks.distributions import JointCategorical, MultiCategorical
 from purejaxppo.networks.orthogonal import orthogonalize
