@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import more_envs
 import numpy as np
 import pytest
 from originals import MINATAR, play_original
@@ -244,3 +246,13 @@ def test_what_was_trained_on_minatar_is_played_in_minatar(name, key):
     ours = pjp.batched(agents.ppo).evaluate(jax.random.split(key, 2), agents.policies, num_episodes=128)
     error = np.asarray(ours.episode_return).std(1).max() / np.sqrt(128)
     np.testing.assert_allclose(played["sampled"], np.asarray(ours.episode_return).mean(1), atol=6 * error)
+
+
+@pytest.mark.slow
+def test_more_environments_keep_the_minibatch_and_are_drawn():
+    kept = {str(num_envs): more_envs.train(num_envs, 2, total_steps=70_000) for num_envs in (16, 64)}
+    assert [kept["16"]["steps"][0], kept["64"]["steps"][0]] == [16 * 128, 64 * 128]
+    assert all(len(row["final"]) == 2 == len(row["curve"]) for row in kept.values())
+    figure = more_envs.draw(kept)
+    assert len(figure.axes[0].lines) == 2 * (2 + 1)
+    plt.close(figure)

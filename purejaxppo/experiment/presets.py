@@ -103,7 +103,7 @@ PRESETS = {
         learning_rate=3e-4, gae_lambda=0.9, entropy_coefficient=0.0,
     ),
     "Asterix-MinAtar": _preset(10_000_000, MINATAR, learning_rate=1e-3),
-    "Breakout-MinAtar": _preset(2_000_000, MINATAR, learning_rate=1e-3),
+    "Breakout-MinAtar": _preset(3_000_000, MINATAR, learning_rate=1e-3),
     "Freeway-MinAtar": _preset(3_000_000, MINATAR | FINITE, learning_rate=1e-3),
     "Seaquest-MinAtar": _preset(3_000_000, MINATAR, learning_rate=1e-3),
     "SpaceInvaders-MinAtar": _preset(3_000_000, MINATAR, learning_rate=1e-3),

@@ -315,16 +315,18 @@ def _as_divided(
 
 
 def _bar(plan: Plan, own: Mapping[Group, Sequence[Slice]], stored: Sequence[Slice], progress: bool) -> tqdm:
-    """The bar of the whole sweep, or of the slices that a share trains; it begins with what is stored."""
+    """The bar of the whole sweep, or of the slices of a share or a process; it begins with what is stored."""
     runs: dict[Group, Collection[str]] = {group: {name for x in own[group] for name in x.runs} for group in own}
-    if not plan.share:
+    part = f"process {jax.process_index()} of {process_count()}: " if process_count() > 1 else ""
+    part = f"share {plan.share}: " if plan.share else part
+    if not part:
         runs = {group: plan.sweep.runs(group.settings) for group in plan.sweep.groups()}
     updates = {name: slice_.num_updates for name, (slice_, _) in by_run(stored).items()}
     done = sum(group.config.steps_per_update * updates.get(name, 0) for group in runs for name in runs[group])
     return step_bar(
         total=sum(group.config.total_steps * len(names) for group, names in runs.items()),
         initial=done,
-        description=f"share {plan.share}: " * bool(plan.share) + count(sum(map(len, runs.values())), "run"),
+        description=part + count(sum(map(len, runs.values())), "run"),
         progress=progress,
     )
 
