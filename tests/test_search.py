@@ -349,22 +349,46 @@ def test_a_pruner_stops_settings_by_their_returns_and_they_rank_after_the_others
     assert optuna_search("probe", space, folder=tmp_path, **call).trials == study.trials
 
 
-def test_a_trial_counts_as_taken_before_its_worker_has_named_itself_but_not_for_ever(monkeypatch):
-    def trial(number, state, seconds=0.0, **attributes):
-        finished, began = state != "RUNNING", datetime.datetime.now() - datetime.timedelta(seconds=seconds)
-        said = SimpleNamespace(name=state, is_finished=lambda: finished)
-        return SimpleNamespace(number=number, state=said, datetime_start=began, user_attrs=attributes)
+def stored_trial(number, state, seconds=0.0, **attributes):
+    """A trial that began so many seconds ago, as a study has it."""
+    finished, began = state not in ("RUNNING", "WAITING"), datetime.datetime.now() - datetime.timedelta(seconds=seconds)
+    said = SimpleNamespace(name=state, is_finished=lambda: finished)
+    return SimpleNamespace(number=number, state=said, datetime_start=began, user_attrs=attributes)
 
+
+def test_a_trial_counts_as_taken_before_its_worker_has_named_itself_but_not_for_ever(monkeypatch):
+    trial = stored_trial
     trials = [trial(0, "COMPLETE"), trial(1, "RUNNING", 1e4, worker="a"), trial(2, "RUNNING"), trial(3, "RUNNING", 1e4)]
     monkeypatch.setattr(studies, "_is_shared", lambda study: study.shared)
     assert studies.num_taken(SimpleNamespace(trials=trials, shared=True)) == 3
-    assert studies.num_taken(SimpleNamespace(trials=trials, shared=False)) == 2  # nobody else takes any
+    assert studies.num_taken(SimpleNamespace(trials=trials, shared=False)) == 1  # nobody else trains any
+    trials[1].user_attrs[studies.INTERRUPTED] = True
+    assert studies.num_taken(SimpleNamespace(trials=trials, shared=True)) == 2  # that one was withdrawn
 
 
-@pytest.mark.parametrize("num_trials, batch_size, num_in_the_end", [(12, 3, 12), (10, 4, 12)])
-@pytest.mark.parametrize("seed", range(5))
+def test_a_drawn_trial_is_surplus_if_enough_with_lower_numbers_are_finished_running_or_waiting(monkeypatch):
+    monkeypatch.setattr(studies, "_is_shared", lambda study: study.shared)
+    trial = stored_trial
+    others = [
+        trial(0, "FAIL"),
+        trial(1, "COMPLETE"),
+        trial(2, "FAIL", interrupted=True),
+        trial(3, "RUNNING", worker="a"),
+        trial(5, "WAITING", instead_of=0),
+        trial(8, "WAITING"),
+    ]
+    drawn = [trial(number, "RUNNING", worker="b") for number in (4, 6, 7)]
+    study = SimpleNamespace(trials=[*others, *drawn], shared=True)
+    found = [[x.number for x in studies.surplus(study, drawn, num_trials)] for num_trials in (2, 3, 4, 5, 6)]
+    assert found == [[4, 6, 7], [6, 7], [6, 7], [7], []]  # 1, 3, 4, 5, 6 and 7 count, in this order
+    study.shared = False
+    assert studies.surplus(study, drawn, 2) == []
+
+
+@pytest.mark.parametrize("num_trials, batch_size, at_most", [(12, 3, 12), (10, 4, 12)])
+@pytest.mark.parametrize("seed, num_until_stale", [(0, 0), (1, 6), (2, 9), (3, 12), (4, 12)])
 def test_workers_that_draw_at_the_same_time_make_no_trial_too_many(
-    num_trials, batch_size, num_in_the_end, seed, monkeypatch
+    num_trials, batch_size, at_most, seed, num_until_stale, monkeypatch
 ):
     optuna = pytest.importorskip("optuna")
     study = optuna.create_study(direction="maximize", sampler=studies.own_sampler(0))
@@ -379,9 +403,9 @@ def test_workers_that_draw_at_the_same_time_make_no_trial_too_many(
         return trial
 
     def fail_stale(study):
-        """Trials of the worker that is gone fail, and wait to be trained again."""
+        """Trials of the worker that is gone fail after a while, and wait to be trained again."""
         with lock:
-            for trial in study.trials:
+            for trial in study.trials if len(study.trials) >= num_until_stale else ():
                 if trial.number in lost and trial.state.name == "RUNNING":
                     study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
                     study.enqueue_trial(trial.params, user_attrs={studies.INSTEAD_OF: trial.number})
@@ -410,9 +434,43 @@ def test_workers_that_draw_at_the_same_time_make_no_trial_too_many(
     for worker in workers:
         worker.join(timeout=30)
     counted = studies.finished_trials(study)
-    assert len(counted) == num_in_the_end == len({trial.params["learning_rate"] for trial in counted})
-    assert {trial.user_attrs.get(studies.INSTEAD_OF) for trial in counted} - {None} == lost
-    assert not [trial for trial in study.trials if not trial.state.is_finished()]
+    assert num_trials <= len(counted) == len({trial.params["learning_rate"] for trial in counted}) <= at_most
+    waiting = [trial for trial in study.trials if trial.state.name == "WAITING"]
+    again = {trial.user_attrs.get(studies.INSTEAD_OF) for trial in [*counted, *waiting]}
+    assert again - {None} == lost  # nothing that the worker left is forgotten
+    assert all(trial.state.is_finished() or trial in waiting for trial in study.trials)
+
+
+def test_settings_that_waited_wait_again_when_they_are_not_needed_and_a_batch_without_any_leaves_no_folder(
+    tmp_path, monkeypatch
+):
+    optuna = pytest.importorskip("optuna")
+    study = optuna.create_study(direction="maximize", sampler=studies.own_sampler(0))
+    study._storage.record_heartbeat = lambda trial_id: None
+    monkeypatch.setattr(studies, "_is_shared", lambda study: True)
+    space = {"learning_rate": pjp.log_uniform(1e-4, 1e-2)}
+
+    def draw(num_trials):
+        batches = optuna_search_module._Batches(study, space, num_trials, 2, tmp_path, 60.0, make_probe, None, None, ())
+        trials: list[Any] = []
+        return batches._next(trials), trials
+
+    path, first = draw(4)
+    assert path and path.is_dir() and len(first) == 2
+    assert draw(4)[0] == path and [x.number for x in draw(4)[1]] == [0, 1]  # not begun: the same batch
+    studies.withdraw(study, draw(4)[1][1:], again=False)  # frozen trials
+    assert [x.number for x in draw(4)[1]] == [0, 2]  # filled up, without the one that was withdrawn
+    others = [studies.draw(study, {}) for _ in range(3)]  # of another worker, 3 to 5
+    study.enqueue_trial({"learning_rate": 0.005})
+    studies.tell(study, draw(4)[1], [1.0, 1.0])
+    studies.tell(study, others[:1], [1.0])
+    others[1].set_user_attr(studies.INTERRUPTED, True)
+    num_taken = studies.num_taken
+    monkeypatch.setattr(optuna_search_module, "num_taken", lambda study: 0)  # as before the others drew
+    assert num_taken(study) == 4 and draw(4)[1] == []
+    assert len(list((tmp_path / "batches").iterdir())) == 1
+    (waiting,) = [trial for trial in study.trials if trial.state.name == "WAITING"]
+    assert waiting.system_attrs["fixed_params"] == {"learning_rate": 0.005}
 
 
 def test_training_some_runs_leaves_the_others_as_they_are(key):

@@ -12,7 +12,7 @@ from jax.core import Tracer
 from purejaxppo.checks import check_whole
 from purejaxppo.envs.base import ActionMask, Box, Discrete, Env, MultiDiscrete, Step, action_space, observation_space
 from purejaxppo.envs.costs import EnvCosts, measure_costs
-from purejaxppo.envs.errors import call
+from purejaxppo.envs.errors import call_env
 from purejaxppo.envs.random_play import play_faults
 from purejaxppo.envs.roles import check_roles, random_action
 from purejaxppo.text import quote
@@ -61,19 +61,21 @@ def check_shapes(env: Env) -> list[str]:
     if not isinstance(env, Env):
         return [f"{quote(env)} is not an Env; make_env makes one from a name or a gymnax environment."]
     key = jax.random.key(0)
-    space = call("action_space(params)", partial(action_space, env), env.params)
+    space = call_env("action_space(params)", partial(action_space, env), env.params)
     if not isinstance(space, (Discrete, MultiDiscrete, Box)):
         return [f"action_space is {space!r}; it must be a Discrete, MultiDiscrete or Box of purejaxppo.envs."]
     if isinstance(space, MultiDiscrete) and len(space.shape) > 1:
         return [f"action_space is {space!r}; the sizes of a MultiDiscrete action must be a vector."]
     if problems := _check_bounds("action_space", space):
         return problems
-    start = call("reset(key, params)", partial(jax.eval_shape, env.reset), key, env.params)
+    start = call_env("reset(key, params)", partial(jax.eval_shape, env.reset), key, env.params)
     if not (isinstance(start, tuple) and len(start) == 2):
         return [f"reset(key, params) must return the pair (state, obs), not {_kind(start)}."]
     state, obs = start
     action = jax.eval_shape(partial(random_action, space=space), key)
-    result = call("step(key, state, action, params)", partial(jax.eval_shape, env.step), key, state, action, env.params)
+    result = call_env(
+        "step(key, state, action, params)", partial(jax.eval_shape, env.step), key, state, action, env.params
+    )
     if not isinstance(result, Step):
         return [f"step must return a Step(state, obs, reward, terminated, truncated), not {_kind(result)}."]
     problems = _differences("state", state, result.state) + _differences("obs", obs, result.obs)
@@ -101,10 +103,10 @@ def check_shapes(env: Env) -> list[str]:
 def _check_batch(env: Env, key: jax.Array, start: Any, result: Any) -> list[str]:
     """The leaves that `vmap` does not batch, as those of a simulator with buffers that a whole batch shares."""
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 3))
-    many = call("vmap of reset", partial(jax.eval_shape, jax.vmap(env.reset, (0, None))), keys, env.params)
+    many = call_env("vmap of reset", partial(jax.eval_shape, jax.vmap(env.reset, (0, None))), keys, env.params)
     action = jax.eval_shape(jax.vmap(partial(random_action, space=action_space(env, env.params))), keys)
     step = jax.vmap(env.step, (0, 0, 0, None))
-    results = call("vmap of step", partial(jax.eval_shape, step), keys, many[0], action, env.params)
+    results = call_env("vmap of step", partial(jax.eval_shape, step), keys, many[0], action, env.params)
     for what, one, batch in (("reset", start, many), ("step", result, results)):
         for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(batch)):
             if y.shape != (3, *np.shape(x)):

@@ -12,7 +12,7 @@ from flax import struct
 PACKAGES = [Path(jax.__file__).parent, Path(struct.__file__).parent, Path(__file__).parents[1]]
 
 
-def call(what: str, function: Callable, *args: Any) -> Any:
+def call_env(what: str, function: Callable, *args: Any) -> Any:
     """Calls a function of the environment. Raises ValueError with its error, and the line in the user's file."""
     try:
         return function(*args)

@@ -7,15 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from purejaxppo.envs.base import Box, Discrete, Env, MultiDiscrete, action_space, observation_space
-from purejaxppo.envs.errors import call
+from purejaxppo.envs.base import Box, Discrete, Env, MultiDiscrete, Space, action_space, observation_space
+from purejaxppo.envs.errors import call_env
 from purejaxppo.envs.roles import allowed_actions, random_action
 
 NUM_ENVS = 8  # that are played
+NUM_ENDS = 8  # of episodes that are compared with starts
 LARGEST = 1e18  # of a number whose square, summed over a rollout, stays finite in float32
 
 
-class Start(NamedTuple):
+class Begun(NamedTuple):
     """What the start states show; E = `NUM_ENVS`."""
 
     finite: jax.Array  # [E], of the observation
@@ -31,7 +32,7 @@ class Seen(NamedTuple):
     largest_obs: jax.Array  # [E, T], of the numbers that are finite
     largest_reward: jax.Array  # [E, T]
     within: jax.Array  # [E, T, L], whether a leaf lies in its space
-    ends: jax.Array  # [E, T, L, 2], the lowest and the highest number of a leaf
+    extremes: jax.Array  # [E, T, L, 2], the lowest and the highest number of a leaf
     allowed: jax.Array  # [E, T], whether the mask allows any action
     same: jax.Array  # [E, T], whether the same step gives the same result
     done: jax.Array  # [E, T]
@@ -46,16 +47,17 @@ def play_faults(env: Env, num_steps: int, seed: int) -> list[str]:
     Raises ValueError, with the environment's own error as its cause, if a function of the environment fails.
     """
     keys = jax.random.split(jax.random.key(seed), NUM_ENVS)
-    play = jax.jit(jax.vmap(partial(_play, env, num_steps)))
-    start, seen = call(f"playing {num_steps} random steps under jit and vmap", play, keys)
-    problems = _faults_of_numbers(start, seen)
+    space = action_space(env, env.params)  # not traced
+    play = jax.jit(jax.vmap(partial(_play, env, space, num_steps)))
+    begun, seen = call_env(f"playing {num_steps} random steps under jit and vmap", play, keys)
+    problems = _faults_of_numbers(begun, seen)
     if not seen.within.all() and seen.obs_finite.all():
         problems.append(_outside(observation_space(env), seen))
     if not seen.allowed.any():
         problems.append("the action mask never allowed an action; where it allows none, all are allowed.")
     if not seen.same.all():
         problems.append("step is not a pure function: the same key, state and action gave two different results.")
-    if _resets_itself(env, start, seen):
+    if _resets_itself(env, begun, seen):
         problems.append(
             "step seems to reset the environment by itself: where an episode ends, it returns a state in which "
             "episodes begin, and must return the one that was reached (all is well if that is one of them, as in a "
@@ -74,22 +76,22 @@ def play_faults(env: Env, num_steps: int, seed: int) -> list[str]:
     return problems
 
 
-def _play(env: Env, num_steps: int, key: jax.Array) -> tuple[Start, Seen]:
+def _play(env: Env, space: Space, num_steps: int, key: jax.Array) -> tuple[Begun, Seen]:
     """Plays one environment."""
     reset_key, step_key = jax.random.split(key)
     state, obs = env.reset(reset_key, env.params)
     finite = jnp.array([jnp.isfinite(x).all() for x in _numbers(obs)]).all()
-    begun = Start(finite, _largest(obs), _leaves_of(state, obs))
+    begun = Begun(finite, _largest(obs), _leaves_of(state, obs))
     start = jax.tree.map(jnp.asarray, (state, obs))
-    return begun, jax.lax.scan(partial(_step, env), start, jax.random.split(step_key, num_steps))[1]
+    return begun, jax.lax.scan(partial(_step, env, space), start, jax.random.split(step_key, num_steps))[1]
 
 
-def _step(env: Env, start: tuple, key: jax.Array) -> tuple[tuple, Seen]:
+def _step(env: Env, space: Space, start: tuple, key: jax.Array) -> tuple[tuple, Seen]:
     """Takes one random step, twice; returns where the next begins, and what it shows."""
     state, obs = start
     spaces = observation_space(env)
     action_key, step_key, reset_key = jax.random.split(key, 3)
-    action = random_action(action_key, action_space(env, env.params), allowed_actions(spaces, obs))
+    action = random_action(action_key, space, allowed_actions(spaces, obs))
     result = env.step(step_key, state, action, env.params)
     again = env.step(step_key, state, action, env.params)
     same = [jnp.array_equal(a, b, equal_nan=True) for a, b in zip(_numbers(result), _numbers(again))]
@@ -107,7 +109,7 @@ def _step(env: Env, start: tuple, key: jax.Array) -> tuple[tuple, Seen]:
         largest_obs=_largest(result.obs),
         largest_reward=_largest(result.reward),
         within=_within(spaces, result.obs, done),
-        ends=_ends(result.obs),
+        extremes=_extremes(result.obs),
         allowed=_allows(spaces, result.obs),
         same=jnp.array(same).all(),
         done=done,
@@ -118,12 +120,12 @@ def _step(env: Env, start: tuple, key: jax.Array) -> tuple[tuple, Seen]:
     return next_start, seen
 
 
-def _faults_of_numbers(start: Start, seen: Seen) -> list[str]:
+def _faults_of_numbers(begun: Begun, seen: Seen) -> list[str]:
     """Numbers that are not finite, or too large."""
     problems = []
-    if not start.finite.all():
+    if not begun.finite.all():
         problems.append("reset returns an observation that is nan or infinite.")
-    largest_obs = max(float(start.largest.max()), float(seen.largest_obs.max()))
+    largest_obs = max(float(begun.largest.max()), float(seen.largest_obs.max()))
     for name, largest in {"an observation": largest_obs, "a reward": float(seen.largest_reward.max())}.items():
         if largest > LARGEST:
             problems.append(
@@ -141,10 +143,11 @@ def _outside(spaces: Any, seen: Seen) -> str:
     """Which leaf of an observation left its space."""
     part = int(np.argmin(seen.within.all((0, 1))))
     path, space = jax.tree_util.tree_leaves_with_path(spaces)[part]
-    ends = seen.ends[..., part, :]
+    extremes = seen.extremes[..., part, :]
     return (
         f"step {_when(~seen.within.all(-1))} returns an observation outside observation_space"
-        f"{jax.tree_util.keystr(path)}, which is {space!r}: its numbers went from {ends.min():g} to {ends.max():g}."
+        f"{jax.tree_util.keystr(path)}, which is {space!r}: its numbers went from {extremes.min():g} to "
+        f"{extremes.max():g}."
     )
 
 
@@ -153,7 +156,7 @@ def _leaves_of(state: Any, obs: Any) -> list[jax.Array]:
     return [jnp.asarray(x, jnp.float32) for x in _numbers((state, obs))]
 
 
-def _resets_itself(env: Env, begun: Start, seen: Seen) -> bool:
+def _resets_itself(env: Env, begun: Begun, seen: Seen) -> bool:
     """Whether episodes end in states in which others begin.
 
     All numbers that are equal in all start states and change within episodes, such as a count of steps, are then as at
@@ -175,14 +178,14 @@ def _resets_itself(env: Env, begun: Start, seen: Seen) -> bool:
         at_start += [same[done][:, moves].all()] if moves.any() else []
     if at_start:
         return all(at_start)
-    ends = tuple(np.argwhere(done)[:8].T)
+    ends = tuple(np.argwhere(done)[:NUM_ENDS].T)
     last, keys = [np.asarray(x)[ends] for x in seen.numbers], seen.key[ends]
 
     def derived(key):
         others = jnp.stack([key, *jax.random.split(key), *jax.random.split(key, 3)])
         return _leaves_of(*jax.vmap(env.reset, (0, None))(others, env.params))
 
-    resets = jax.jit(jax.vmap(derived))(keys)  # [8, 6, ...] each
+    resets = jax.jit(jax.vmap(derived))(keys)  # [NUM_ENDS, 6, ...] each
     equal = [(x[:, None] == np.asarray(y)).reshape(*y.shape[:2], -1).all(-1) for x, y in zip(last, resets)]
     return bool(np.logical_and.reduce(equal).any(-1).all())
 
@@ -203,7 +206,7 @@ def _within(spaces, obs, done):
     return jnp.stack(checks)
 
 
-def _ends(obs):
+def _extremes(obs):
     """The lowest and the highest number of each leaf, [L, 2]."""
     leaves = [jnp.asarray(x, jnp.float32) for x in jax.tree.leaves(obs)]
     return jnp.stack([jnp.stack([jnp.nanmin(x, initial=jnp.inf), jnp.nanmax(x, initial=-jnp.inf)]) for x in leaves])

@@ -51,7 +51,7 @@ def refuse_other(folder: Path, *kinds: str):
 def refuse_study(folder: str | Path):
     """Raises ValueError if a folder that is to be read holds a study, whose batches are what can be read."""
     if kind_of(folder) == "study":
-        batches = sorted((Path(folder) / BATCHES).glob("*"))
+        batches = [path.parent for path in sorted((Path(folder) / BATCHES).glob(f"*/{SWEEP}"))]
         named = f"such as {batches[-1]}" if batches else "of which there is none yet"
         raise ValueError(f"{folder} holds a study of Optuna: its batches are sweeps that can be read, {named}")
 

@@ -80,7 +80,10 @@ def _preset(total_steps: int, config: dict[str, Any] | None = None, **hyperparam
 FINITE = {"bootstrap_on_truncation": False}
 CONTROL = NORMALIZED | {"num_envs": 32, "num_steps": 100, "num_epochs": 10, "num_minibatches": 32}
 BSUITE = {"num_envs": 8, "num_steps": 32}
-BANDIT = FINITE | {"num_envs": 16, "num_steps": 100}
+META = FINITE | {"num_envs": 64, "num_steps": 100, "num_minibatches": 8, "memory": "gru", "segment_length": 100}
+# Breakout stagnates with 64 environments and 8 minibatches; the same minibatches of larger rollouts lift it
+# (tests/benchmarks/more_envs.py).
+GAMES = MINATAR | {"num_envs": 256, "num_minibatches": 32}
 
 PRESETS = {
     "CartPole-v1": _preset(
@@ -90,7 +93,7 @@ PRESETS = {
     "Pendulum-v1": _preset(
         300_000,
         NORMALIZED | {"num_envs": 16, "num_epochs": 10, "num_minibatches": 32},
-        learning_rate=5e-4, discount=0.95, entropy_coefficient=0.0,
+        learning_rate=3e-4, discount=0.95, entropy_coefficient=0.0,
     ),
     "MountainCar-v0": _preset(
         250_000,
@@ -102,11 +105,11 @@ PRESETS = {
         NORMALIZED | {"num_envs": 16, "num_steps": 256, "num_epochs": 10, "num_minibatches": 16},
         learning_rate=3e-4, gae_lambda=0.9, entropy_coefficient=0.0,
     ),
-    "Asterix-MinAtar": _preset(10_000_000, MINATAR, learning_rate=1e-3),
-    "Breakout-MinAtar": _preset(3_000_000, MINATAR, learning_rate=1e-3),
-    "Freeway-MinAtar": _preset(3_000_000, MINATAR | FINITE, learning_rate=1e-3),
-    "Seaquest-MinAtar": _preset(3_000_000, MINATAR, learning_rate=1e-3),
-    "SpaceInvaders-MinAtar": _preset(3_000_000, MINATAR, learning_rate=1e-3),
+    "Asterix-MinAtar": _preset(10_000_000, GAMES, learning_rate=1e-3),
+    "Breakout-MinAtar": _preset(3_000_000, GAMES, learning_rate=1e-3),
+    "Freeway-MinAtar": _preset(3_000_000, GAMES | FINITE, learning_rate=1e-3),
+    "Seaquest-MinAtar": _preset(3_000_000, GAMES, learning_rate=1e-3),
+    "SpaceInvaders-MinAtar": _preset(3_000_000, GAMES, learning_rate=1e-3),
     "Catch-bsuite": _preset(100_000, {"num_envs": 16, "num_steps": 32}, learning_rate=5e-4),
     "DeepSea-bsuite": _preset(150_000, BSUITE, learning_rate=5e-4),
     "MemoryChain-bsuite": _preset(
@@ -126,12 +129,15 @@ PRESETS = {
         learning_rate=1e-3,
     ),
     "PointRobot-misc": _preset(
-        500_000,
-        BANDIT | {"normalize_observation": True, "bound_action": "tanh"},
+        1_000_000,
+        META | {"num_envs": 16, "num_minibatches": 4, "memory_inputs": True, "normalize_observation": True, "bound_action": "tanh"},
         learning_rate=1e-3, entropy_coefficient=0.0,
     ),
-    "BernoulliBandit-misc": _preset(500_000, BANDIT, learning_rate=1e-3),
-    "GaussianBandit-misc": _preset(500_000, BANDIT, learning_rate=1e-3),
+    "BernoulliBandit-misc": _preset(500_000, META | {"memory_width": 32}, learning_rate=1e-3),
+    "GaussianBandit-misc": _preset(
+        1_000_000, META | {"memory_width": 32, "scale_reward": True},
+        learning_rate=1e-3, discount=1.0, gae_lambda=1.0,
+    ),
     "Reacher-misc": _preset(1_000_000, CONTROL, learning_rate=1e-3, discount=0.95, entropy_coefficient=0.0),
     "Swimmer-misc": _preset(1_000_000, CONTROL | {"bound_action": "tanh"}, learning_rate=1e-3, entropy_coefficient=0.0),
     "Pong-misc": _preset(1_000_000, {"num_envs": 64, "num_minibatches": 8}, learning_rate=1e-3),

@@ -22,9 +22,7 @@ NORMALIZED = {"normalize_observation": True, "scale_reward": True}
 PHYSICS = NORMALIZED | {"num_envs": 64, "num_steps": 64, "num_epochs": 8, "num_minibatches": 16, "stagger": 1000}
 GRID = {"num_envs": 32, "num_steps": 64, "num_minibatches": 8}
 BOARD = {"num_envs": 64, "num_steps": 64, "num_minibatches": 8, "widths": (128, 128), "activation": "relu"}
-# Breakout stagnates with 64 environments and 8 minibatches; the same minibatches of larger rollouts lift it
-# (tests/benchmarks/more_envs.py).
-MINATAR = {"num_envs": 256, "num_steps": 128, "num_minibatches": 32, "widths": (128, 128), "activation": "relu"}
+MINATAR = {"num_envs": 64, "num_steps": 128, "num_minibatches": 8, "widths": (128, 128), "activation": "relu"}
 
 TRIED = {
     "brax/inverted_pendulum": Settings(300_000, PHYSICS, {"learning_rate": 1e-3, "entropy_coefficient": 0.0}),

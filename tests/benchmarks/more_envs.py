@@ -3,8 +3,8 @@
     python tests/benchmarks/more_envs.py [--num-seeds 5] [--out tests/benchmarks/more_envs.json]
 
 Trains Breakout-MinAtar for 2M steps with 16, 64 and 256 environments, whose rollouts are cut into minibatches of 1,024
-steps. The curves are kept, with the picture beside them, after every number of environments; what is kept is not
-trained again.
+steps. The curves are kept after every number of environments, and what is kept is not trained again; the picture
+beside them shows all.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import jax
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 import purejaxppo as pjp
 from purejaxppo.experiment.report.curve import draw_line, tidy
@@ -35,12 +36,12 @@ def main():
     matplotlib.use("Agg")
     kept = json.loads(options.out.read_text()) if options.out.exists() else {}
     for num_envs in NUM_ENVS:
-        if str(num_envs) not in kept:
+        if len(kept.get(str(num_envs), {"final": []})["final"]) != options.num_seeds:
             kept[str(num_envs)] = train(num_envs, options.num_seeds)
             options.out.write_text(json.dumps(kept, indent=1) + "\n")
-            draw(kept).savefig(options.out.with_suffix(".png"), dpi=120)
         mean, low, high = mean_interval(kept[str(num_envs)]["final"])
         print(f"{num_envs:>4} environments: {mean:.1f} [{low:.1f}, {high:.1f}]", flush=True)
+    draw(kept).savefig(options.out.with_suffix(".png"), dpi=120)
 
 
 def train(num_envs: int, num_seeds: int, total_steps: int = TOTAL_STEPS) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def train(num_envs: int, num_seeds: int, total_steps: int = TOTAL_STEPS) -> dict
     }
 
 
-def draw(kept: dict[str, Any]) -> plt.Figure:
+def draw(kept: dict[str, Any]) -> Figure:
     """The curves of all seeds, thin, and their means."""
     figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     for i, (num_envs, row) in enumerate(kept.items()):

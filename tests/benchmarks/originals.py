@@ -1,4 +1,4 @@
-"""The games that gymnax's environments were written after: Gymnasium's classic control, and those of `minatar`."""
+"""The games that gymnax's environments reimplement: Gymnasium's classic control, and those of `minatar`."""
 
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -21,7 +21,7 @@ MINATAR = {
 
 
 def play_original(name: str, agents: Agents) -> dict | None:
-    """The mean returns of agents, with sampled actions, in the game that an environment was written after.
+    """The mean returns of agents, with sampled actions, in the game that an environment reimplements.
 
     None if there is no such game, or if its package is not installed.
     """
@@ -37,9 +37,9 @@ def play_original(name: str, agents: Agents) -> dict | None:
 
 
 def register(game: str, max_steps: int) -> str:
-    """The name in Gymnasium of a game of minatar with the actions and the time limit that gymnax's has.
+    """The name in Gymnasium of a game of minatar with the actions and the time limit of gymnax's version.
 
-    minatar repeats the last action in one of ten steps unless told otherwise, gymnax does not.
+    minatar repeats the last action in one of ten steps unless told otherwise; gymnax does not.
     """
     env_id = f"{game}-without-sticky-actions-v0"
     if env_id not in gymnasium.registry:

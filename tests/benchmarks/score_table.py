@@ -15,8 +15,8 @@ HEAD = """# Scores
 
 Every seed trains as its preset says and then plays 128 fresh episodes, whose mean return is the score of the seed. No
 preset was tuned on these seeds. IQM is the mean of the middle half of the seeds; brackets hold the 95 % interval of the
-mean over seeds. Actions are sampled, but under "greedy", where the most likely one is taken. "Original" is the same
-policies in the game that gymnax's environment was written after: Gymnasium's, or that of the package `minatar`, with
+mean over seeds. Actions are sampled, but under "greedy", where the most likely one is taken. "Original": the same
+policies, played in the game that gymnax's environment reimplements, in Gymnasium or in the package `minatar`, with
 gymnax's time limit and no sticky actions. Seconds are those of training all seeds together on two CPU cores, on which
 other programs often ran. `scores.json` has the return of every seed, learning curves and settings;
 `python tests/benchmarks/scores.py` makes both again.

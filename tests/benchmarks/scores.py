@@ -4,7 +4,7 @@
                                       [--first-seed 1000] [--again] [--out tests/benchmarks/scores.json]
 
 All seeds train in one batch, and each plays 128 fresh episodes, once sampled and once greedy, and once in the game that
-gymnax's environment was written after: in Gymnasium, or in the package minatar if it is installed. The data, and the
+gymnax's environment reimplements: in Gymnasium, or in the package minatar if it is installed. The data, and the
 table beside it (scores.md), are written after every environment. Environments in the data are left out unless --again
 is given, so a run can be interrupted; a mean that then leaves the interval that was kept is named. Prints means over
 seeds with 95 % intervals, and the worst seed. Environments of suites need their suite.

@@ -136,8 +136,9 @@ def optuna_search(
     Args:
         env: the environment, as `Sweep` takes it.
         space: the distribution of every field, as `sample` takes them.
-        num_trials: trials of the study in the end, with those of earlier calls and of other machines; the last batch
-            is a whole one, too. A call ends when all are finished.
+        num_trials: trials of the study in the end, with those of earlier calls and of other machines, rounded up to
+            whole batches; machines that draw the last ones at the same time train a part of a batch each. A call ends
+            when all are finished.
         batch_size: settings that train together.
         num_seeds: seeds of every setting.
         folder: keeps the sweep of every batch, in `batches/`, and the study unless there is a `storage`.
@@ -279,11 +280,12 @@ class _Batches:
     def _next(self, trials: list) -> Path | None:
         """Fills `trials` with the next batch, one that was not finished before any new one; returns its folder.
 
-        There are none if others train all that is left. Workers that begin the last batch at the same time share it.
+        There are none if others train all that is left. Of workers that draw the last batch at the same time, each
+        trains those that are needed, and withdraws the rest.
         """
-        waiting = self._unfinished()
-        path = self.folder and self.folder / min(waiting) if waiting and self.folder else None
-        trials += waiting.get(path.name, []) if path else []
+        unfinished = self._unfinished()
+        path = self.folder and self.folder / min(unfinished) if unfinished and self.folder else None
+        trials += unfinished.get(path.name, []) if path else []
         if path and kind_of(path):
             return path  # its sweep has begun
         if not trials:
@@ -300,20 +302,21 @@ class _Batches:
         withdrawn = surplus(self.study, trials, whole_batches)
         withdraw(self.study, withdrawn, again=False)
         trials[:] = [trial for trial in trials if trial not in withdrawn]
+        if path and not trials:
+            path.rmdir()
         return path
 
     def _unfinished(self) -> dict[str, list]:
         """The trials of batches that lie in this folder and have open ones, by the names of these.
 
-        Nobody else trains them. Those that were told before a kill are part of the sweep, too; those that were
-        withdrawn are not.
+        Nobody else trains them. Once its sweep has begun, those that were told before a kill are part of it, too.
         """
         found: dict[str, list] = {}
         for trial in self.study.trials if self.folder else ():
-            batch = trial.user_attrs.get(BATCH)
-            withdrawn = INTERRUPTED in trial.user_attrs
-            if batch and self.folder and (self.folder / batch).is_dir() and not withdrawn:
-                found.setdefault(batch, []).append(trial)
+            path = self.folder and self.folder / trial.user_attrs.get(BATCH, "none")
+            if path and path.is_dir() and INTERRUPTED not in trial.user_attrs:
+                if kind_of(path) or not trial.state.is_finished():
+                    found.setdefault(path.name, []).append(trial)
         return {batch: trials for batch, trials in found.items() if any(not x.state.is_finished() for x in trials)}
 
 

@@ -162,7 +162,8 @@ def take_again(study: Any):
 
 
 def _enqueue_again(study: Any, trial: Any):
-    study.enqueue_trial(trial.params, user_attrs={INSTEAD_OF: trial.number})
+    if INTERRUPTED not in trial.user_attrs:
+        study.enqueue_trial(trial.params, user_attrs={INSTEAD_OF: trial.number})
 
 
 def _is_shared(study: Any) -> bool:
@@ -180,11 +181,14 @@ def num_taken(study: Any) -> int:
 
 
 def surplus(study: Any, trials: Sequence[Any], num_trials: int) -> list[Any]:
-    """Those of the trials that this process has drawn which are not needed: `num_trials` with lower numbers count, are
-    trained, or wait.
+    """Those of the trials just drawn that a shared study does not need: `num_trials` with lower numbers are finished,
+    running or waiting.
 
-    A lower number was drawn earlier, so that workers which draw at the same time agree on what is needed.
+    Every trial with a lower number exists by now, and nobody can add one later. So workers that draw at the same time
+    agree.
     """
+    if not _is_shared(study):
+        return []
     found = study.trials
     waiting = [trial for trial in found if trial.state.name == "WAITING"]
     needed = sorted({trial.number for trial in [*_taken(study, found), *waiting, *trials]})[:num_trials]
@@ -192,13 +196,16 @@ def surplus(study: Any, trials: Sequence[Any], num_trials: int) -> list[Any]:
 
 
 def _taken(study: Any, trials: Sequence[Any]) -> list[Any]:
-    running = [trial for trial in trials if trial.state.name == "RUNNING"]
-    shared = _is_shared(study)
-    return _finished(trials) + [x for x in running if WORKER in x.user_attrs or (shared and _is_new(x))]
+    running = [x for x in trials if x.state.name == "RUNNING" and INTERRUPTED not in x.user_attrs]
+    running = [x for x in running if WORKER in x.user_attrs or _is_new(x)]
+    return _finished(trials) + (running if _is_shared(study) else [])
 
 
 def _is_new(trial: Any) -> bool:
-    """Whether a trial began just now, so that its worker may not have named itself yet."""
+    """Whether a trial began just now, so that its worker may not have named itself yet.
+
+    The clocks of the workers must agree within `GRACE`.
+    """
     return (datetime.datetime.now() - trial.datetime_start).total_seconds() < GRACE
 
 
@@ -233,11 +240,19 @@ def tell(
 
 
 def withdraw(study: Any, trials: Sequence[Any], *, again: bool):
-    """Ends trials that do not count; with `again` their settings are the next to train."""
+    """Ends trials that do not count.
+
+    Args:
+        study: has the trials.
+        trials: that end.
+        again: whether their settings are the next to train; those that waited before they were drawn always are.
+    """
     for trial in open_trials(study, trials):
-        study._storage.set_trial_user_attr(trial._trial_id, INTERRUPTED, True)
-        if again:
-            study.enqueue_trial(trial.params)
+        stored = study._storage.get_trial(trial._trial_id)
+        study._storage.set_trial_user_attr(trial._trial_id, INTERRUPTED, True)  # a frozen trial does not store it
+        if again or "fixed_params" in stored.system_attrs:  # where Optuna keeps the settings of one that waited
+            stands_for = {name: x for name, x in stored.user_attrs.items() if name == INSTEAD_OF}
+            study.enqueue_trial(trial.params, user_attrs=stands_for)
         tell(study, [trial])
 
 
