@@ -130,7 +130,10 @@ PRESETS = {
     ),
     "PointRobot-misc": _preset(
         1_000_000,
-        META | {"num_envs": 16, "num_minibatches": 4, "memory_inputs": True, "normalize_observation": True, "bound_action": "tanh"},
+        META | {
+            "num_envs": 16, "num_minibatches": 4, "memory_inputs": True, "normalize_observation": True,
+            "bound_action": "tanh",
+        },
         learning_rate=1e-3, entropy_coefficient=0.0,
     ),
     "BernoulliBandit-misc": _preset(500_000, META | {"memory_width": 32}, learning_rate=1e-3),
