@@ -313,11 +313,14 @@ class _Batches:
         """
         found: dict[str, list] = {}
         for trial in self.study.trials if self.folder else ():
-            path = self.folder and self.folder / trial.user_attrs.get(BATCH, "none")
-            if path and path.is_dir() and INTERRUPTED not in trial.user_attrs:
-                if kind_of(path) or not trial.state.is_finished():
-                    found.setdefault(path.name, []).append(trial)
-        return {batch: trials for batch, trials in found.items() if any(not x.state.is_finished() for x in trials)}
+            if BATCH in trial.user_attrs and INTERRUPTED not in trial.user_attrs:
+                found.setdefault(trial.user_attrs[BATCH], []).append(trial)
+        unfinished = {}
+        for batch, trials in found.items():
+            left = [trial for trial in trials if not trial.state.is_finished()]
+            if left and self.folder and (self.folder / batch).is_dir():
+                unfinished[batch] = trials if kind_of(self.folder / batch) else left
+        return unfinished
 
 
 def _check_space(space: Any):
