@@ -2,7 +2,7 @@
 
     python tests/benchmarks/more_envs.py [--num-seeds 5] [--out tests/benchmarks/more_envs.json]
 
-Trains Breakout-MinAtar for 2M steps with 16, 64 and 256 environments, whose rollouts are cut into minibatches of 1,024
+Trains Breakout-MinAtar for 2M steps with 64 and with 256 environments, whose rollouts are cut into minibatches of 1,024
 steps. The curves are kept after every number of environments, and what is kept is not trained again; the picture
 beside them shows all.
 """
@@ -25,7 +25,7 @@ from purejaxppo.experiment.report.metrics import learning_curve, mean_interval
 
 HERE = Path(__file__).parent
 ENV, TOTAL_STEPS, FIRST_SEED, NUM_POINTS = "Breakout-MinAtar", 2_000_000, 3000, 50
-NUM_ENVS, MINIBATCH = (16, 64, 256), 1024
+NUM_ENVS, MINIBATCH = (64, 256), 1024
 
 
 def main():
