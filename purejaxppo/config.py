@@ -1,10 +1,11 @@
 """Settings: `Config` holds those that are compiled in, `Hyperparams` those that are traced and may be swept."""
 
 import difflib
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,25 @@ if TYPE_CHECKING:
 else:
     Traced = float  # the command line takes numbers alone
 
+Settings = TypeVar("Settings", bound=type)
 
+
+def _with_hints(kind: Settings) -> Settings:
+    """Has the constructor of a dataclass say what an unknown field may mean; it stays a TypeError."""
+    construct = kind.__init__
+
+    @functools.wraps(construct)
+    def checked(self, *args, **values):
+        for name in values:
+            if name not in kind.__dataclass_fields__:
+                raise TypeError(f"{name}={quote(values[name])} is not a field of {kind.__name__} ({_hint(kind, name)})")
+        construct(self, *args, **values)
+
+    kind.__init__ = checked
+    return kind
+
+
+@_with_hints
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """The static settings: sizes, and which details are on.
@@ -223,6 +242,7 @@ def number(default: float, **spec: Any) -> Any:
 
 
 @jax.tree_util.register_pytree_with_keys_class
+@_with_hints
 @dataclass(frozen=True, kw_only=True)
 class Hyperparams:
     """The traced settings: one number each, or an array [R] in a batch of runs.
@@ -369,6 +389,17 @@ def nearest(name: str, known: Sequence[str]) -> str:
     words = [other for other in known if name in other.split("_")]
     close = difflib.get_close_matches(name, known, n=1) or difflib.get_close_matches(name, words, n=1, cutoff=0)
     return near or next(iter(close), "")
+
+
+def _hint(kind: type, name: str) -> str:
+    """The remedy of a message about an unknown field of `Config` or `Hyperparams`."""
+    if name in ("total_steps", "total_timesteps"):
+        return "config.with_total_steps(...) sets num_updates by it"
+    homes = {field.name: home for home in (Config, Hyperparams) for field in fields(home)}
+    near = name if name in homes else nearest(name, [field.name for field in fields(kind)])
+    if not near:
+        return f"help(purejaxppo.{kind.__name__}) lists them"
+    return f"did you mean {near}?" if homes[near] is kind else f"{near} is a field of {homes[near].__name__}"
 
 
 HYPERPARAM_SPECS = {f.name: f.metadata["spec"] for f in fields(Hyperparams) if f.name != "extra"}

@@ -81,7 +81,8 @@ def test_steps_are_rounded_to_updates(tmp_path, capsys):
 REFUSALS = [
     (["train", "Cartpole-v1"], "did you mean CartPole-v1"),
     (["train"], "name an environment"),
-    (["fly"], "unknown command 'fly'"),
+    (["fly"], "unknown command 'fly' (known: train, "),
+    (["tran", "CartPole-v1"], "unknown command 'tran' (did you mean train?)"),
     (["train", "CartPole-v1", "--num-minibatches", "6", "--num-envs", "4", "--num-steps", "128"], "try 4 or 8"),
     (["train", "CartPole-v1", "--num-envs", "0"], "num_envs=0 must be at least 1"),
     (["train", "CartPole-v1", "--num-seeds", "0"], "--num-seeds=0 must be at least 1"),

@@ -1,5 +1,5 @@
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import jax
@@ -168,6 +168,26 @@ def test_the_names_of_other_libraries_are_understood(name, words):
         Hyperparams().set({name: 0.5})
     with pytest.raises(ValueError, match=f"{name} is not a hyperparameter .{words}"):
         runs(jax.random.key(0), {name: [0.5]})
+
+
+@pytest.mark.parametrize(
+    "kind, name, remedy",
+    [
+        (Config, "num_env", "did you mean num_envs?"),
+        (Config, "n_steps", "did you mean num_steps?"),
+        (Config, "total_timesteps", "config.with_total_steps(...) sets num_updates by it"),
+        (Config, "lr", "learning_rate is a field of Hyperparams"),
+        (Hyperparams, "gamma", "did you mean discount?"),
+        (Hyperparams, "num_envs", "num_envs is a field of Config"),
+        (Hyperparams, "zzzz", "help(purejaxppo.Hyperparams) lists them"),
+    ],
+)
+def test_an_unknown_field_in_python_is_named_with_its_value_and_what_it_may_mean(kind, name, remedy):
+    with pytest.raises(TypeError) as error:
+        kind(**{name: 4})
+    assert str(error.value) == f"{name}=4 is not a field of {kind.__name__} ({remedy})"
+    with pytest.raises(TypeError, match=f"{name}=4 is not a field"):
+        replace(kind(), **{name: 4})
 
 
 def test_other_names_stand_for_settings():

@@ -1,5 +1,6 @@
 """The command `purejaxppo`: calls the function of each command, and answers bad input with one sentence."""
 
+import difflib
 import errno
 import importlib
 import os
@@ -84,7 +85,9 @@ def _run(arguments: list[str] | None) -> int:
         print(USAGE, end="")
         return 0
     if command not in COMMANDS:
-        return _refuse(f"unknown command {command!r} (known: {', '.join(COMMANDS)})")
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"known: {', '.join(COMMANDS)}"
+        return _refuse(f"unknown command {command!r} ({remedy})")
     options = None
     try:
         module = importlib.import_module(f"purejaxppo.cli.{COMMANDS[command]}")

@@ -265,7 +265,9 @@ def _table(
             ("run", f"{result.run_seconds:.1f} s"),
         ]
     where = "not all saved in" if result.unsaved else "saved in"
-    return "\n".join(f"  {name:<28}{value}" for name, value in [*rows, (where, str(folder))])
+    rows.append((where, str(folder)))
+    width = max(26, *(len(name) for name, _ in rows))
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
 
 
 def draw(metrics: "xarray.Dataset", folder: Path, title: str) -> list[str]:
