@@ -26,6 +26,12 @@ TRAIN = "--num-updates 50 --num-seeds 2 --save-every 0 --evaluate-every 20 --kee
 TRAIN = ["train", *TINY, *TRAIN]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def heed_interrupts():
+    """A shell that starts pytest in the background has it ignore Ctrl-C, and so would its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return str(tmp_path_factory.mktemp("cache"))
