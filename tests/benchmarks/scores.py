@@ -49,7 +49,8 @@ def main():
         if options.again or env not in kept or kept[env].get("settings") != settings_of(env):
             before, num_seeds = kept.get(env), options.num_seeds or (5 if "/" in env else 10)
             kept[env] = score(env, options.first_seed, num_seeds)
-            options.out.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
+            kept = dict(sorted(kept.items()))
+            options.out.write_text(json.dumps(kept, indent=1) + "\n")
             options.out.with_suffix(".md").write_text(table(kept))
             print(describe(env, kept[env]), *changes(before, kept[env]), sep="\n", flush=True)
     print("\n".join(describe(env, kept[env]) for env in options.only))
