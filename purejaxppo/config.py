@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 else:
     Traced = float  # the command line takes numbers alone
 
-Settings = TypeVar("Settings", bound=type)
+Kind = TypeVar("Kind", bound=type)
 
 
-def _with_hints(kind: Settings) -> Settings:
+def _with_hints(kind: Kind) -> Kind:
     """Has the constructor of a dataclass say what an unknown field may mean; it stays a TypeError."""
     construct = kind.__init__
 

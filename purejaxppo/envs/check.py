@@ -63,7 +63,7 @@ def check_shapes(env: Env) -> list[str]:
     key = jax.random.key(0)
     space = call_env("action_space(params)", partial(action_space, env), env.params)
     if not isinstance(space, (Discrete, MultiDiscrete, Box)):
-        return [f"action_space is {space!r}; it must be a Discrete, MultiDiscrete or Box of purejaxppo.envs."]
+        return [f"action_space is {space!r}; it must be a Discrete, MultiDiscrete or Box of purejaxppo."]
     if isinstance(space, MultiDiscrete) and len(space.shape) > 1:
         return [f"action_space is {space!r}; the sizes of a MultiDiscrete action must be a vector."]
     if problems := _check_bounds("action_space", space):
