@@ -1,6 +1,6 @@
 """Whether more environments lift a plateau of PPO, as in arXiv 2603.06009: the minibatch and the rate stay as they are.
 
-    python tests/benchmarks/more_envs.py [--num-seeds 5] [--out tests/benchmarks/more_envs.json]
+    python tests/benchmarks/more_envs.py [--num-seeds 10] [--out tests/benchmarks/more_envs.json]
 
 Trains Breakout-MinAtar for 2M steps with 64 and with 256 environments, whose rollouts are cut into minibatches of 1,024
 steps. The curves are kept after every number of environments, and what is kept is not trained again; the picture
@@ -30,7 +30,7 @@ NUM_ENVS, MINIBATCH = (64, 256), 1024
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-seeds", type=int, default=5)
+    parser.add_argument("--num-seeds", type=int, default=10)
     parser.add_argument("--out", type=Path, default=HERE / "more_envs.json")
     options = parser.parse_args()
     matplotlib.use("Agg")
