@@ -41,7 +41,8 @@ def check_name(env: str) -> None:
         raise ValueError(f"env={quote(env)} cannot be made: {error}") from error
     if env not in names:
         lists = f"`purejaxppo envs{f' {suite}' * (suite in SUITES)}` lists them"
-        near = lists if env in SUITES else _nearest(env, names, lists)
+        own = "" if slash else "; one of your own is module:name on the command line, and an Env in Python"
+        near = lists if env in SUITES else _nearest(env, names, lists + own)
         raise ValueError(f"env={quote(env)} is not a known environment ({near})")
 
 

@@ -12,6 +12,7 @@ from purejaxppo.envs.roles import allowed_actions, random_action
 from purejaxppo.record import size_of
 
 BATCH, ROUNDS = 64, 8  # environments whose costs are measured together, and steps of each
+MEASURED = 0.05  # seconds
 
 
 class EnvCosts(NamedTuple):
@@ -59,10 +60,11 @@ def measure_costs(env: Env) -> EnvCosts:
 
 
 def _seconds(function: Callable, *args: Any) -> float:
-    """The least time of three calls of a compiled function, after one that compiles it."""
+    """The least time of a call of a compiled function: of three at least, and of as many as fit in `MEASURED`."""
+    jax.block_until_ready(function(*args))  # compiles
     taken = []
-    for _ in range(4):
+    while len(taken) < 3 or sum(taken) < MEASURED:
         start = time.perf_counter()
         jax.block_until_ready(function(*args))
         taken.append(time.perf_counter() - start)
-    return min(taken[1:])
+    return min(taken)

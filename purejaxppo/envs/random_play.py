@@ -21,6 +21,7 @@ class Begun(NamedTuple):
 
     finite: jax.Array  # [E], of the observation
     largest: jax.Array  # [E], of the numbers of the observation that are finite
+    same: jax.Array  # [E], whether the same reset gives the same result
     numbers: list[jax.Array]  # [E, ...] each, of the state and the observation
 
 
@@ -55,6 +56,8 @@ def play_faults(env: Env, num_steps: int, seed: int) -> list[str]:
         problems.append(_outside(observation_space(env), seen))
     if not seen.allowed.any():
         problems.append("the action mask never allowed an action; where it allows none, all are allowed.")
+    if not begun.same.all():
+        problems.append("reset is not a pure function: the same key gave two different results.")
     if not seen.same.all():
         problems.append("step is not a pure function: the same key, state and action gave two different results.")
     if _resets_itself(env, begun, seen):
@@ -81,7 +84,8 @@ def _play(env: Env, space: Space, num_steps: int, key: jax.Array) -> tuple[Begun
     reset_key, step_key = jax.random.split(key)
     state, obs = env.reset(reset_key, env.params)
     finite = jnp.array([jnp.isfinite(x).all() for x in _numbers(obs)]).all()
-    begun = Begun(finite, _largest(obs), _leaves_of(state, obs))
+    same = _equal((state, obs), env.reset(reset_key, env.params))
+    begun = Begun(finite, _largest(obs), same, _leaves_of(state, obs))
     start = jax.tree.map(jnp.asarray, (state, obs))
     return begun, jax.lax.scan(partial(_step, env, space), start, jax.random.split(step_key, num_steps))[1]
 
@@ -94,7 +98,6 @@ def _step(env: Env, space: Space, start: tuple, key: jax.Array) -> tuple[tuple, 
     action = random_action(action_key, space, allowed_actions(spaces, obs))
     result = env.step(step_key, state, action, env.params)
     again = env.step(step_key, state, action, env.params)
-    same = [jnp.array_equal(a, b, equal_nan=True) for a, b in zip(_numbers(result), _numbers(again))]
     # An Env that resets itself returns a start state where an episode ends.
     done = result.terminated | result.truncated
     next_start = jax.tree.map(
@@ -111,7 +114,7 @@ def _step(env: Env, space: Space, start: tuple, key: jax.Array) -> tuple[tuple, 
         within=_within(spaces, result.obs, done),
         extremes=_extremes(result.obs),
         allowed=_allows(spaces, result.obs),
-        same=jnp.array(same).all(),
+        same=_equal(result, again),
         done=done,
         rewarded=result.reward != 0,
         numbers=_leaves_of(result.state, result.obs),
@@ -216,6 +219,12 @@ def _allows(space, obs):
     """Whether an observation allows any action."""
     allowed = allowed_actions(space, obs)
     return jnp.bool_(True) if allowed is None else allowed.any()
+
+
+def _equal(first, second):
+    """Whether all numbers of two trees are equal."""
+    same = [jnp.array_equal(a, b, equal_nan=True) for a, b in zip(_numbers(first), _numbers(second))]
+    return jnp.array(same).all()
 
 
 def _largest(tree):
