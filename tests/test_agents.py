@@ -83,6 +83,14 @@ def test_cartpole_is_the_same_task_in_gymnasium(agents):
     np.testing.assert_array_equal(theirs, again)
 
 
+def test_agents_begin_their_episodes_in_gymnasium_each_in_its_own_states():
+    agent = alone("CartPole-v1")
+    policies, env_params = jax.tree.map(lambda x: jnp.concatenate([x, x]), (agent.policies, agent.env_params))
+    twins = Agents(agent.ppo, policies, env_params, agent.title)
+    first, second = evaluate_in_gymnasium(twins, num_episodes=16, greedy=True)["episode_return"].values
+    assert (first != second).any()
+
+
 @pytest.mark.parametrize("name", ["Acrobot-v1", "Pendulum-v1", "MountainCar-v0", "MountainCarContinuous-v0"])
 def test_classic_control_is_played_in_gymnasium_to_its_time_limit(name):
     played = evaluate_in_gymnasium(alone(name, preset(name).config), num_episodes=2)

@@ -226,9 +226,27 @@ def test_the_table_of_scores_is_that_of_the_data():
 
 @pytest.mark.parametrize("name", [name for name in KEPT_SCORES if " with" not in name])
 def test_a_kept_score_is_that_of_the_preset_as_it_is(name):
-    changed = changed_settings(*find_preset(name))
+    config, hyperparams = find_preset(name)
+    changed = changed_settings(config, hyperparams)
     expected = {field: re.sub(r" at 0x\w+", "", repr(value)) for field, value in changed.items()}
-    assert KEPT_SCORES[name]["settings"] == expected
+    assert (KEPT_SCORES[name]["settings"], KEPT_SCORES[name]["steps"]) == (expected, config.total_steps)
+
+
+def test_scores_trains_what_has_changed_and_leaves_out_what_cannot_be_made(tmp_path, monkeypatch, capsys):
+    import scores
+
+    out, trained = tmp_path / "scores.json", []
+    row = KEPT_SCORES["Catch-bsuite"]
+    rows = {"Catch-bsuite": row, "CartPole-v1": KEPT_SCORES["CartPole-v1"] | {"steps": 1}, "lost/env": row}
+    out.write_text(json.dumps(rows))
+    monkeypatch.setattr(scores, "score", lambda env, *_: trained.append(env) or KEPT_SCORES[env])
+    monkeypatch.setattr(sys, "argv", ["scores.py", "--only", *rows, "Acrobot-v1", "--out", str(out)])
+    scores.main()
+    assert trained == ["CartPole-v1", "Acrobot-v1"]
+    kept = json.loads(out.read_text())
+    assert kept["CartPole-v1"] == KEPT_SCORES["CartPole-v1"] and kept["Acrobot-v1"] == KEPT_SCORES["Acrobot-v1"]
+    printed = capsys.readouterr().out
+    assert "lost/env is left out: env='lost/env' is not a known environment" in printed
 
 
 def untrained(name, key):

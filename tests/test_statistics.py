@@ -178,6 +178,12 @@ def test_settings_are_ranked_best_first_with_their_fields():
     assert best(scores) == {"learning_rate": 1e-4, "widths": "64,64"}
 
 
+def test_the_mean_decides_between_settings_whose_interquartile_means_are_equal():
+    scores = runs([0, 5, 5, 5], [5, 5, 5, 5], [NAN, NAN, NAN, NAN], [5, 5, 5, 4], x=[1, 2, 3, 4])
+    assert rank(scores)["x"].values.tolist() == [2, 4, 1, 3]
+    assert best(scores) == {"x": 2}
+
+
 def test_a_lucky_survivor_does_not_win():
     scores = runs([100, NAN, NAN, NAN], [8, 9, 10, 11], x=[1, 2])
     assert best(scores) == {"x": 2}

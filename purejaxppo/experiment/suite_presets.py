@@ -1,9 +1,9 @@
 """Presets for suites, as data: name -> (environment steps, fields of `Config`, fields of `Hyperparams`).
 
-Those in `TRIED` learn, as tests/benchmarks/scores.json shows. Those in `UNTRIED` are meant for two CPU cores, but have
-not been trained yet. Those in `PUBLISHED` are settings that a suite or its baselines publish, translated but not tried
-with this package: scaled rewards take the place of scales that are set by hand, and our networks that of theirs. Names
-that are not tried may be patterns; the last that matches counts.
+Those in `TRIED` learn, some of them little, as tests/benchmarks/scores.json shows. Those in `UNTRIED` are meant for two
+CPU cores, but have not been trained yet. Those in `PUBLISHED` are settings that a suite or its baselines publish,
+translated but not tried with this package: scaled rewards take the place of scales that are set by hand, and our
+networks that of theirs. Names that are not tried may be patterns; the last that matches counts.
 """
 
 from collections.abc import Mapping
@@ -38,6 +38,7 @@ TRIED = {
         1_000_000, BOARD | {"scale_reward": True}, {"learning_rate": 1e-3, "discount": 0.997}
     ),
     "pgx/minatar-breakout": Settings(2_000_000, MINATAR, {"learning_rate": 1e-3}),
+    "pgx/minatar-asterix": Settings(3_000_000, MINATAR, {"learning_rate": 1e-3}),
     "craftax/Craftax-Classic-Symbolic-v1": Settings(
         1_000_000,
         {"num_envs": 64, "num_steps": 64, "num_minibatches": 8, "widths": (256, 256)},
@@ -54,7 +55,6 @@ UNTRIED = {
         5_000_000, GRID | {"num_envs": 64, "memory": "gru", "segment_length": 64}, {"learning_rate": 1e-3}
     ),
     "pgx/2048": Settings(1_000_000, BOARD | {"scale_reward": True}, {"learning_rate": 1e-3, "discount": 0.997}),
-    "pgx/minatar-asterix": Settings(3_000_000, MINATAR, {"learning_rate": 1e-3}),
 }
 
 # google/brax, notebooks/training.ipynb: batches of trajectories of 5 to 50 steps, here one rollout of as many steps.

@@ -14,12 +14,15 @@ HERE = Path(__file__).parent
 HEAD = """# Scores
 
 Every seed trains as its preset says and then plays 128 fresh episodes, whose mean return is the score of the seed. No
-preset was tuned on these seeds. IQM is the mean of the middle half of the seeds; brackets hold the 95 % interval of the
-mean over seeds. Actions are sampled, but under "greedy", where the most likely one is taken. "Original": the same
-policies, played in the game that gymnax's environment reimplements, in Gymnasium or in the package `minatar`, with
-gymnax's time limit and no sticky actions. Seconds are those of training all seeds together on two CPU cores, on which
-other programs often ran. `scores.json` has the return of every seed, learning curves and settings;
-`python tests/benchmarks/scores.py` makes both again.
+preset was tuned on these seeds; where a score led to another preset, the row has other seeds (`first_seed` in
+`scores.json`). IQM is the mean of the middle half of the seeds; brackets hold the 95 % interval of the mean over seeds
+(Student's t, which can exceed a bound). A mean of finitely many episodes can exceed an optimum, where returns are as
+random as in UmbrellaChain and the bandits. Actions are sampled, but under "greedy", where the most likely one is taken.
+"Original": the same policies, played in the game that gymnax's environment reimplements, in Gymnasium or in the package
+`minatar`, with gymnax's time limit and no sticky actions; "difference" is that score less the one here, paired by seed.
+Seconds are those of training all seeds together on two CPU cores, on which other programs ran too: they do not compare.
+`scores.json` has the return of every seed, learning curves, settings and versions; rows without a score of untrained
+agents are from version 0.1.0. `python tests/benchmarks/scores.py --again` trains everything again.
 """
 COLUMNS = (
     "environment",
@@ -30,6 +33,7 @@ COLUMNS = (
     "worst",
     "greedy",
     "original",
+    "difference",
     "untrained",
     "seconds",
     "bound",
@@ -66,12 +70,14 @@ def row(name: str, score: dict, bound: dict | None, published: list[dict]) -> st
     """The line of an environment."""
     sampled, greedy = (interval(score[kind]) for kind in ("sampled", "greedy"))
     limit = "" if bound is None or bound["value"] is None else f"{show_value(bound['value'])} ({bound['kind']})"
-    others = "; ".join(f"{x['score']} at {millions(x['steps'])} ({x['by']})" for x in published)
+    others = "; ".join(f"{x['score']}{at(x)} ({x['by']})" for x in published)
     iqm = show_value(float(STATISTICS["iqm"](score["sampled"], axis=0)))
     seeds, worst = len(score["sampled"]), show_value(min(score["sampled"]))
     untrained = show_value(score["untrained"]) if "untrained" in score else ""
-    original = interval(score["original"]["sampled"]) if "original" in score else ""
-    cells = name, millions(score["steps"]), seeds, iqm, sampled, worst, greedy, original, untrained
+    played = score["original"]["sampled"] if "original" in score else []
+    original = interval(played) if played else ""
+    difference = interval([x - y for x, y in zip(played, score["sampled"])]) if played else ""
+    cells = name, millions(score["steps"]), seeds, iqm, sampled, worst, greedy, original, difference, untrained
     return line([*cells, round(score["train_seconds"]), limit, others])
 
 
@@ -79,6 +85,11 @@ def interval(values: list[float]) -> str:
     """Mean and interval, to four digits."""
     mean, low, high = (show_value(x) for x in mean_interval(values))
     return mean if low == high else f"{mean} [{low}, {high}]"
+
+
+def at(published: dict) -> str:
+    """After how many steps a published score was reached, if that is known."""
+    return f" at {millions(published['steps'])}" if published["steps"] else ""
 
 
 def millions(steps: int) -> str:

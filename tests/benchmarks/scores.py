@@ -3,11 +3,12 @@
     python tests/benchmarks/scores.py [--only brax/reacher navix/Navix-Empty-5x5-v0] [--num-seeds 10]
                                       [--first-seed 1000] [--again] [--out tests/benchmarks/scores.json]
 
-All seeds train in one batch, and each plays 128 fresh episodes, once sampled and once greedy, and once in the game that
-gymnax's environment reimplements: in Gymnasium, or in the package minatar if it is installed. The data, and the
-table beside it (scores.md), are written after every environment. Environments in the data are left out unless --again
-is given, so a run can be interrupted; a mean that then leaves the interval that was kept is named. Prints means over
-seeds with 95 % intervals, and the worst seed. Environments of suites need their suite.
+Trains what the data does not have, or everything with --again. All seeds of an environment train in one batch, and each
+plays 128 fresh episodes, once sampled and once greedy, and once in the game that gymnax's environment reimplements: in
+Gymnasium, or in the package minatar if it is installed. The data, and the table beside it (scores.md), are written
+after every environment, so a run can be interrupted. A mean that leaves the interval that was kept is named. Prints
+means over seeds with 95 % intervals, and the worst seed. Environments of a suite that is not installed are left out,
+and named.
 """
 
 import argparse
@@ -46,18 +47,29 @@ def main():
     options = parser.parse_args()
     kept = json.loads(options.out.read_text()) if options.out.exists() else {}
     for env in options.only:
-        if options.again or env not in kept or kept[env].get("settings") != settings_of(env):
+        try:
+            trained, config, _ = variant(env)
+            pjp.make_ppo(trained, config)
+        except ValueError as error:  # its suite is not installed, or cannot make it
+            print(f"{env} is left out: {error}", flush=True)
+            continue
+        if options.again or not is_current(env, kept.get(env)):
             before, num_seeds = kept.get(env), options.num_seeds or (5 if "/" in env else 10)
             kept[env] = score(env, options.first_seed, num_seeds)
             kept = dict(sorted(kept.items()))
             options.out.write_text(json.dumps(kept, indent=1) + "\n")
             options.out.with_suffix(".md").write_text(table(kept))
             print(describe(env, kept[env]), *changes(before, kept[env]), sep="\n", flush=True)
-    print("\n".join(describe(env, kept[env]) for env in options.only))
+    print("\n".join(describe(env, kept[env]) for env in options.only if env in kept))
+
+
+def is_current(name: str, row: dict | None) -> bool:
+    """Whether a kept row has the settings and the steps of the preset or the variant as it is now."""
+    return row is not None and (row.get("settings"), row["steps"]) == (settings_of(name), variant(name)[1].total_steps)
 
 
 def settings_of(name: str) -> dict[str, str]:
-    """What is trained, beside the defaults, as text that is the same in every process."""
+    """What is trained, beside the defaults, as text that is the same in every process; without the steps."""
     _, config, hyperparams = variant(name)
     return {field: re.sub(r" at 0x\w+", "", repr(x)) for field, x in changed_settings(config, hyperparams).items()}
 

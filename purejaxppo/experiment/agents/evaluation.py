@@ -60,7 +60,7 @@ def evaluate_in_gymnasium(
         env_id: the name in Gymnasium, by default the agents' own.
         num_episodes: episodes per agent.
         greedy: whether to take the most probable action instead of a sample.
-        seed: random seed.
+        seed: random seed; every episode of every agent begins with its own.
         max_steps: steps after which running episodes stop; they are not `finished`.
 
     Returns:
@@ -104,7 +104,7 @@ def _play(envs, act, begin, show, policy, agent: int, greedy: bool, seed: int, m
     """Return, length and `finished` of the first episode of every environment, [E] each."""
     num = envs.num_envs
     key = jax.random.fold_in(jax.random.key(seed), agent)
-    obs, _ = envs.reset(seed=seed)  # the same for every agent
+    obs, _ = envs.reset(seed=seed + agent * num)  # Gymnasium adds the number of the environment
     total, length, running = np.zeros(num), np.zeros(num, int), np.ones(num, bool)
     memory, action, reward, step = None, None, None, 0
     while running.any() and step < max_steps:

@@ -35,7 +35,7 @@ def rank(
 
     Args:
         scores: one number per run, with the dimension `seed`; or metrics, whose `scores_of` are ranked.
-        statistic: "iqm", "mean" or "median", which decides the order.
+        statistic: "iqm", "mean" or "median", which decides the order; the mean decides between equal ones.
         over: the dimension "seed", or several with it, such as ("env", "seed").
         confidence: level of the interval, between 0 and 1.
         num_resamples: draws of the bootstrap; 0 makes the interval nan.
@@ -56,7 +56,7 @@ def rank(
         ranked[name] = aggregate(filled(rows), name, over, num_resamples=0)["value"]
     numbers = [*STATISTICS, "low", "high"]
     ranked[numbers] = ranked[numbers].where(ranked["num_runs"] > 0)
-    order = np.argsort(-ranked[statistic].values, kind="stable")  # nan goes last
+    order = np.lexsort((-ranked["mean"].values, -ranked[statistic].values))  # the last key counts first; nan goes last
     return ranked.isel(setting=order)[["iqm", "low", "high", "mean", "median", "num_runs", "num_missing"]]
 
 
