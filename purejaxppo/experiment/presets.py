@@ -92,7 +92,7 @@ PRESETS = {
     "Acrobot-v1": _preset(500_000),
     "Pendulum-v1": _preset(
         300_000,
-        NORMALIZED | {"num_envs": 16, "num_epochs": 10, "num_minibatches": 32},
+        NORMALIZED | {"num_envs": 16, "num_epochs": 10, "num_minibatches": 32, "activation": "relu"},
         learning_rate=3e-4, discount=0.95, entropy_coefficient=0.0,
     ),
     "MountainCar-v0": _preset(
