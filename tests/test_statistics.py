@@ -3,6 +3,7 @@ import pytest
 import xarray
 from scipy import stats
 
+from purejaxppo.experiment.report.plot_fields import best_index
 from purejaxppo.experiment.report.ranking import as_table, best, importance, rank
 from purejaxppo.experiment.report.statistics import (
     aggregate,
@@ -182,6 +183,7 @@ def test_the_mean_decides_between_settings_whose_interquartile_means_are_equal()
     scores = runs([0, 5, 5, 5], [5, 5, 5, 5], [NAN, NAN, NAN, NAN], [5, 5, 5, 4], x=[1, 2, 3, 4])
     assert rank(scores)["x"].values.tolist() == [2, 4, 1, 3]
     assert best(scores) == {"x": 2}
+    assert best_index(scores, "iqm") == {"setting": 1} and best_index(scores.isel(setting=1), "iqm") == {}
 
 
 def test_a_lucky_survivor_does_not_win():

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from purejaxppo.experiment.evaluations import EVALUATION_RETURN
 from purejaxppo.experiment.report.statistics import (
     NO_SCORE,
+    best_first,
     describe_scores,
     scores_of,
     swept_fields,
@@ -72,8 +73,9 @@ def find_field(scores: xarray.DataArray, name: str | None) -> Field:
 
 def best_index(scores: xarray.DataArray, statistic: str) -> dict[str, int]:
     """The index of the best setting along every dimension but `seed`."""
-    value = value_of_settings(scores, statistic)
-    return {str(dim): int(i) for dim, i in value.argmax(list(value.dims)).items()} if value.dims else {}
+    value, mean = (value_of_settings(scores, name) for name in (statistic, "mean"))
+    first = best_first(value.values.ravel(), mean.values.ravel())[0]
+    return {str(dim): int(i) for dim, i in zip(value.dims, np.unravel_index(first, value.shape))}
 
 
 def scores_of_pair(scores: xarray.DataArray, x: str, y: str, statistic: str) -> xarray.Dataset:
@@ -139,8 +141,8 @@ def choose_members(
     if lines.grid:
         return list(order[np.linspace(0, size - 1, min(size, max_lines or 8)).round().astype(int)])
     others = {dim: i for dim, i in highest.items() if dim != lines.dim}
-    value = value_of_settings(scores, statistic).isel(others).values
-    best = list(np.argsort(-value, kind="stable")[: max_lines or 5])
+    value, mean = (value_of_settings(scores, name).isel(others).values for name in (statistic, "mean"))
+    best = list(best_first(value, mean)[: max_lines or 5])
     return best if lines.numbers is None else [i for i in order if i in best]
 
 

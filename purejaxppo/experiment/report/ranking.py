@@ -15,6 +15,7 @@ from purejaxppo.experiment.report.statistics import (
     NO_SCORE,
     STATISTICS,
     aggregate,
+    best_first,
     check,
     filled,
     scores_of,
@@ -56,7 +57,7 @@ def rank(
         ranked[name] = aggregate(filled(rows), name, over, num_resamples=0)["value"]
     numbers = [*STATISTICS, "low", "high"]
     ranked[numbers] = ranked[numbers].where(ranked["num_runs"] > 0)
-    order = np.lexsort((-ranked["mean"].values, -ranked[statistic].values))  # the last key counts first; nan goes last
+    order = best_first(ranked[statistic].values, ranked["mean"].values)
     return ranked.isel(setting=order)[["iqm", "low", "high", "mean", "median", "num_runs", "num_missing"]]
 
 

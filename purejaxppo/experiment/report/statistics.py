@@ -322,6 +322,11 @@ def value_of_settings(scores: xarray.DataArray, statistic: str) -> xarray.DataAr
     return aggregate(filled(scores), statistic, num_resamples=0)["value"].where(scores.notnull().any("seed"))
 
 
+def best_first(values: np.ndarray, means: np.ndarray) -> np.ndarray:
+    """The positions of settings by their values [settings], the highest first; means decide between equal ones."""
+    return np.lexsort((-means, -values))  # the last key counts first; nan goes last
+
+
 def filled(scores: xarray.DataArray) -> xarray.DataArray:
     """The scores, with the lowest of all in place of those that are nan."""
     return scores.fillna(scores.min())
