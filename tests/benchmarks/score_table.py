@@ -14,8 +14,9 @@ HERE = Path(__file__).parent
 HEAD = """# Scores
 
 Every seed trains as its preset says and then plays 128 fresh episodes, whose mean return is the score of the seed. No
-preset was tuned on these seeds; where a score led to another preset, the row has other seeds (`first_seed` in
-`scores.json`). IQM is the mean of the middle half of the seeds; brackets hold the 95 % interval of the mean over seeds
+preset was tuned on these seeds. A score that led to another preset is replaced by one of other seeds (`first_seed` in
+`scores.json`), but not yet for GaussianBandit and PointRobot, whose scores may therefore be a little too high.
+IQM is the mean of the middle half of the seeds; brackets hold the 95 % interval of the mean over seeds
 (Student's t, which can exceed a bound). A mean of finitely many episodes can exceed an optimum, where returns are as
 random as in UmbrellaChain and the bandits. Actions are sampled, but under "greedy", where the most likely one is taken.
 "Original": the same policies, played in the game that gymnax's environment reimplements, in Gymnasium or in the package
