@@ -89,7 +89,7 @@ PRESETS = {
     "CartPole-v1": _preset(
         150_000, {"num_envs": 8, "num_steps": 32}, learning_rate=2e-3, discount=0.98, gae_lambda=0.9
     ),
-    "Acrobot-v1": _preset(500_000),
+    "Acrobot-v1": _preset(500_000, {"scale_reward": True}, learning_rate=1e-3),
     "Pendulum-v1": _preset(
         300_000,
         NORMALIZED | {"num_envs": 16, "num_epochs": 10, "num_minibatches": 32, "activation": "relu"},
