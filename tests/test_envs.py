@@ -414,6 +414,10 @@ def in_parts(space):
         (broken(truncated=lambda r: jnp.bool_(False)), "no episode ended within 200 random steps"),
         (broken(reward=lambda r: r.reward + np.random.rand()), "step is not a pure function"),
         (broken_obs(lambda: jnp.full(1, np.random.rand())), "reset is not a pure function"),
+        (
+            broken(reward=lambda r: r.reward + np.random.choice([0.0, 0.0])),
+            "reset or step draws from np.random or random",
+        ),
         (broken_obs(lambda: jax.random.key(0)), "an observation is of key<fry>; it must be of floats"),
         (broken_obs(lambda: jnp.zeros(2, jnp.complex64)), "an observation is of complex64; it must be of floats"),
         (broken_obs(dict), "an observation is {}, which holds no number"),

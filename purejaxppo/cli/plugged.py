@@ -63,7 +63,8 @@ def check_given(
     """
     for field in needed:
         if field in before and field not in given:
-            raise ValueError(f"{field}={before[field]} was given when the run in {folder} was started (give it again)")
+            own = f"{'an' if field[0] in 'aeio' else 'a'} {field} of your own"
+            raise ValueError(f"the run in {folder} was started with {own} (add --{field} {before[field]})")
 
 
 def make_plugged(env: str, config: Config, plugged: Plugged) -> PPO:

@@ -1,5 +1,7 @@
 """Random play of an environment: what it shows, and the faults that only play can find."""
 
+import pickle
+import random
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -50,8 +52,14 @@ def play_faults(env: Env, num_steps: int, seed: int) -> list[str]:
     keys = jax.random.split(jax.random.key(seed), NUM_ENVS)
     space = action_space(env, env.params)  # not traced
     play = jax.jit(jax.vmap(partial(_play, env, space, num_steps)))
+    generators = _global_generators()
     begun, seen = call_env(f"playing {num_steps} random steps under jit and vmap", play, keys)
     problems = _faults_of_numbers(begun, seen)
+    if _global_generators() != generators:
+        problems.append(
+            "reset or step draws from np.random or random, which happens once, when it is traced (use jax.random with "
+            "the key)."
+        )
     if not seen.within.all() and seen.obs_finite.all():
         problems.append(_outside(observation_space(env), seen))
     if not seen.allowed.any():
@@ -77,6 +85,11 @@ def play_faults(env: Env, num_steps: int, seed: int) -> list[str]:
             "(time_limit(env, max_steps) truncates them, check_env(env, num_steps=...) plays longer)."
         )
     return problems
+
+
+def _global_generators() -> bytes:
+    """The states of the generators that NumPy and Python share among all of a program."""
+    return pickle.dumps((np.random.get_state(), random.getstate()))
 
 
 def _play(env: Env, space: Space, num_steps: int, key: jax.Array) -> tuple[Begun, Seen]:
