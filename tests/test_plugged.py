@@ -100,8 +100,8 @@ def test_a_run_with_custom_parts_needs_them_again_and_files_import_nothing(modul
     assert main(["train", "my_parts:short", *SIZES, "--out", "run", *parts]) == 0
     settings = read_settings("run")
     assert settings.identity.keys() >= {"env", "network", "loss", "step"} and settings.env == "short"
-    assert "started with a network of your own (add --network my_parts:net)" in refused(capsys, "resume", "run")
-    assert "started with an env of your own (add --env my_parts:short)" in refused(capsys, "evaluate", "run")
+    assert "started with network=my_parts:net (add --network my_parts:net)" in refused(capsys, "resume", "run")
+    assert "started with env=my_parts:short (add --env my_parts:short)" in refused(capsys, "evaluate", "run")
     acting = ["--env", "my_parts:short", "--network", "my_parts:net"]
     assert main(["evaluate", "run", *acting, "--episodes", "2"]) == 0
     assert "short: 2 episodes of 1 agent" in capsys.readouterr().out

@@ -63,8 +63,8 @@ def check_given(
     """
     for field in needed:
         if field in before and field not in given:
-            own = f"{'an' if field[0] in 'aeio' else 'a'} {field} of your own"
-            raise ValueError(f"the run in {folder} was started with {own} (add --{field} {before[field]})")
+            part = before[field]
+            raise ValueError(f"the run in {folder} was started with {field}={part} (add --{field} {part})")
 
 
 def make_plugged(env: str, config: Config, plugged: Plugged) -> PPO:
