@@ -1,12 +1,14 @@
 """Trains presets with several seeds each and evaluates what they learned; the data is kept beside this file.
 
     python tests/benchmarks/scores.py [--only brax/reacher navix/Navix-Empty-5x5-v0] [--num-seeds 10]
-                                      [--first-seed 1000] [--again] [--out tests/benchmarks/scores.json]
+                                      [--first-seed 1000] [--again] [--folder .benchmarks/scores]
+                                      [--out tests/benchmarks/scores.json]
 
 Trains what the data does not have, or everything with --again. All seeds of an environment train in one batch, and each
 plays 128 fresh episodes, once sampled and once greedy, and once in the game that gymnax's environment reimplements: in
 Gymnasium, or in the package minatar if it is installed. The data, and the table beside it (scores.md), are written
-after every environment, so a run can be interrupted. A mean that leaves the interval that was kept is named. Prints
+after every environment, and what is trained of one is kept in FOLDER until then: after an interrupt the same command
+goes on. A mean that leaves the interval that was kept is named. Prints
 means over seeds with 95 % intervals, and the worst seed. Environments of a suite that is not installed are left out,
 and named.
 """
@@ -14,6 +16,7 @@ and named.
 import argparse
 import json
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -28,11 +31,13 @@ from purejaxppo.experiment.agents.load import Agents
 from purejaxppo.experiment.presets import PRESETS, changed_settings
 from purejaxppo.experiment.provenance import describe_machine
 from purejaxppo.experiment.report.metrics import learning_curve, mean_interval
+from purejaxppo.experiment.runs.settings import read_settings
 from purejaxppo.experiment.suite_presets import UNTRIED
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from variants import VARIANTS, Variant
 
+HERE = Path(__file__).parent
 NUM_POINTS = 50  # of a learning curve
 
 
@@ -43,7 +48,8 @@ def main():
     parser.add_argument("--num-seeds", type=int, help="by default 10, or 5 of suites, whose steps take longer")
     parser.add_argument("--first-seed", type=int, default=1000, help="none that settings were tuned on")
     parser.add_argument("--again", action="store_true", help="environments that are in the file already, too")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "scores.json")
+    parser.add_argument("--folder", type=Path, default=HERE.parent.parent / ".benchmarks" / "scores")
+    parser.add_argument("--out", type=Path, default=HERE / "scores.json")
     options = parser.parse_args()
     kept = json.loads(options.out.read_text()) if options.out.exists() else {}
     for env in options.only:
@@ -55,10 +61,12 @@ def main():
             continue
         if options.again or not is_current(env, kept.get(env)):
             before, num_seeds = kept.get(env), options.num_seeds or (5 if "/" in env else 10)
-            kept[env] = score(env, options.first_seed, num_seeds)
+            folder = options.folder / env.replace("/", "-")
+            kept[env] = score(env, options.first_seed, num_seeds, folder)
             kept = dict(sorted(kept.items()))
             options.out.write_text(json.dumps(kept, indent=1) + "\n")
             options.out.with_suffix(".md").write_text(table(kept))
+            shutil.rmtree(folder)
             print(describe(env, kept[env]), *changes(before, kept[env]), sep="\n", flush=True)
     print("\n".join(describe(env, kept[env]) for env in options.only if env in kept))
 
@@ -79,8 +87,11 @@ def variant(name: str) -> Variant:
     return VARIANTS[name]() if name in VARIANTS else Variant(pjp.make_env(name), *pjp.preset(name))
 
 
-def score(name: str, first_seed: int, num_seeds: int) -> dict:
-    """The returns of every seed of a preset or a variant: of the last 100 training episodes, and of 128 fresh ones."""
+def score(name: str, first_seed: int, num_seeds: int, folder: Path) -> dict:
+    """The returns of every seed of a preset or a variant: of the last 100 training episodes, and of 128 fresh ones.
+
+    Training resumes in `folder`; its seconds are those of the whole at the rate of the last session.
+    """
     env, config, hyperparams = variant(name)
     single = pjp.make_ppo(env, config)
     ppo = pjp.batched(single)
@@ -91,9 +102,8 @@ def score(name: str, first_seed: int, num_seeds: int) -> dict:
     compiled = time.perf_counter()
     play = jax.jit(ppo.evaluate, static_argnames="greedy")
     untrained = play(keys, state.policy)
-    start_training = time.perf_counter()
-    result = pjp.fit(ppo, state, progress=False, program=program)
-    seconds = time.perf_counter() - start_training
+    result = pjp.fit(ppo, state, progress=False, program=program, folder=folder)
+    rate = read_settings(folder).steps_per_second
     played = {name: play(keys, result.state.policy, greedy=name == "greedy") for name in ("sampled", "greedy")}
     original = play_original(name, Agents(single, result.state.policy, result.state.env_params, name))
     curve = learning_curve(result.metrics, NUM_POINTS).values.astype(float)
@@ -108,7 +118,7 @@ def score(name: str, first_seed: int, num_seeds: int) -> dict:
         "unfinished": {name: int((~np.asarray(x.finished)).sum()) for name, x in played.items()},
         "curve": [[None if np.isnan(x) else round(x, 3) for x in row] for row in curve.tolist()],
         "compile_seconds": round(compiled - start, 1),
-        "train_seconds": round(seconds, 1),
+        "train_seconds": round(config.total_steps * num_seeds / rate, 1),
         "versions": describe_machine()["versions"],
     }
 
