@@ -98,7 +98,7 @@ def score(name: str, first_seed: int, num_seeds: int, folder: Path) -> dict:
     keys = jax.vmap(jax.random.key)(first_seed + np.arange(num_seeds))
     start = time.perf_counter()
     state = pjp.first_state(ppo, keys, hyperparams)
-    program = pjp.compile_training(ppo, state)
+    program = pjp.compile_training(ppo, state, -(-config.num_updates // 100))
     compiled = time.perf_counter()
     play = jax.jit(ppo.evaluate, static_argnames="greedy")
     untrained = play(keys, state.policy)
