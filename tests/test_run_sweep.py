@@ -225,7 +225,7 @@ def test_a_plan_compiles_training_once_for_all_hyperparameters(plan, result):
     (part,) = plan.groups
     assert part.num_runs == 8 <= part.num_slices * part.slice_size
     state = result.state(**result.best())
-    assert part.stored_bytes == sum(x.nbytes for x in to_arrays(state).values()) + 4 * 15 * 3
+    assert part.stored_bytes == sum(x.nbytes for x in to_arrays(state).values()) + 4 * 16 * 3
     assert part.device_bytes > sum(x.nbytes for x in to_arrays(state).values())
 
 

@@ -267,7 +267,8 @@ def _compile(
     if slice_size is None and fitting < size:
         size = fitting
         start, state, program, evaluations = compile_slices(size)
-    num_metrics = len(jax.eval_shape(many.step, state)[1]) + bool(evaluations)
+    _, rows = program.executable.out_info  # metrics [R, chunk, F]
+    bytes_per_update = size_of(rows) // (size * len(devices) * chunk) + 4 * bool(evaluations)
     return CompiledGroup(
         group=group,
         ppo=many,
@@ -280,7 +281,7 @@ def _compile(
         num_threads=min(num_threads, -(-num_runs // size)),
         device_bytes=bytes_of(program, evaluations) // size,
         memory=memory_of(many, state, bytes_of(program, evaluations) // size),
-        stored_bytes=size_of(state) // (size * len(devices)) + 4 * num_metrics * group.config.num_updates,
+        stored_bytes=size_of(state) // (size * len(devices)) + bytes_per_update * group.config.num_updates,
         compile_seconds=time.perf_counter() - started,
         evaluations=evaluations,
     )
