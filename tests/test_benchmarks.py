@@ -23,6 +23,7 @@ from purejaxppo.envs.import_gymnax import import_gymnax
 from purejaxppo.experiment.agents.load import Agents
 from purejaxppo.experiment.bench import bench
 from purejaxppo.experiment.presets import changed_settings, find_preset
+from purejaxppo.text import show_setting
 
 pytestmark = pytest.mark.full
 
@@ -33,6 +34,7 @@ SLOW_BOUNDS = {
 }  # fmt: skip
 KEPT_BOUNDS = json.loads((BENCHMARKS / "bounds.json").read_text())
 KEPT_SCORES = json.loads((BENCHMARKS / "scores.json").read_text())
+KEPT_ABLATIONS = json.loads((BENCHMARKS / "ablations.json").read_text())
 TINY = ["--num-steps", "16", "--num-envs", "4", "--num-updates", "4", "--rounds", "1", "--seconds", "0.01"]
 
 
@@ -240,13 +242,62 @@ def test_scores_trains_what_has_changed_and_leaves_out_what_cannot_be_made(tmp_p
     rows = {"Catch-bsuite": row, "CartPole-v1": KEPT_SCORES["CartPole-v1"] | {"steps": 1}, "lost/env": row}
     out.write_text(json.dumps(rows))
     monkeypatch.setattr(scores, "score", lambda env, *_: trained.append(env) or KEPT_SCORES[env])
-    monkeypatch.setattr(sys, "argv", ["scores.py", "--only", *rows, "Acrobot-v1", "--out", str(out)])
+    command = ["scores.py", "--only", *rows, "Acrobot-v1", "--folder", str(tmp_path / "runs"), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
     scores.main()
     assert trained == ["CartPole-v1", "Acrobot-v1"]
     kept = json.loads(out.read_text())
     assert kept["CartPole-v1"] == KEPT_SCORES["CartPole-v1"] and kept["Acrobot-v1"] == KEPT_SCORES["Acrobot-v1"]
     printed = capsys.readouterr().out
     assert "lost/env is left out: env='lost/env' is not a known environment" in printed
+
+
+def test_again_keeps_the_seeds_of_the_data_and_goes_on_after_an_interrupt(tmp_path, monkeypatch):
+    import scores
+
+    out, trained = tmp_path / "scores.json", []
+    names = "Acrobot-v1", "CartPole-v1", "Pendulum-v1"
+    out.write_text(json.dumps({name: KEPT_SCORES[name] for name in names}))
+
+    def score(env, first_seed, num_seeds, folder):
+        if (env, trained) == ("CartPole-v1", ["Acrobot-v1"]) and not interrupted:
+            interrupted.append(env)
+            raise KeyboardInterrupt
+        assert (first_seed, num_seeds) == {"CartPole-v1": (1000, 10), "Acrobot-v1": (4000, 10)}.get(env, (4000, 30))
+        trained.append(env)
+        return KEPT_SCORES[env]
+
+    interrupted = []
+    monkeypatch.setattr(scores, "score", score)
+    command = ["scores.py", "--again", "--only", *names, "--folder", str(tmp_path / "runs"), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(KeyboardInterrupt):
+        scores.main()
+    scores.main()
+    assert trained == list(names)
+    scores.main()  # another round
+    assert trained == [*names, *names]
+
+
+def test_scores_that_have_other_seeds_than_asked_are_not_current():
+    from scores import is_current
+
+    row = KEPT_SCORES["CartPole-v1"]
+    assert is_current("CartPole-v1", row) and is_current("CartPole-v1", row, 1000, 10)
+    assert not is_current("CartPole-v1", row, 2000) and not is_current("CartPole-v1", row, num_seeds=30)
+    assert not is_current("CartPole-v1", None)
+
+
+@pytest.mark.parametrize("env", KEPT_ABLATIONS)
+def test_kept_ablations_say_what_was_changed(env):
+    from ablations import DETAILS, other
+    from kept_settings import settings_of
+
+    row, (config, hyperparams) = KEPT_ABLATIONS[env], find_preset(env)
+    assert len(row["changed"]) == len(DETAILS) and np.shape(row["preset"]) == (20,)
+    if row["settings"] == settings_of(config, hyperparams):
+        changes = {show_setting({name: other(config, hyperparams, name)}) for name in DETAILS}
+        assert set(row["changed"]) == changes
 
 
 def untrained(name, key):

@@ -5,6 +5,7 @@
 One sweep per environment, whose settings are the preset and the preset with one detail changed. A sweep resumes in
 FOLDER. The final scores of all runs are kept in ablations.json beside this file, written after every environment, with
 the picture ablations.png: the probability that a run with the changed detail scores higher than one of the preset.
+Environments whose preset is still what the file has are left out.
 """
 
 import argparse
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from kept_settings import settings_of
 
 import purejaxppo as pjp
+from purejaxppo.experiment.provenance import describe_machine
 from purejaxppo.text import show_setting
 
 HERE = Path(__file__).parent
@@ -56,6 +59,8 @@ def main():
     options = parser.parse_args()
     kept = json.loads(options.out.read_text()) if options.out.exists() else {}
     for env in options.only:
+        if env in kept and kept[env]["settings"] == settings_of(*pjp.preset(env)):
+            continue
         kept[env] = ablate(env, options.num_seeds, options.folder / env)
         options.out.write_text(json.dumps(kept, indent=1) + "\n")
         draw(kept).savefig(options.out.with_suffix(".png"), dpi=120)
@@ -72,7 +77,9 @@ def ablate(env: str, num_seeds: int, folder: Path) -> dict[str, Any]:
     sweep = pjp.Sweep(env, table, num_seeds, config=config, hyperparams=hyperparams, seed=1)
     scores = pjp.run_sweep(sweep, folder).scores.transpose("setting", "seed").values
     return {
+        "settings": settings_of(config, hyperparams),
         "steps": config.total_steps,
+        "versions": describe_machine()["versions"],
         "preset": scores[0].tolist(),
         "changed": {show_setting(change): x.tolist() for change, x in zip(changes[1:], scores[1:])},
     }

@@ -4,31 +4,32 @@
                                       [--first-seed 1000] [--again] [--folder .benchmarks/scores]
                                       [--out tests/benchmarks/scores.json]
 
-Trains what the data does not have, or everything with --again. All seeds of an environment train in one batch, and each
-plays 128 fresh episodes, once sampled and once greedy, and once in the game that gymnax's environment reimplements: in
-Gymnasium, or in the package minatar if it is installed. The data, and the table beside it (scores.md), are written
-after every environment, and what is trained of one is kept in FOLDER until then: after an interrupt the same command
-goes on. A mean that leaves the interval that was kept is named. Prints
-means over seeds with 95 % intervals, and the worst seed. Environments of a suite that is not installed are left out,
-and named.
+Trains what the data does not have, or with --again everything, with the seeds that it has. All seeds of an environment
+train in one batch, and each plays 128 fresh episodes, once sampled and once greedy, and once in the game that gymnax's
+environment reimplements: in Gymnasium, or in the package minatar if it is installed (pip install -e ".[scores]"). The
+data, and the table beside it (scores.md), are written after every environment, and what is trained of one is kept in
+FOLDER until then: after an interrupt the same command goes on. A mean that leaves the interval that was kept is named.
+Prints means over seeds with 95 % intervals, and the worst seed. Environments of a suite that is not installed are left
+out, and named.
 """
 
 import argparse
 import json
-import re
 import shutil
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
 import numpy as np
+from kept_settings import settings_of
 from originals import play_original
 from score_table import table
 
 import purejaxppo as pjp
 from purejaxppo.experiment.agents.load import Agents
-from purejaxppo.experiment.presets import PRESETS, changed_settings
+from purejaxppo.experiment.presets import PRESETS
 from purejaxppo.experiment.provenance import describe_machine
 from purejaxppo.experiment.report.metrics import learning_curve, mean_interval
 from purejaxppo.experiment.runs.settings import read_settings
@@ -45,13 +46,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     everything = [*PRESETS, *(name for name in UNTRIED if "*" not in name), *VARIANTS]
     parser.add_argument("--only", nargs="+", default=everything)
-    parser.add_argument("--num-seeds", type=int, help="by default 10, or 5 of suites, whose steps take longer")
-    parser.add_argument("--first-seed", type=int, default=1000, help="none that settings were tuned on")
+    few = "by default as many as the file has, or else 10, or 5 of suites, whose steps take longer"
+    parser.add_argument("--num-seeds", type=int, help=few)
+    first = "by default that of the file, or else 1000; give none that settings were tuned on, or chosen by"
+    parser.add_argument("--first-seed", type=int, help=first)
     parser.add_argument("--again", action="store_true", help="environments that are in the file already, too")
     parser.add_argument("--folder", type=Path, default=HERE.parent.parent / ".benchmarks" / "scores")
     parser.add_argument("--out", type=Path, default=HERE / "scores.json")
     options = parser.parse_args()
     kept = json.loads(options.out.read_text()) if options.out.exists() else {}
+    if not find_spec("minatar"):
+        print(
+            'MinAtar\'s games are not played in minatar, which is not installed (pip install -e ".[scores]")',
+            flush=True,
+        )
     for env in options.only:
         try:
             trained, config, _ = variant(env)
@@ -59,27 +67,36 @@ def main():
         except ValueError as error:  # its suite is not installed, or cannot make it
             print(f"{env} is left out: {error}", flush=True)
             continue
-        if options.again or not is_current(env, kept.get(env)):
-            before, num_seeds = kept.get(env), options.num_seeds or (5 if "/" in env else 10)
-            folder = options.folder / env.replace("/", "-")
-            kept[env] = score(env, options.first_seed, num_seeds, folder)
+        before, folder = kept.get(env), options.folder / env.replace("/", "-")
+        done = folder.with_name(f"{folder.name}.done")  # in this round of --again
+        if (options.again and not done.exists()) or not is_current(env, before, options.first_seed, options.num_seeds):
+            kept[env] = score(env, *seeds(env, before, options.first_seed, options.num_seeds), folder)
             kept = dict(sorted(kept.items()))
             options.out.write_text(json.dumps(kept, indent=1) + "\n")
             options.out.with_suffix(".md").write_text(table(kept))
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            options.folder.mkdir(parents=True, exist_ok=True)
+            done.touch()
             print(describe(env, kept[env]), *changes(before, kept[env]), sep="\n", flush=True)
+    for done in options.folder.glob("*.done"):
+        done.unlink()
     print("\n".join(describe(env, kept[env]) for env in options.only if env in kept))
 
 
-def is_current(name: str, row: dict | None) -> bool:
-    """Whether a kept row has the settings and the steps of the preset or the variant as it is now."""
-    return row is not None and (row.get("settings"), row["steps"]) == (settings_of(name), variant(name)[1].total_steps)
-
-
-def settings_of(name: str) -> dict[str, str]:
-    """What is trained, beside the defaults, as text that is the same in every process; without the steps."""
+def is_current(name: str, row: dict | None, first_seed: int | None = None, num_seeds: int | None = None) -> bool:
+    """Whether a kept row has the seeds that are asked for, and the settings and the steps of the preset now."""
+    if row is None or seeds(name, row, first_seed, num_seeds) != seeds(name, row):
+        return False
     _, config, hyperparams = variant(name)
-    return {field: re.sub(r" at 0x\w+", "", repr(x)) for field, x in changed_settings(config, hyperparams).items()}
+    return (row.get("settings"), row["steps"]) == (settings_of(config, hyperparams), config.total_steps)
+
+
+def seeds(name: str, row: dict | None, first_seed: int | None = None, num_seeds: int | None = None) -> tuple[int, int]:
+    """The first seed and how many: what is asked for, or else what the kept row has."""
+    kept = row or {}
+    if first_seed is None:
+        first_seed = kept.get("first_seed", 1000)
+    return first_seed, num_seeds or len(kept.get("sampled", ())) or (5 if "/" in name else 10)
 
 
 def variant(name: str) -> Variant:
@@ -108,7 +125,7 @@ def score(name: str, first_seed: int, num_seeds: int, folder: Path) -> dict:
     original = play_original(name, Agents(single, result.state.policy, result.state.env_params, name))
     curve = learning_curve(result.metrics, NUM_POINTS).values.astype(float)
     return {
-        "settings": settings_of(name),
+        "settings": settings_of(config, hyperparams),
         "first_seed": first_seed,
         "steps": config.total_steps,
         "untrained": float(np.mean(untrained.episode_return)),
