@@ -20,6 +20,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -93,10 +94,9 @@ def is_current(name: str, row: dict | None, first_seed: int | None = None, num_s
 
 def seeds(name: str, row: dict | None, first_seed: int | None = None, num_seeds: int | None = None) -> tuple[int, int]:
     """The first seed and how many: what is asked for, or else what the kept row has."""
-    kept = row or {}
-    if first_seed is None:
-        first_seed = kept.get("first_seed", 1000)
-    return first_seed, num_seeds or len(kept.get("sampled", ())) or (5 if "/" in name else 10)
+    kept: dict[str, Any] = row or {}
+    first = kept.get("first_seed", 1000) if first_seed is None else first_seed
+    return first, num_seeds or len(kept.get("sampled", ())) or (5 if "/" in name else 10)
 
 
 def variant(name: str) -> Variant:
@@ -121,6 +121,7 @@ def score(name: str, first_seed: int, num_seeds: int, folder: Path) -> dict:
     untrained = play(keys, state.policy)
     result = pjp.fit(ppo, state, progress=False, program=program, folder=folder)
     rate = read_settings(folder).steps_per_second
+    assert rate is not None
     played = {name: play(keys, result.state.policy, greedy=name == "greedy") for name in ("sampled", "greedy")}
     original = play_original(name, Agents(single, result.state.policy, result.state.env_params, name))
     curve = learning_curve(result.metrics, NUM_POINTS).values.astype(float)
