@@ -222,8 +222,9 @@ def probability_of_improvement(
     """Probability that a run of `a` scores higher than a run of `b`, P(a > b) + P(a = b) / 2, with its interval.
 
     It is Mann and Whitney's U / (m n), averaged over environments (Agarwal et al., 2021), with a percentile bootstrap
-    interval. Variables of the result: `value`, `low`, `high`. Raises ValueError if the scores hold more than one
-    setting, or different numbers of environments.
+    interval. Where every run of one setting scores higher, the interval has no width, however few the runs are.
+    Variables of the result: `value`, `low`, `high`. Raises ValueError if the scores hold more than one setting, or
+    different numbers of environments.
 
     Args:
         a: scores of one setting along `seed`, or along `env` and `seed`.
