@@ -64,6 +64,9 @@ def join_metrics(metrics: dict[str, Any], others: Mapping[str, dict[str, Any]]) 
         known = metrics.keys() | RESERVED | {"learning_rate", "parent"}
         taken = [name for name in added if name in known or "/" in name]
         if taken:
-            raise ValueError(f"{reporter} hold {taken[0]!r}, a name that is taken or has a '/' (use another name)")
+            raise ValueError(
+                f"{reporter} hold {taken[0]!r}, a name that is taken or has a '/' (use another name, here or for the "
+                "metric of the environment that has it)"
+            )
         metrics = metrics | added
     return metrics

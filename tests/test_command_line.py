@@ -143,6 +143,21 @@ def test_bad_input_is_answered_in_a_sentence_with_status_2(arguments, words, tmp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "command, flags, name",
+    [
+        ("train", [], "policy.npz"),
+        ("train", [], "metrics.nc"),
+        ("sweep", ["--grid", "learning_rate=1e-3"], "results.nc"),
+    ],
+)
+def test_files_of_something_else_are_not_replaced(command, flags, name, tmp_path, capsys):
+    (tmp_path / name).write_text("mine")
+    status, _, complaint = run(capsys, command, "CartPole-v1", *TINY, *flags, "--out", str(tmp_path))
+    assert status == 2 and f"has a {name}, but no run or sweep that it is of (name another folder)" in complaint
+    assert (tmp_path / name).read_text() == "mine" and {path.name for path in tmp_path.iterdir()} == {name}
+
+
 def test_a_folder_that_holds_a_run_is_left_alone(tmp_path, capsys):
     (tmp_path / "settings.json").write_text("mine")
     status, _, complaint = run(capsys, "train", "CartPole-v1", *TINY, "--out", str(tmp_path))

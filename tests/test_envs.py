@@ -22,7 +22,9 @@ from probes import SMALL, copy_cue, counter
 from purejaxppo import ActionMask, Box, Discrete, Env, MultiDiscrete, Step, check_env, make_env, make_ppo, time_limit
 from purejaxppo.envs import env_names
 from purejaxppo.envs.base import action_space, observation_space
+from purejaxppo.envs.check import REPORTED
 from purejaxppo.experiment.agents.render import record_episode
+from purejaxppo.summary import RESERVED
 
 
 @pytest.mark.full
@@ -659,6 +661,24 @@ def test_a_leaf_that_vmap_does_not_batch_is_found():
     assert "gives an array of shape (1600,) instead of (3, 100)" in check_env(shared)[0]
     with pytest.raises(ValueError, match="one environment must not share it"):
         make_ppo(shared, SMALL)
+
+
+@pytest.mark.parametrize("kind", ["metrics", "episode_metrics"])
+@pytest.mark.parametrize("name", ["entropy", "episode_return", "seed"])
+def test_a_metric_by_the_name_of_one_of_training_is_found(kind, name):
+    env = counter()
+
+    def step(key, state, action, params):
+        return env.step(key, state, action, params)._replace(**{kind: {name: jnp.float32(0)}})
+
+    named = f"metric '{name}' has the name of a metric of training; give it another one."
+    assert named in check_env(env._replace(step=step))
+
+
+def test_the_names_that_check_env_knows_are_those_that_training_reports():
+    ppo = make_ppo(counter(), SMALL)
+    _, metrics = jax.eval_shape(ppo.step, jax.eval_shape(ppo.init, jax.random.key(0)))
+    assert REPORTED == metrics.keys() | RESERVED | {"parent"}
 
 
 def test_a_reward_that_is_always_zero_and_metrics_that_are_no_dictionary_are_found():

@@ -17,6 +17,13 @@ from purejaxppo.envs.random_play import play_faults
 from purejaxppo.envs.roles import check_roles, random_action
 from purejaxppo.text import quote
 
+# Names of the metrics of training and of their coordinates; those of an environment must be others.
+REPORTED = frozenset(
+    "episode_return episode_length num_episodes num_lost_episodes num_reused_starts explained_variance value_mean "
+    "learning_rate loss policy_loss value_loss entropy approx_kl clip_fraction grad_norm parent "
+    "run seed setting updates step evaluation_return failed_update failed_metric failure".split()
+)
+
 
 class EnvCheck(list):
     """The faults of an environment, one sentence each; prints what the environment costs, too, if it can be played."""
@@ -47,7 +54,7 @@ def check_env(env: Any, num_steps: int = 200, seed: int = 0) -> EnvCheck:
     check_whole("num_steps", num_steps)
     check_whole("seed", seed, at_least=0)
     try:
-        faults = check_shapes(env)
+        faults = check_shapes(env) or _taken_names(env)
         return EnvCheck(faults) if faults else EnvCheck(play_faults(env, num_steps, seed), env)
     except ValueError as error:
         return EnvCheck([f"{error}."])
@@ -98,6 +105,15 @@ def check_shapes(env: Env) -> list[str]:
             )
     problems += _check_observation_space(env, obs)
     return list(dict.fromkeys(problems or _check_batch(env, key, start, result)))
+
+
+def _taken_names(env: Env) -> list[str]:
+    """The metrics of an environment that training reports, too; a loss of one's own may report fewer."""
+    return [
+        f"metric {name!r} has the name of a metric of training; give it another one."
+        for name in metric_names(env)
+        if name in REPORTED
+    ]
 
 
 def _check_batch(env: Env, key: jax.Array, start: Any, result: Any) -> list[str]:

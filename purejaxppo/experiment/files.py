@@ -48,6 +48,13 @@ def refuse_other(folder: Path, *kinds: str):
         raise ValueError(f"folder={folder} already holds a {kind} (name another folder)")
 
 
+def refuse_foreign(folder: Path, *names: str):
+    """Raises ValueError if a folder that holds no results has files by names that results would replace."""
+    found = [name for name in names if (folder / name).exists()]
+    if found and kind_of(folder) is None:
+        raise ValueError(f"folder={folder} has a {found[0]}, but no run or sweep that it is of (name another folder)")
+
+
 def refuse_study(folder: str | Path):
     """Raises ValueError if a folder that is to be read holds a study, whose batches are what can be read."""
     if kind_of(folder) == "study":

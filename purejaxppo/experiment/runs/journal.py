@@ -17,6 +17,7 @@ from purejaxppo.experiment.files import (
     from_arrays,
     is_full,
     kind_of,
+    refuse_foreign,
     refuse_other,
     remove_halves,
     to_arrays,
@@ -251,8 +252,8 @@ def open_journal(
         allow_changed: what may have another identity than in the folder, see `identify_ppo`.
 
     Raises:
-        ValueError: if the folder cannot be written, has another writer, holds another run or a sweep, or if all
-            checkpoints are damaged.
+        ValueError: if the folder cannot be written, has another writer, holds another run, a sweep or files that the
+            results would replace, or if all checkpoints are damaged.
     """
     team = Team(everyone=spans_processes(state))
     if folder is None:
@@ -270,6 +271,8 @@ def open_journal(
             journal.resume_from(checkpoint, allow_changed)
         elif kind_of(path) == "run":  # started, but killed before its first checkpoint
             _check_same(read_settings(path), settings, path, allow_changed)
+        else:
+            refuse_foreign(path, *saved.RESULTS)
         yield journal
 
 

@@ -43,6 +43,7 @@ from purejaxppo.text import count, shorten
 
 METRICS, POLICY = "metrics.nc", "policy.npz"
 FILES = (SETTINGS, METRICS, POLICY)
+RESULTS = (METRICS, POLICY, BEST)  # what only the end of a session writes
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def is_intact(folder: Path) -> bool:
 
 def remove_results(folder: Path):
     """Removes what `save` wrote but the settings; the checkpoints hold it too."""
-    for name in (DIGESTS, POLICY, BEST, METRICS):
+    for name in (DIGESTS, *RESULTS):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -22,7 +22,7 @@ from purejaxppo.experiment.report.ranking import best, rank
 from purejaxppo.experiment.report.statistics import NO_SCORE, scores_of, unfinished
 from purejaxppo.experiment.sweeps.metrics import label_sweep
 from purejaxppo.experiment.sweeps.rungs import best_first, last_scores, scores_on_rungs
-from purejaxppo.experiment.sweeps.slices import Slice, Slices, by_run, read_identities, read_rungs, read_sweep
+from purejaxppo.experiment.sweeps.slices import RESULTS, Slice, Slices, by_run, read_identities, read_rungs, read_sweep
 from purejaxppo.experiment.sweeps.sweep import Sweep, make_group, name_run
 from purejaxppo.ppo import PPO, TrainState, make_ppo
 from purejaxppo.rollout import Policy
@@ -30,8 +30,6 @@ from purejaxppo.text import count, shorten, show_setting, to_coordinate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-RESULTS = "results.nc"
 
 
 @dataclass(frozen=True)

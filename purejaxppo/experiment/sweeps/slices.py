@@ -28,6 +28,7 @@ from purejaxppo.experiment.files import (
     differing_fields,
     kind_of,
     prepare,
+    refuse_foreign,
     refuse_other,
     refuse_study,
     save_arrays,
@@ -40,6 +41,8 @@ from purejaxppo.experiment.report.failures import name_causes
 from purejaxppo.experiment.sweeps.sweep import Sweep, name_run
 from purejaxppo.summary import FAILURE
 from purejaxppo.text import shorten, show_setting
+
+RESULTS = "results.nc"
 
 
 @dataclass(frozen=True)
@@ -255,6 +258,7 @@ def find_slices(folder: str | Path | None, sweep: Sweep) -> Slices:
     refuse_other(folder, "run", "study")  # whose writer may be at work for long, so that nobody should wait for it
     if kind_of(folder) == "sweep":
         _check_same(folder, sweep)
+    refuse_foreign(folder, RESULTS)
     return Slices(sweep, folder)
 
 
