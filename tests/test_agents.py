@@ -258,6 +258,9 @@ def test_the_commands_evaluate_export_and_show(folder, tmp_path, capsys):
     assert status == 0 and "in Gymnasium: 4 episodes of 2 agents" in printed and "95 % over agents" in printed
     status, printed, _ = run(capsys, "export", str(folder), "-o", str(tmp_path / "policy.npz"), "--agent", "1")
     assert status == 0 and "def act(obs):" in printed and (tmp_path / "policy.npz").exists()
+    assert "holds agent 1 of" in printed and "takes the most probable actions" in printed and "--agent" not in printed
+    status, printed, _ = run(capsys, "export", str(folder), "-o", str(tmp_path / "policy.npz"))
+    assert status == 0 and "(--agent takes another of the 2;" in printed
     status, printed, _ = run(capsys, "show", str(folder))
     assert status == 0 and "6 of 6 updates" in printed and f"jax {jax.__version__}" in printed
     assert "precision    highest" in printed and "code" in printed
@@ -269,6 +272,7 @@ def test_resume_finds_nothing_to_do_extends_and_warns(folder, tmp_path, capsys):
     copy = shutil.copytree(folder, tmp_path / "copy")
     status, printed, _ = run(capsys, "resume", str(copy))
     assert status == 0 and "return, last " in printed and "compile" not in printed
+    assert "complete before, nothing was left to train" in printed
     status, printed, warned = run(capsys, "resume", str(copy), "--total-steps", "512")
     assert status == 0 and "512 x 2 agents" in printed
     assert "purejaxppo: warning: the run in" in warned and "extended from num_updates=6 to 8" in warned

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import xarray
 
-from purejaxppo import load
+from purejaxppo import __version__, load
 from purejaxppo.cli.agents import RenderOptions
 from purejaxppo.cli.main import main, name_flags
 from purejaxppo.cli.options import say
@@ -156,6 +156,11 @@ def test_files_of_something_else_are_not_replaced(command, flags, name, tmp_path
     status, _, complaint = run(capsys, command, "CartPole-v1", *TINY, *flags, "--out", str(tmp_path))
     assert status == 2 and f"has a {name}, but no run or sweep that it is of (name another folder)" in complaint
     assert (tmp_path / name).read_text() == "mine" and {path.name for path in tmp_path.iterdir()} == {name}
+
+
+def test_the_version_is_printed(capsys):
+    status, printed, _ = run(capsys, "--version")
+    assert (status, printed) == (0, f"purejaxppo {__version__}\n")
 
 
 def test_a_folder_that_holds_a_run_is_left_alone(tmp_path, capsys):

@@ -155,7 +155,10 @@ def export(arguments: list[str]) -> int:
     agent = _choose_agent(options)
     policy = agents.policy(agent)
     lines = export_policy(agents.ppo, policy, options.out, jax.tree.map(lambda x: x[agent], agents.env_params))
-    say(f"# {options.out} holds agent {agent} of {agents.title}; use it like this:", "", *lines.split("\n"))
+    say(f"# {options.out} holds agent {agent} of {agents.title}, which takes the most probable actions")
+    if agents.num > 1 and options.agent is None:
+        say(f"# (--agent takes another of the {agents.num}; `evaluate --greedy` shows what they score so)")
+    say("# use it like this:", "", *lines.split("\n"))
     return 0
 
 

@@ -11,6 +11,7 @@ import warnings
 from dataclasses import fields
 from typing import Any
 
+from purejaxppo import __version__
 from purejaxppo.config import Config, Hyperparams
 from purejaxppo.table import PLUGGED
 from purejaxppo.text import printable
@@ -41,6 +42,7 @@ USAGE = """usage: purejaxppo COMMAND ...
   purejaxppo bench ENV [flags]   measure compile time, steps per second, memory, and the time of each stage
   purejaxppo envs [SUITE]        list the environments with their presets, and the suites
   purejaxppo COMMAND --help      all flags of a command
+  purejaxppo --version           the version
 
 exit status: 0, or 2 for bad input, 3 if results could not be written, 4 if every agent turned nan, 5 if a process of
 --distributed was lost, 130 after an interrupt
@@ -83,6 +85,9 @@ def _run(arguments: list[str] | None) -> int:
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("--help", "-h"):
         print(USAGE, end="")
+        return 0
+    if command == "--version":
+        print(f"purejaxppo {__version__}")
         return 0
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)

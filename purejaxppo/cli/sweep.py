@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from purejaxppo.experiment.sweeps.result import SweepResult
     from purejaxppo.experiment.sweeps.sweep import Sweep
 
+FEW = 10  # agents, below which bootstrapped intervals are too narrow (notebook 6 measures by how much)
+
 
 @dataclass(frozen=True)
 class SweepOptions(SpaceOptions):
@@ -130,8 +132,8 @@ def _report(result: "SweepResult", out: Path, title: str):
     from purejaxppo.experiment.report.ranking import as_table
     from purejaxppo.experiment.report.statistics import describe_scores, improvements
 
-    if result.sweep.evaluate_every:
-        say(f"ranked by the interquartile mean over agents of {describe_scores(result.scores)}")
+    narrow = " (too narrow for so few agents)" if result.sweep.num_seeds < FEW else ""
+    say(f"ranked by the interquartile mean over agents of {describe_scores(result.scores)}; 95 % intervals{narrow}")
     say(*as_table(result.ranked()).split("\n"))
     for field in (field for field in PLUGGED if field in result.scores.dims):
         for versus, found in improvements(result.scores, field).items():

@@ -264,6 +264,8 @@ def _table(
             ("compile", f"{result.compile_seconds:.1f} s"),
             ("run", f"{result.run_seconds:.1f} s"),
         ]
+    else:
+        rows.append(("run", "complete before, nothing was left to train"))
     where = "not all saved in" if result.unsaved else "saved in"
     rows.append((where, str(folder)))
     width = max(26, *(len(name) for name, _ in rows))
