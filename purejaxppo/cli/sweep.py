@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from purejaxppo.experiment.sweeps.result import SweepResult
     from purejaxppo.experiment.sweeps.sweep import Sweep
 
-FEW = 10  # agents, below which bootstrapped intervals are too narrow (notebook 6 measures by how much)
+FEW = 8  # agents, below which bootstrapped intervals are clearly too narrow (notebook 6 measures it)
 
 
 @dataclass(frozen=True)
