@@ -76,8 +76,9 @@ def main():
             options.out.write_text(json.dumps(kept, indent=1) + "\n")
             options.out.with_suffix(".md").write_text(table(kept))
             shutil.rmtree(folder, ignore_errors=True)
-            options.folder.mkdir(parents=True, exist_ok=True)
-            done.touch()
+            if options.again:
+                options.folder.mkdir(parents=True, exist_ok=True)
+                done.touch()
             print(describe(env, kept[env]), *changes(before, kept[env]), sep="\n", flush=True)
     for done in options.folder.glob("*.done"):
         done.unlink()
