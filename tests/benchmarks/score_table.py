@@ -25,9 +25,10 @@ package `minatar`, with gymnax's time limit and no sticky actions; "difference" 
 by seed. Seconds are those of training all seeds together on two CPU cores, on which other programs ran too: they do
 not compare. `scores.json` has the return of every seed, learning curves, settings and versions. Of rows without a
 score of untrained agents the seeds are not recorded, most of them are from version 0.1.0. `python
-tests/benchmarks/scores.py --again` trains everything again. CleanRL's settings and A2C were trained in three
-environments. Of the suites the presets that two cores can train in two hours are here, but brax/hopper, brax/walker2d
-and pgx/2048, which were not tried yet, and brax/swimmer, which brax cannot make with this jax.
+tests/benchmarks/scores.py --again` trains everything again. Seaquest is missing, whose environment takes an hour and
+more; Asterix has five seeds. CleanRL's settings and A2C were trained in three environments. Of the suites the presets
+that two cores can train in two hours are here, but brax/hopper, brax/walker2d and pgx/2048, which were not tried yet,
+and brax/swimmer, which brax cannot make with this jax.
 """
 COLUMNS = (
     "environment",
