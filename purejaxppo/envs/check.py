@@ -108,7 +108,7 @@ def check_shapes(env: Env) -> list[str]:
 
 
 def _taken_names(env: Env) -> list[str]:
-    """The metrics of an environment that training reports, too; a loss of one's own may report fewer."""
+    """The metrics of an environment that training reports, too; a custom loss may report fewer."""
     return [
         f"metric {name!r} has the name of a metric of training; give it another one."
         for name in metric_names(env)

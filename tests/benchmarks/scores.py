@@ -80,8 +80,9 @@ def main():
                 options.folder.mkdir(parents=True, exist_ok=True)
                 done.touch()
             print(describe(env, kept[env]), *changes(before, kept[env]), sep="\n", flush=True)
-    for done in options.folder.glob("*.done"):
-        done.unlink()
+    if options.again:
+        for done in options.folder.glob("*.done"):
+            done.unlink()
     print("\n".join(describe(env, kept[env]) for env in options.only if env in kept))
 
 

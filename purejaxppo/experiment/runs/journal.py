@@ -272,7 +272,7 @@ def open_journal(
         elif kind_of(path) == "run":  # started, but killed before its first checkpoint
             _check_same(read_settings(path), settings, path, allow_changed)
         else:
-            refuse_foreign(path, *saved.RESULTS)
+            refuse_foreign(path, *saved.LAST_FILES)
         yield journal
 
 

@@ -43,7 +43,7 @@ from purejaxppo.text import count, shorten
 
 METRICS, POLICY = "metrics.nc", "policy.npz"
 FILES = (SETTINGS, METRICS, POLICY)
-RESULTS = (METRICS, POLICY, BEST)  # what only the end of a session writes
+LAST_FILES = (METRICS, POLICY, BEST)  # what only the end of a session writes
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def is_intact(folder: Path) -> bool:
 
 def remove_results(folder: Path):
     """Removes what `save` wrote but the settings; the checkpoints hold it too."""
-    for name in (DIGESTS, *RESULTS):
+    for name in (DIGESTS, *LAST_FILES):
         (folder / name).unlink(missing_ok=True)
 
 
